@@ -1,0 +1,22 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test test-all
+setup: .venv/ready
+
+# mmcv asks for opencv-python, which needs a display's libraries; the headless build takes its place.
+.venv/ready: pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
+	$(BIN)/pip uninstall -q -y opencv-python opencv-python-headless
+	$(BIN)/pip install -q -c constraints.txt --no-deps opencv-python-headless
+	touch $@
+
+demo: setup
+	$(BIN)/python tools/demo.py
+
+test: setup
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: setup
+	$(BIN)/python -m pytest

@@ -1,0 +1,1 @@
+"""Configs of the zoo, as OpenMMLab config files; data, not code to import."""

@@ -1,0 +1,1 @@
+"""Heads that mmdet and mmseg do not have."""

@@ -1,0 +1,1 @@
+"""Necks that mmdet and mmseg do not have."""

@@ -1,0 +1,71 @@
+"""The choice between an operator's Triton kernels and its plain-PyTorch reference."""
+
+import importlib.util
+import logging
+import os
+
+import torch
+
+BACKENDS = ("auto", "triton", "reference")
+
+_log = logging.getLogger("densezoo")
+_has_triton = importlib.util.find_spec("triton") is not None
+_interprets = os.environ.get("TRITON_INTERPRET") == "1"
+_logged: set[str] = set()
+
+
+def set_backend(name: str) -> None:
+    """Choose how the zoo's operators run, for the whole process.
+
+    Args:
+        name: `auto` takes the Triton kernels for tensors on a GPU that the kernels support and the reference elsewhere;
+            `triton` raises where the kernels cannot run; `reference` always takes plain PyTorch. The environment
+            variable `DENSEZOO_BACKEND` sets it at import.
+
+    Raises:
+        ValueError: `name` is none of these.
+    """
+    global _backend
+    if name not in BACKENDS:
+        raise ValueError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)} (see DENSEZOO_BACKEND)")
+    _backend = name
+
+
+def get_backend() -> str:
+    """Return the backend in force: `auto`, `triton` or `reference`."""
+    return _backend
+
+
+def takes_triton(op: str, tensor: torch.Tensor, unsupported: str | None) -> bool:
+    """Return whether `op` runs its Triton kernels on `tensor`, in the backend in force.
+
+    Args:
+        op: The operator's name, for messages.
+        tensor: An input of the operator; its device decides.
+        unsupported: Why the operator's kernels cannot take these inputs, or None where they can.
+
+    Raises:
+        RuntimeError: The backend is `triton` and the kernels cannot run; the message says why.
+    """
+    # An exported graph holds standard operators only, so that it runs where densezoo is not installed.
+    if _backend == "reference" or torch.compiler.is_exporting():
+        return False
+    if not _has_triton:
+        unsupported = "triton is not installed (pip install triton)"
+    elif not (tensor.is_cuda or _interprets):
+        if _backend == "auto":
+            return False
+        unsupported = f"its inputs are on {tensor.device}, the kernels need a GPU or TRITON_INTERPRET=1"
+    elif _backend == "auto" and not tensor.is_cuda:
+        return False
+    if unsupported is None:
+        return True
+    if _backend == "triton":
+        raise RuntimeError(f"{op}: cannot run on triton: {unsupported}")
+    if not torch.compiler.is_compiling() and (message := f"{op}: takes the reference: {unsupported}") not in _logged:
+        _logged.add(message)
+        _log.warning(message)
+    return False
+
+
+set_backend(os.environ.get("DENSEZOO_BACKEND", "auto"))
