@@ -1,10 +1,9 @@
 """Neighbourhood attention, dilated, strided or causal, with a relative position bias."""
 
 import torch
-from torch import Tensor
-
 from densezoo.ops.backend import takes_triton
 from densezoo.ops.neighborhood.reference import na2d_reference
+from torch import Tensor
 
 __all__ = ["na2d"]
 
