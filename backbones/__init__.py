@@ -1,5 +1,13 @@
-"""The zoo's backbones: one file a family. Importing this package registers all of them with timm."""
+"""The zoo's backbones: one file a family. Importing this package registers every variant with timm."""
+
+from types import ModuleType
 
 from densezoo.backbones import nat
 
-__all__ = ["nat"]
+__all__ = ["FAMILIES", "VARIANTS"]
+
+FAMILIES: tuple[ModuleType, ...] = (nat,)
+"""The modules of the families; each has `VARIANTS`, `default_cfgs` and `checkpoint_filter_fn`."""
+
+VARIANTS: dict[str, ModuleType] = {name: family for family in FAMILIES for name in family.VARIANTS}
+"""The module of every variant, by timm name."""

@@ -1,0 +1,194 @@
+"""What timm expects of a backbone, written once for every family that is a stem and stages."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.layers import create_classifier
+from timm.models import checkpoint_seq
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+
+def pad_map(x: Tensor, height: int | torch.SymInt, width: int | torch.SymInt) -> Tensor:
+    """Zero-pad a map (B, H, W, C) at the bottom and right to (B, height, width, C); the same tensor where the size fits.
+
+    An exported graph always pads, by nothing where the size fits: a branch would fix the exported sizes.
+    """
+    if torch.compiler.is_exporting() or (height, width) != x.shape[1:3]:
+        x = F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
+    return x
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Zero-pad a map (B, H, W, C) at the bottom and right until both sides divide by `multiple`."""
+    height, width = ((size + multiple - 1) // multiple * multiple for size in x.shape[1:3])
+    return pad_map(x, height, width)
+
+
+class Blocks(nn.Sequential):
+    """The blocks of a stage; with `grad_checkpointing` each is recomputed in the backward instead of stored."""
+
+    grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the blocks in order."""
+        return checkpoint_seq(self, x) if self.grad_checkpointing else super().forward(x)
+
+
+class StagedBackbone(nn.Module):
+    """A stem and stages over channels-last maps, with timm's model contract.
+
+    A family's class builds `patch_embed` and its stages (their blocks in `Blocks`) under the published names, lists the
+    stages in `feature_info`, then calls `build_head`. It defines `forward_stage`, `keep_stages` and `group_matcher`.
+
+    With `out_norms` the model has the *dense layout* of the published detection and segmentation backbones: a LayerNorm
+    `norm{i}` on the output of each stage listed, and neither the final `norm` nor the `head`.
+    """
+
+    output_fmt = "NHWC"
+    # Last parts of the names of the parameters that no recipe decays, beside norms and biases.
+    position_tables = ("rpb",)
+
+    def build_head(self, num_classes: int, global_pool: str, drop_rate: float, out_norms: Sequence[int]) -> None:
+        """Build what follows the stages: the output norms, or the final norm, pooling and classifier."""
+        self.num_stages = len(self.feature_info)
+        if not set(out_norms) <= set(range(self.num_stages)):
+            raise ValueError(f"out_norms: got {out_norms!r}, expected stage indices from 0 to {self.num_stages - 1}")
+        self.out_norms = tuple(sorted(set(out_norms)))
+        for i in self.out_norms:
+            self.add_module(f"norm{i}", nn.LayerNorm(self.feature_info[i]["num_chs"]))
+        self.num_features = self.feature_info[-1]["num_chs"]
+        self.norm = nn.Identity() if out_norms else nn.LayerNorm(self.num_features)
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+        self.reset_classifier(0 if out_norms else num_classes, global_pool)
+
+    def forward_stage(self, i: int, x: Tensor) -> Tensor:
+        """Take the output of stage `i - 1` (of the stem for the first) to the output of stage `i`."""
+        raise NotImplementedError
+
+    def keep_stages(self, count: int) -> None:
+        """Drop every parameter that only the stages after the first `count` use."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the position tables."""
+        return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in self.position_tables}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Switch activation checkpointing of every block."""
+        self.grad_checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, Blocks):
+                module.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier, an Identity where there is none."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier (0 classes: none) and, where given, the pooling ('' returns the map (B, H, W, C))."""
+        self.num_classes = num_classes
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        self.global_pool, self.head_drop, self.head = create_classifier(
+            self.num_features, num_classes, pool_type=pool, input_fmt=self.output_fmt, drop_rate=self.drop_rate
+        )
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        init_weights(self.head)
+        weight = next(self.parameters())
+        self.head.to(weight.device, weight.dtype)
+        for module in (self.global_pool, self.head_drop, self.head):
+            module.train(self.training)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]] | dict[str, Tensor | list[Tensor]]:
+        """Return the features and the outputs of stages, each through its `norm{i}` where the model has one, else raw.
+
+        Args:
+            x: Images (B, in_chans, H, W).
+            indices: Stages wanted: all if None, the last n if int, else their indices (negative from the end).
+            norm: Whether the last stage's output takes the final norm.
+            stop_early: Whether to skip the stages after the last one wanted; its output is then the features.
+            output_fmt: 'NCHW' or 'NHWC', of the stage outputs.
+            intermediates_only: Whether to leave the features out.
+            output_dict: Whether to return {'image_features': ..., 'image_intermediates': [...]}.
+
+        Raises:
+            ValueError: `output_fmt` is neither.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt: got {output_fmt!r}, expected 'NCHW' or 'NHWC'")
+        wanted, last = feature_take_indices(self.num_stages, indices)
+        intermediates = []
+        x = self.patch_embed(x)
+        for i in range(last + 1 if stop_early else self.num_stages):
+            x = self.forward_stage(i, x)
+            if i in wanted:
+                out = self.norm_output(i, x, final_norm=norm)
+                # Contiguous: compiled detection operators read NCHW memory whatever the strides say.
+                intermediates.append(out.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else out)
+        if intermediates_only:
+            return {"image_intermediates": intermediates} if output_dict else intermediates
+        x = self.norm_output(i, x)
+        return {"image_features": x, "image_intermediates": intermediates} if output_dict else (x, intermediates)
+
+    def norm_output(self, i: int, x: Tensor, final_norm: bool = True) -> Tensor:
+        """Apply what norm the model has for the output of stage `i`."""
+        if i in self.out_norms:
+            return self.get_submodule(f"norm{i}")(x)
+        return self.norm(x) if final_norm and i == self.num_stages - 1 else x
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the outputs of the stages wanted do not need; return their indices."""
+        wanted, last = feature_take_indices(self.num_stages, indices)
+        ends_early = last < self.num_stages - 1
+        for i in set(self.out_norms) - set(wanted):
+            delattr(self, f"norm{i}")
+        self.out_norms = tuple(i for i in self.out_norms if i in wanted)
+        if ends_early:
+            self.keep_stages(last + 1)
+            self.num_stages = last + 1
+            self.num_features = self.feature_info[last]["num_chs"]
+        if prune_norm or ends_early:
+            self.norm = nn.Identity()
+        if prune_head or ends_early:
+            self.reset_classifier(0, "")
+        return wanted
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Take images (B, in_chans, H, W) to the last stage's normed map (B, H', W', C)."""
+        x = self.patch_embed(x)
+        for i in range(self.num_stages):
+            x = self.forward_stage(i, x)
+        return self.norm_output(self.num_stages - 1, x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool a map (B, H', W', C) and classify it."""
+        x = self.head_drop(self.global_pool(x))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take images (B, in_chans, H, W) to logits (B, num_classes); to the pooled or plain map without classifier."""
+        return self.forward_head(self.forward_features(x))
+
+
+def init_weights(module: nn.Module) -> None:
+    """Initialise one module as the transformers of this zoo do: Linear truncated normal 0.02 with zero bias."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
