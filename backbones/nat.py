@@ -1,8 +1,8 @@
 """NAT, Neighborhood Attention Transformer (arXiv 2204.07143), and DiNAT, its dilated form (arXiv 2209.15001).
 
-Code and weights were published at github.com/SHI-Labs/Neighborhood-Attention-Transformer (MIT). Parameter names are those
-of the published checkpoints, so official files load as they are; the dilation is not a parameter, so one checkpoint serves
-any `dilations`. Here `drop_path_rate` defaults to 0: the training configs set the published rates.
+Code and weights were published at github.com/SHI-Labs/Neighborhood-Attention-Transformer (MIT). Parameter names are
+those of the published checkpoints, so official files load as they are; dilation is no parameter, so one file serves any
+`dilations`. Here `drop_path_rate` defaults to 0: the training configs set the published rates.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class NeighborhoodAttention(nn.Module):
     """Multi-head attention of each position of a map (B, H, W, dim) to its neighbourhood, with relative position bias.
 
     A side shorter than `kernel_size * dilation` is zero-padded to it at the bottom or right before the projections, and
-    padded positions take part as ordinary keys, as in the NATTEN release (0.14) that the published models were trained with.
+    padded positions take part as ordinary keys, as in NATTEN 0.14, which the published models were trained with.
     """
 
     def __init__(self, dim: int, num_heads: int, kernel_size: int = 7, dilation: int = 1):
@@ -129,8 +129,8 @@ def spread_dilations(dilations: Dilations, depths: Sequence[int]) -> list[list[i
         or not all(isinstance(level, (list, tuple)) and level and all(map(is_dilation, level)) for level in dilations)
     ):
         raise ValueError(
-            f"dilations: got {dilations!r}, expected a positive int, or {len(depths)} lists of positive ints, one a level, "
-            "such as [[1, 8], [1, 4], [1, 2], [1]]; each is repeated to its level's depth"
+            f"dilations: got {dilations!r}, expected a positive int, or {len(depths)} lists of positive ints, one a "
+            "level, such as [[1, 8], [1, 4], [1, 2], [1]]; each is repeated to its level's depth"
         )
     return [list(islice(cycle(level), depth)) for level, depth in zip(dilations, depths, strict=True)]
 
@@ -277,10 +277,10 @@ _NAT_TINY = dict(embed_dim=64, depths=(3, 4, 18, 5), num_heads=(2, 4, 8, 16), ml
 _NAT_MINI = dict(_NAT_TINY, depths=(3, 4, 6, 5))
 _NAT_SMALL = dict(embed_dim=96, depths=(3, 4, 18, 5), num_heads=(3, 6, 12, 24), mlp_ratio=2.0)
 _NAT_BASE = dict(embed_dim=128, depths=(3, 4, 18, 5), num_heads=(4, 8, 16, 32), mlp_ratio=2.0, layer_scale=1e-5)
-_DILATIONS_224 = ((1, 8), (1, 4), (1, 2), (1,))
-_DILATIONS_384 = ((1, 13), (1, 6), (1, 3), (1,))
+DILATIONS_224 = ((1, 8), (1, 4), (1, 2), (1,))
+DILATIONS_384 = ((1, 13), (1, 6), (1, 3), (1,))
 _DINAT_LARGE = dict(
-    embed_dim=192, depths=(3, 4, 18, 5), num_heads=(6, 12, 24, 48), mlp_ratio=2.0, dilations=_DILATIONS_224
+    embed_dim=192, depths=(3, 4, 18, 5), num_heads=(6, 12, 24, 48), mlp_ratio=2.0, dilations=DILATIONS_224
 )
 
 VARIANTS: dict[str, dict] = {
@@ -288,19 +288,20 @@ VARIANTS: dict[str, dict] = {
     "nat_tiny": _NAT_TINY,
     "nat_small": dict(_NAT_SMALL, layer_scale=1e-5),
     "nat_base": _NAT_BASE,
-    "dinat_mini": dict(_NAT_MINI, dilations=_DILATIONS_224),
-    "dinat_tiny": dict(_NAT_TINY, dilations=_DILATIONS_224),
-    "dinat_small": dict(_NAT_SMALL, dilations=_DILATIONS_224),
-    "dinat_base": dict(_NAT_BASE, dilations=_DILATIONS_224),
+    "dinat_mini": dict(_NAT_MINI, dilations=DILATIONS_224),
+    "dinat_tiny": dict(_NAT_TINY, dilations=DILATIONS_224),
+    "dinat_small": dict(_NAT_SMALL, dilations=DILATIONS_224),
+    "dinat_base": dict(_NAT_BASE, dilations=DILATIONS_224),
     "dinat_large": _DINAT_LARGE,
-    "dinat_large_384": dict(_DINAT_LARGE, dilations=_DILATIONS_384),
+    "dinat_large_384": dict(_DINAT_LARGE, dilations=DILATIONS_384),
     "dinat_large_384_11x11": dict(_DINAT_LARGE, kernel_size=11),
     "dinat_large_21k": _DINAT_LARGE,
     "dinat_large_21k_11x11": dict(_DINAT_LARGE, kernel_size=11),
 }
 
 
-def _cfg(path: str, **kwargs) -> dict:
+def shi_labs_cfg(path: str, **kwargs) -> dict:
+    """Return timm's description of published weights at `path` under shi-labs.com/projects."""
     cfg = dict(
         url="https://shi-labs.com/projects/" + path,
         license="mit",
@@ -317,26 +318,28 @@ def _cfg(path: str, **kwargs) -> dict:
     return cfg | kwargs
 
 
-_AT_384 = dict(input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0)
+def _dinat_cfg(file: str, **kwargs) -> dict:
+    return shi_labs_cfg("dinat/checkpoints/" + file, **kwargs)
+
+
+AT_384 = dict(input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0)
 
 default_cfgs = generate_default_cfgs(
     {
-        "nat_mini.in1k": _cfg("nat/checkpoints/CLS/nat_mini.pth"),
-        "nat_tiny.in1k": _cfg("nat/checkpoints/CLS/nat_tiny.pth"),
-        "nat_small.in1k": _cfg("nat/checkpoints/CLS/nat_small.pth"),
-        "nat_base.in1k": _cfg("nat/checkpoints/CLS/nat_base.pth"),
-        "dinat_mini.in1k": _cfg("dinat/checkpoints/imagenet1k/dinat_mini_in1k_224.pth"),
-        "dinat_tiny.in1k": _cfg("dinat/checkpoints/imagenet1k/dinat_tiny_in1k_224.pth"),
-        "dinat_small.in1k": _cfg("dinat/checkpoints/imagenet1k/dinat_small_in1k_224.pth"),
-        "dinat_base.in1k": _cfg("dinat/checkpoints/imagenet1k/dinat_base_in1k_224.pth"),
-        "dinat_large.in22k_ft_in1k": _cfg("dinat/checkpoints/imagenet1k/dinat_large_in22k_in1k_224.pth"),
-        "dinat_large_384.in22k_ft_in1k": _cfg("dinat/checkpoints/imagenet1k/dinat_large_in22k_in1k_384.pth", **_AT_384),
-        "dinat_large_384_11x11.in22k_ft_in1k": _cfg(
-            "dinat/checkpoints/imagenet1k/dinat_large_in22k_in1k_384_11x11.pth", **_AT_384
-        ),
-        "dinat_large_21k.in22k": _cfg("dinat/checkpoints/imagenet22k/dinat_large_in22k_224.pth", num_classes=21841),
-        "dinat_large_21k_11x11.in22k": _cfg(
-            "dinat/checkpoints/imagenet22k/dinat_large_in22k_224_11x11interp.pth", num_classes=21841
+        "nat_mini.in1k": shi_labs_cfg("nat/checkpoints/CLS/nat_mini.pth"),
+        "nat_tiny.in1k": shi_labs_cfg("nat/checkpoints/CLS/nat_tiny.pth"),
+        "nat_small.in1k": shi_labs_cfg("nat/checkpoints/CLS/nat_small.pth"),
+        "nat_base.in1k": shi_labs_cfg("nat/checkpoints/CLS/nat_base.pth"),
+        "dinat_mini.in1k": _dinat_cfg("imagenet1k/dinat_mini_in1k_224.pth"),
+        "dinat_tiny.in1k": _dinat_cfg("imagenet1k/dinat_tiny_in1k_224.pth"),
+        "dinat_small.in1k": _dinat_cfg("imagenet1k/dinat_small_in1k_224.pth"),
+        "dinat_base.in1k": _dinat_cfg("imagenet1k/dinat_base_in1k_224.pth"),
+        "dinat_large.in22k_ft_in1k": _dinat_cfg("imagenet1k/dinat_large_in22k_in1k_224.pth"),
+        "dinat_large_384.in22k_ft_in1k": _dinat_cfg("imagenet1k/dinat_large_in22k_in1k_384.pth", **AT_384),
+        "dinat_large_384_11x11.in22k_ft_in1k": _dinat_cfg("imagenet1k/dinat_large_in22k_in1k_384_11x11.pth", **AT_384),
+        "dinat_large_21k.in22k": _dinat_cfg("imagenet22k/dinat_large_in22k_224.pth", num_classes=21841),
+        "dinat_large_21k_11x11.in22k": _dinat_cfg(
+            "imagenet22k/dinat_large_in22k_224_11x11interp.pth", num_classes=21841
         ),
     }
 )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def pad_map(x: Tensor, height: int | torch.SymInt, width: int | torch.SymInt) -> Tensor:
-    """Zero-pad a map (B, H, W, C) at the bottom and right to (B, height, width, C); the same tensor where the size fits.
+    """Zero-pad a map (B, H, W, C) at the bottom and right to (B, height, width, C); nothing happens where it fits.
 
     An exported graph always pads, by nothing where the size fits: a branch would fix the exported sizes.
     """
