@@ -41,8 +41,8 @@ def na2d(
         stride: Queries that share a window, 1 to `kernel_size`.
         dilation: Step between neighbours; `kernel_size * dilation` must fit into the map.
         is_causal: Whether the axis attends to the past only.
-        rpb: Relative position bias (heads, 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1), added to the scaled scores; the
-            entry per axis is rank(key) - rank(query) + kernel_size - 1. Any floating dtype.
+        rpb: Relative position bias (heads, 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1), added to the scaled scores;
+            the entry per axis is rank(key) - rank(query) + kernel_size - 1. Any floating dtype.
         scale: Multiplies query . key; dim ** -0.5 by default.
 
     Returns:
@@ -71,7 +71,7 @@ def _per_axis(name: str, value, kind: type = int) -> tuple:
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     # A bool is an int to Python, but no size.
     if len(pair) != 2 or any(not isinstance(v, kind) or (kind is int and isinstance(v, bool)) for v in pair):
-        raise ValueError(f"{name}: got {value!r}, expected {kind.__name__} or a pair of {kind.__name__}, (rows, columns)")
+        raise ValueError(f"{name}: got {value!r}, expected {kind.__name__} or (rows, columns) of them")
     return pair
 
 
@@ -83,8 +83,8 @@ def _check(query, key, value, rpb, kernel_size, stride, dilation) -> None:
             )
         if not t.is_floating_point() or t.dtype != query.dtype or t.device != query.device:
             raise ValueError(
-                f"{name}: got {t.dtype} on {t.device}, expected one floating dtype and one device for query, key and value "
-                f"(query: {query.dtype} on {query.device})"
+                f"{name}: got {t.dtype} on {t.device}, expected one floating dtype and one device for query, key and "
+                f"value (query: {query.dtype} on {query.device})"
             )
     for axis in range(2):
         k, s, d, size = kernel_size[axis], stride[axis], dilation[axis], query.shape[1 + axis]
@@ -96,8 +96,8 @@ def _check(query, key, value, rpb, kernel_size, stride, dilation) -> None:
             raise ValueError(f"dilation: got {dilation}, expected at least 1 per axis")
         if k * d > size:
             raise ValueError(
-                f"kernel_size * dilation: got {k} * {d} = {k * d} on an axis of {size}, expected at most {size}; pad the map "
-                f"to {k * d} (densezoo.backbones.nat.NeighborhoodAttention does) or lower the dilation"
+                f"kernel_size * dilation: got {k} * {d} = {k * d} on an axis of {size}, expected at most {size}; pad "
+                f"the map to {k * d} (densezoo.backbones.nat.NeighborhoodAttention does) or lower the dilation"
             )
     if rpb is not None:
         expected = (query.shape[3], 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1)

@@ -1,14 +1,14 @@
 """Neighbourhood attention in Triton, forward and backward.
 
-Work is cut into tiles of TILE_H x TILE_W positions of one dilation group, of one head. The keys that a tile of queries can
-see lie in one small rectangle (its halo); a program scores its tile against the halo in chunks of ROWS x COLS keys with the
-tensor cores and masks what lies outside of each query's window. The score tile never leaves the chip.
+Work is cut into tiles of TILE_H x TILE_W positions of one dilation group, of one head. The keys that a tile of queries
+can see lie in one small rectangle (its halo); a program scores its tile against the halo in chunks of ROWS x COLS keys
+with the tensor cores and masks what lies outside of each query's window. The score tile never leaves the chip.
 
-- `_forward`: a program owns one query tile, for BATCH images in turn: mask and bias are the same for all of them and are
-  gathered from the table once where the halo is one chunk.
-- `_backward_query`: the same tiles. It writes the gradient of the queries, and sum(out * grad_out) per query for the next
-  kernel. The gradient of the bias is summed over the program's images in registers, folded along the diagonals of
-  equal (key - query), and written as one partial table a program; PyTorch sums those: two deterministic stages.
+- `_forward`: a program owns one query tile, for BATCH images in turn: mask and bias are the same for all of them and
+  are gathered from the table once where the halo is one chunk.
+- `_backward_query`: the same tiles. It writes the gradient of the queries, and sum(out * grad_out) per query for the
+  next kernel. The gradient of the bias is summed over the program's images in registers, folded along the diagonals
+  of equal (key - query), and written as one partial table a program; PyTorch sums those: two deterministic stages.
 - `_backward_key`: a program owns one key tile of one image, and visits the chunks of queries that can see it.
 
 Positions outside of the map or the group are clamped to its last member and masked, so that loads need no bounds.
@@ -130,7 +130,10 @@ def _forward(
         origin = image * stride_b + head * stride_n
         q_tile = tl.load(q + origin + q_rows[:, None] + d[None, :], mask=d_inside[None, :], other=0.0)
         q_tile = (q_tile * (scale * 1.4426950408889634)).to(dtype)
-        for c in tl.static_range(CHUNKS):
+        top = tl.full((TILE_H * TILE_W,), float("-inf"), tl.float32)
+        total = tl.zeros((TILE_H * TILE_W,), tl.float32)
+        acc = tl.zeros((TILE_H * TILE_W, BLOCK_DIM), tl.float32)
+        for c in range(CHUNKS):
             key_h = base_h + c * ROWS + n // COLS
             k_rows = _rows(
                 tl.minimum(key_h, length_h - 1), tl.minimum(key_w, length_w - 1),
@@ -145,21 +148,14 @@ def _forward(
                     K_H, K_W, S_H, S_W, C_H, C_W, HAS_RPB, bias_dtype,
                 )  # fmt: skip
             s = tl.dot(q_tile, k_tile.T, input_precision=PRECISION) + bias
-            if c == 0:
-                top = tl.max(s, 1)
-                # A query may see nothing of the first chunk; it must not subtract -inf from -inf.
-                safe = tl.where(top == float("-inf"), 0.0, top)
-                p = tl.exp2(s - safe[:, None])
-                total = tl.sum(p, 1)
-                acc = tl.dot(p.to(dtype), v_tile, input_precision=PRECISION)
-            else:
-                new = tl.maximum(top, tl.max(s, 1))
-                safe = tl.where(new == float("-inf"), 0.0, new)
-                p = tl.exp2(s - safe[:, None])
-                decay = tl.exp2(top - safe)
-                total = total * decay + tl.sum(p, 1)
-                acc = acc * decay[:, None] + tl.dot(p.to(dtype), v_tile, input_precision=PRECISION)
-                top = new
+            new = tl.maximum(top, tl.max(s, 1))
+            # A query may see nothing of the first chunks; -inf must not be subtracted from -inf.
+            safe = tl.where(new == float("-inf"), 0.0, new)
+            p = tl.exp2(s - safe[:, None])
+            decay = tl.exp2(top - safe)
+            total = total * decay + tl.sum(p, 1)
+            acc = acc * decay[:, None] + tl.dot(p.to(dtype), v_tile, input_precision=PRECISION)
+            top = new
         token = (image * height + group_h + rank_h * D_H) * width + group_w + rank_w * D_W
         o_rows = (token * heads + head) * DIM
         acc /= total[:, None]
@@ -228,7 +224,7 @@ def _backward_query(
             acc = tl.zeros((TILE_H * TILE_W, BLOCK_DIM), tl.float32)
         else:
             row_delta = tl.load(delta + token * heads + head)
-        for c in tl.static_range(CHUNKS if GRAD_Q else 1):
+        for c in range(CHUNKS if GRAD_Q else 1):
             key_h = base_h + (c + chunk) * ROWS + n // COLS
             k_rows = _rows(
                 tl.minimum(key_h, length_h - 1), tl.minimum(key_w, length_w - 1),
@@ -347,7 +343,7 @@ class _Launch(NamedTuple):
 
 # By kernel; measured on an H200.
 LAUNCH = {
-    "forward": _Launch((2, 8), 128, 8, 1),
+    "forward": _Launch((2, 8), 128, 8, 2),
     "backward_query": _Launch((2, 8), 128, 8, 2),
     "backward_key": _Launch((2, 8), 64, 1, 1),
 }
@@ -368,6 +364,7 @@ class _Problem:
     def __init__(self, query: Tensor, rpb: Tensor | None, kernel_size, stride, dilation, is_causal, scale: float):
         self.batch, self.height, self.width, self.heads, self.dim = query.shape
         self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
+        self.itemsize = query.itemsize
         self.sizes = (self.height, self.width, self.heads, scale, *query.stride()[:4])
         tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
         self.constants = {
@@ -388,8 +385,8 @@ class _Problem:
             t + k + s - 2 for t, k, s in zip(launch.tile, self.kernel_size, self.stride, strict=True)
         )
         cols = max(triton.next_power_of_2(span_w), 16)
-        # A chunk of keys and one of values lie in shared memory: fewer rows where the head is wide.
-        chunk = min(launch.chunk, 8192 // self.constants["BLOCK_DIM"])
+        # A chunk of keys and one of values lie on the chip: fewer rows where the head is wide or the dtype is.
+        chunk = min(launch.chunk, 16384 // (self.constants["BLOCK_DIM"] * self.itemsize))
         rows = min(triton.next_power_of_2(span_h), max(chunk // cols, 1))
         return tiles, {
             "TILE_H": launch.tile[0], "TILE_W": launch.tile[1], "ROWS": rows, "COLS": cols,

@@ -7,8 +7,9 @@ from torch import Tensor
 def window(rank: Tensor, length: Tensor, kernel_size: int, stride: int, is_causal: bool) -> tuple[Tensor, Tensor]:
     """Return the first and one past the last key rank that the query at `rank` attends to, along one axis.
 
-    Ranks count the `length` members of one dilation group. `stride` queries share the window of their leader (generalised
-    neighbourhood attention, arXiv 2504.16922): the middle one, the right one of two, or the last one where causal.
+    Ranks count the `length` members of one dilation group. `stride` queries share the window of their leader
+    (generalised neighbourhood attention, arXiv 2504.16922): the middle one, the right one of two, or the last one where
+    causal.
 
     Args:
         rank: Ranks of the queries, int64, broadcastable with `length`.
@@ -22,13 +23,15 @@ def window(rank: Tensor, length: Tensor, kernel_size: int, stride: int, is_causa
     return start, start + kernel_size
 
 
-def _tile_axis(size: int, kernel_size: int, stride: int, dilation: int, is_causal: bool, device: torch.device):
+def _tile_axis(
+    size: int, kernel_size: int, stride: int, dilation: int, is_causal: bool, device: torch.device
+) -> list[Tensor]:
     """Cut one axis into tiles of queries of one dilation group, and find the span of keys that each tile sees.
 
     Returns:
-        Index tables: positions of each tile's queries (tiles, tile), positions of its keys (tiles, span), whether a query
-        attends to a key (tiles, tile, span), their entry of the bias table (tiles, tile, span), and the place of each
-        position of the axis in the flattened tiles (size,).
+        Index tables: positions of each tile's queries (tiles, tile), positions of its keys (tiles, span), whether a
+        query attends to a key (tiles, tile, span), their entry of the bias table (tiles, tile, span), and the place of
+        each position of the axis in the flattened tiles (size,).
     """
     tile = max(kernel_size, 7)
     longest = (size + dilation - 1) // dilation
@@ -86,7 +89,7 @@ def na2d_reference(
         return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5)
 
     def pair(rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
-        # Broadcast (row tiles, tile, span) with (column tiles, tile, span) to (row tiles, column tiles, *queries, *keys).
+        # (row tiles, tile, span), (column tiles, tile, span) broadcast to (row tiles, column tiles, *queries, *keys).
         return rows[:, None, :, None, :, None], cols[None, :, None, :, None, :]
 
     row_seen, col_seen = pair(row_seen, col_seen)
