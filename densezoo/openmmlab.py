@@ -1,0 +1,218 @@
+"""The zoo in OpenMMLab: importing this module registers every backbone with mmengine, under the scope `densezoo`.
+
+A config says `custom_imports = dict(imports=["densezoo.openmmlab"])`, and in a model of mmdet, mmseg or mmpretrain
+
+    backbone=dict(type="densezoo.NAT", arch="tiny", init_cfg=dict(type="Pretrained", checkpoint=...))
+
+Importing it again or reloading it is harmless. mmcv's operators need no compiler after it (see `densezoo.mmcv_ops`).
+"""
+
+import copy
+import difflib
+import inspect
+import logging
+import sys
+from collections.abc import Sequence
+
+try:
+    import mmcv  # noqa: F401
+    import mmengine
+except ModuleNotFoundError as error:
+    message = f"densezoo.openmmlab: {error}; pip install 'densezoo[openmmlab]'"
+    raise ModuleNotFoundError(message, name=error.name) from error
+from mmengine.logging import print_log
+from mmengine.model import BaseModule, PretrainedInit, initialize, update_init_info
+from timm.models import group_parameters
+from timm.models._manipulate import group_with_matcher
+from torch import Tensor, nn
+
+from densezoo import mmcv_ops
+from densezoo.backbones import dinat_s, nat, nat_isotropic
+from densezoo.checkpoints import load_published
+
+# Before anything imports mmcv.ops.
+mmcv_ops.install()
+
+
+def _registry(parent: mmengine.Registry) -> mmengine.Registry:
+    if "densezoo" in parent.children:
+        return parent.children["densezoo"]
+    return mmengine.Registry(parent.name, parent=parent, scope="densezoo")
+
+
+MODELS = _registry(mmengine.MODELS)
+
+_CONFIGS: dict[str, dict] = {}
+
+
+def config_for(name: str, **changes) -> dict:
+    """Return the config of a backbone from its timm name, such as `nat_tiny`.
+
+    Args:
+        name: timm's name of the model.
+        changes: What to set beside `type` and `arch`: `out_indices`, `drop_path_rate`, `init_cfg`, ...
+
+    Raises:
+        ValueError: The zoo has no such model.
+    """
+    if name not in _CONFIGS:
+        raise ValueError(f"name: got {name!r}; {_nearest(name, _CONFIGS)}")
+    return _CONFIGS[name] | changes
+
+
+class _Backbone:
+    """What turns a family's class, the second base, into an OpenMMLab backbone; mmengine's BaseModule is the third.
+
+    Args:
+        arch: The variant's name without the family's, such as `tiny`, or the architecture's arguments in a dict.
+        out_indices: The stages whose outputs are returned; all by default. Stages after the last one are not built.
+        out_norms: The stages that have a norm on their output, as published detectors and segmentors have; all returned
+            ones by default, () for raw outputs.
+        frozen_stages: Freeze nothing (-1), the stem (0), or the stem and the first n stages (n): they get no gradients
+            and stay in eval mode.
+        with_cp: Whether to recompute activations in the backward instead of storing them.
+        init_cfg: `dict(type="Pretrained", checkpoint=...)` loads a published checkpoint strictly, by
+            `densezoo.checkpoints.load_published`; without it the family's own initialisation stays.
+        kwargs: Other arguments of the family's class, such as `drop_path_rate`, `in_chans` or `dilations`.
+
+    Raises:
+        ValueError: An argument is out of its range; says what the range is.
+        TypeError: The family has no such argument.
+    """
+
+    def __init_subclass__(cls, prefix: str):
+        """Register the type, whose variants are those of the family's module that start with `prefix`."""
+        cls._family = cls.__bases__[1]
+        cls._prefix = prefix
+        variants = sys.modules[cls._family.__module__].VARIANTS
+        cls.archs = {name.removeprefix(prefix): kwargs for name, kwargs in variants.items() if name.startswith(prefix)}
+        for arch in cls.archs:
+            _CONFIGS[prefix + arch] = dict(type=f"densezoo.{cls.__name__}", arch=arch)
+        MODELS.register_module(module=cls, force=True)
+
+    def __init__(
+        self,
+        arch: str | dict,
+        out_indices: int | Sequence[int] | None = None,
+        out_norms: Sequence[int] | None = None,
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+        **kwargs,
+    ):
+        kwargs = self._variant(arch) | kwargs
+        parameters = inspect.signature(self._family).parameters
+        for key in kwargs.keys() - parameters.keys():
+            message = f"{type(self).__name__}.__init__() got an unexpected keyword argument {key!r}"
+            raise TypeError(f"{message}; {_nearest(key, parameters)}")
+        # One number of blocks a stage, or a single stage.
+        stages = len(kwargs.get("depths", parameters["depths"].default)) if "depths" in parameters else 1
+        if out_indices is None:
+            out_indices = range(stages)
+        out_indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+        if not out_indices or not set(out_indices) <= set(range(stages)):
+            raise ValueError(f"out_indices: got {out_indices}, expected stage indices from 0 to {stages - 1}")
+        if frozen_stages not in range(-1, stages + 1):
+            raise ValueError(
+                f"frozen_stages: got {frozen_stages!r}, expected -1 (nothing), 0 (the stem) or up to {stages} (the "
+                "stem and as many stages)"
+            )
+        super().__init__(**kwargs, out_norms=out_indices if out_norms is None else tuple(out_norms))
+        self.init_cfg = copy.deepcopy(init_cfg)
+        self.out_indices = tuple(self.prune_intermediate_layers(out_indices, prune_norm=True))
+        self.frozen_stages = frozen_stages
+        self.set_grad_checkpointing(with_cp)
+        self._freeze()
+
+    def _variant(self, arch: str | dict) -> dict:
+        if isinstance(arch, dict):
+            return dict(arch)
+        if not isinstance(arch, str) or (short := arch.removeprefix(self._prefix)) not in self.archs:
+            raise ValueError(
+                f"arch: {type(self).__name__} has no {arch!r}; {_nearest(str(arch), self.archs)}; a dict gives the "
+                "arguments of another one"
+            )
+        return self.archs[short]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Take images (B, in_chans, H, W) to one map (B, C, H / stride, W / stride) a stage of `out_indices`."""
+        return tuple(self.forward_intermediates(x, indices=list(self.out_indices), intermediates_only=True))
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """Set the mode of all but the frozen stages."""
+        super().train(mode)
+        self._freeze()
+        return self
+
+    def _freeze(self) -> None:
+        if self.frozen_stages < 0:
+            return
+        # The stages after the last output are not there.
+        stages = min(self.frozen_stages, max(self.out_indices) + 1)
+        items = dict(self.named_modules()) | dict(self.named_parameters())
+        groups = group_with_matcher(((name, name) for name in items), self.group_matcher(coarse=True), reverse=True)
+        # Group 0 is the stem; a stage is one group or, in an isotropic family, one for each block.
+        last = f"{self.feature_info[stages - 1]['module']}."
+        limit = max(groups[name] for name in items if name.startswith(last)) if stages else 0
+        frozen = [item for name, item in items.items() if groups[name] <= limit]
+        frozen += [self.get_submodule(f"norm{i}") for i in range(stages) if i in self.out_norms]
+        for item in frozen:
+            item.requires_grad_(False)
+            if isinstance(item, nn.Module):
+                item.eval()
+
+    def init_weights(self) -> None:
+        """Apply `init_cfg`, a published checkpoint last."""
+        if self.is_init:
+            return
+        configs = [self.init_cfg] if isinstance(self.init_cfg, dict) else self.init_cfg or []
+        pretrained = [config for config in configs if config["type"] in ("Pretrained", PretrainedInit)]
+        initialize(self, [config for config in configs if config not in pretrained])
+        for config in pretrained:
+            checkpoint = config.get("checkpoint")
+            report = f"{type(self).__name__}: {load_published(self, checkpoint)} from {checkpoint}"
+            print_log(report, logger="current", level=logging.INFO)
+            if hasattr(self, "_params_init_info"):
+                update_init_info(self, init_info=report)
+        self.is_init = True
+
+    def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
+        """Return a parameter's layer, from 0 at the stem, and the number of layers, for layer-wise learning rates.
+
+        Args:
+            param_name: The parameter's name in the whole model.
+            prefix: What this backbone's parameters start with there; all others belong to the layer after its last.
+        """
+        layers = group_parameters(self, self.group_matcher(coarse=False), reverse=True)
+        heads = max(layers.values()) + 1
+        layer = layers.get(param_name.removeprefix(prefix), heads) if param_name.startswith(prefix) else heads
+        return layer, heads + 1
+
+
+def _nearest(name: str, valid: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
+    return (f"did you mean {near[0]!r}? " if near else "") + f"Valid: {', '.join(valid)}"
+
+
+class NAT(_Backbone, nat.NAT, BaseModule, prefix="nat_"):
+    """NAT (arXiv 2204.07143); arguments as for `_Backbone`."""
+
+
+class DiNAT(_Backbone, nat.NAT, BaseModule, prefix="dinat_"):
+    """DiNAT (arXiv 2209.15001); arguments as for `_Backbone`."""
+
+
+class DiNAT_s(_Backbone, dinat_s.DiNAT_s, BaseModule, prefix="dinat_s_"):
+    """DiNAT_s (arXiv 2209.15001), on Swin's skeleton; arguments as for `_Backbone`."""
+
+
+class NATIsotropic(_Backbone, nat_isotropic.NATIsotropic, BaseModule, prefix="nat_isotropic_"):
+    """Isotropic NAT (arXiv 2209.15001), one stage at stride 16; arguments as for `_Backbone`."""
+
+
+class DiNATIsotropic(_Backbone, nat_isotropic.NATIsotropic, BaseModule, prefix="dinat_isotropic_"):
+    """Isotropic DiNAT (arXiv 2209.15001), one stage at stride 16; arguments as for `_Backbone`."""
+
+
+class ViTRPB(_Backbone, nat_isotropic.NATIsotropic, BaseModule, prefix="vitrpb_"):
+    """ViT with relative position bias (arXiv 2209.15001), one stage at stride 16; arguments as for `_Backbone`."""
