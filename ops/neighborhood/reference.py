@@ -25,7 +25,7 @@ def window(rank: Tensor, length: Tensor, kernel_size: int, stride: int, is_causa
 
 def _tile_axis(
     size: int, kernel_size: int, stride: int, dilation: int, is_causal: bool, device: torch.device
-) -> list[Tensor]:
+) -> tuple[Tensor, ...]:
     """Cut one axis into tiles of queries of one dilation group, and find the span of keys that each tile sees.
 
     Returns:
@@ -36,25 +36,29 @@ def _tile_axis(
     tile = max(kernel_size, 7)
     longest = (size + dilation - 1) // dilation
     tiles = (longest + tile - 1) // tile
-    span = torch.sym_min(tile + kernel_size + stride - 2, longest)
+    span = tile + kernel_size + stride - 2
+    if not torch.compiler.is_exporting():  # a minimum would fix the exported sizes
+        span = min(span, longest)
 
-    def arange(n: int) -> Tensor:
-        return torch.arange(n, device=device)
-
-    group = arange(dilation)[:, None, None]
+    number = torch.arange(dilation * tiles, device=device)[:, None]
+    group, first = number // tiles, number % tiles * tile
     length = (size - group + dilation - 1) // dilation
-    first = arange(tiles)[:, None] * tile
     # Groups differ by one in length and the last tile is ragged: surplus queries repeat the last one and are dropped.
-    query = torch.minimum(first + arange(tile), length - 1)
+    query = torch.minimum(first + torch.arange(tile, device=device), length - 1)
     start, stop = window(query, length, kernel_size, stride, is_causal)
-    key = torch.minimum(start[..., :1], (length - span).clamp(min=0)) + arange(span)
-    seen = (key[..., None, :] >= start[..., None]) & (key[..., None, :] < stop[..., None])
-    entry = (key[..., None, :] - query[..., None] + kernel_size - 1).clamp(0, 2 * kernel_size - 2)
+    key = torch.minimum(start[:, :1], (length - span).clamp(min=0)) + torch.arange(span, device=device)
+    seen = (key[:, None, :] >= start[:, :, None]) & (key[:, None, :] < stop[:, :, None])
+    entry = (key[:, None, :] - query[:, :, None] + kernel_size - 1).clamp(0, 2 * kernel_size - 2)
     key = torch.minimum(key, length - 1)  # past the group's end only where not seen
 
-    position = arange(size)
+    position = torch.arange(size, device=device)
     place = (position % dilation * tiles) * tile + position // dilation
-    return [t.flatten(0, 1) for t in (group + dilation * query, group + dilation * key, seen, entry)] + [place]
+    return group + dilation * query, group + dilation * key, seen, entry, place
+
+
+def _fold(x: Tensor, *shape: int) -> Tensor:
+    """Reshape through one dimension: torch.export cannot prove that symbolic sizes merge, only that they split."""
+    return x.contiguous().flatten().view(shape)
 
 
 def na2d_reference(
@@ -76,32 +80,36 @@ def na2d_reference(
     dtype = query.dtype
     if dtype in (torch.float16, torch.bfloat16):
         query, key, value = query.float(), key.float(), value.float()
-    height, width, heads = query.shape[1:4]
-    (q_rows, k_rows, row_seen, row_entry, row_place), (q_cols, k_cols, col_seen, col_entry, col_place) = (
+    batch, height, width, heads, dim = query.shape
+    (q_rows, k_rows, *rows, row_place), (q_cols, k_cols, *cols, col_place) = (
         _tile_axis(size, *args, query.device)
         for size, *args in zip((height, width), kernel_size, stride, dilation, is_causal, strict=True)
     )
+    (n, tile_h), (m, tile_w) = q_rows.shape, q_cols.shape
 
     def gather(x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-        # (B, H, W, heads, dim) to (B, row tiles, column tiles, heads, tokens of a tile, dim)
+        # (B, H, W, heads, dim) to (B * row tiles * column tiles * heads, tokens of a tile, dim)
         x = x.index_select(1, rows.flatten()).index_select(2, cols.flatten())
-        x = x.unflatten(2, cols.shape).unflatten(1, rows.shape)
-        return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5)
+        x = x.view(batch, n, rows.shape[1], m, cols.shape[1], heads, dim).permute(0, 1, 3, 5, 2, 4, 6)
+        return _fold(x, batch * n * m * heads, rows.shape[1] * cols.shape[1], dim)
 
-    def pair(rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
-        # (row tiles, tile, span), (column tiles, tile, span) broadcast to (row tiles, column tiles, *queries, *keys).
-        return rows[:, None, :, None, :, None], cols[None, :, None, :, None, :]
+    # (row tiles, tile, span), (column tiles, tile, span) to (row tiles * column tiles, queries, keys)
+    (row_seen, row_entry), (col_seen, col_entry) = (
+        (t[:, None, :, None, :, None] for t in rows),
+        (t[None, :, None, :, None, :] for t in cols),
+    )
+    shape = (n * m, tile_h * tile_w, k_rows.shape[1] * k_cols.shape[1])
+    hidden = _fold(~(row_seen & col_seen), *shape)
+    if rpb is None:
+        bias = hidden.new_zeros((), dtype=query.dtype).expand(1, *shape)
+    else:
+        entry = _fold(row_entry * (2 * kernel_size[1] - 1) + col_entry, *shape)
+        bias = rpb.to(query.dtype).flatten(1)[:, entry]
+    bias = bias.masked_fill(hidden, float("-inf")).transpose(0, 1)  # (tiles, heads or 1, queries, keys)
 
-    row_seen, col_seen = pair(row_seen, col_seen)
-    seen = row_seen & col_seen
-    bias = torch.zeros((), dtype=query.dtype, device=query.device).expand(seen.shape).unsqueeze(0)
-    if rpb is not None:
-        bias = rpb.to(query.dtype)[(slice(None), *pair(row_entry, col_entry))]
-    bias = bias.masked_fill(~seen, float("-inf"))
-    bias = bias.flatten(5, 6).flatten(3, 4).permute(1, 2, 0, 3, 4)  # (row tiles, column tiles, heads, queries, keys)
-
-    attn = (gather(query * scale, q_rows, q_cols) @ gather(key, k_rows, k_cols).mT + bias).softmax(-1)
-    out = attn @ gather(value, k_rows, k_cols)
-    out = out.unflatten(4, (q_rows.shape[1], q_cols.shape[1])).permute(0, 1, 4, 2, 5, 3, 6)
-    out = out.flatten(3, 4).flatten(1, 2)
+    scores = gather(query * scale, q_rows, q_cols) @ gather(key, k_rows, k_cols).mT
+    attn = (scores.view(batch, n * m, heads, *shape[1:]) + bias).softmax(-1)
+    out = _fold(attn, batch * n * m * heads, *shape[1:]) @ gather(value, k_rows, k_cols)
+    out = out.view(batch, n, m, heads, tile_h, tile_w, dim).permute(0, 1, 4, 2, 5, 3, 6)
+    out = _fold(out, batch, n * tile_h, m * tile_w, heads, dim)
     return out.index_select(1, row_place).index_select(2, col_place).to(dtype)
