@@ -94,14 +94,13 @@ def load_published(model: nn.Module, source: str | Path | Mapping) -> LoadReport
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{name}: not a layout that {type(model).__name__} knows: {error!r}") from error
 
-    origins = _trace(state, converted, {new: old for old, new in stripped.items()})
     missing, foreign = _verify(model, state, converted, name)
     loaded = {key: tensor for key, tensor in converted.items() if key not in foreign}
-    used = {origins[key] for key in loaded if key in origins}
+    origins = _trace(state, loaded, {new: old for old, new in stripped.items()})
     report = LoadReport(
         matched=len(loaded),
         renamed={origins[key]: key for key in loaded if origins.get(key, key) != key},
-        dropped=[key for key in published if key not in used],
+        dropped=[key for key in published if key not in origins.values()],
         missing=missing,
         resized=[key for key, tensor in loaded.items() if key in state and tensor.numel() != state[key].numel()],
     )
@@ -213,7 +212,9 @@ def _read(path: Path, name: str) -> Mapping:
                 "If you trust its source, load it with the code that made it, save model.state_dict() alone, and load "
                 "that"
             ) from error
-        raise ValueError(f"{name}: is damaged, incomplete or no checkpoint: {str(error).splitlines()[0]}") from error
+        # torch's own message goes on to advise loading it all the same.
+        reason = str(error).split("WeightsUnpickler error: ")[-1].split("\n")[0] or type(error).__name__
+        raise ValueError(f"{name}: is damaged, incomplete or no checkpoint: {reason}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{name}: holds a {type(content).__name__}, expected a dict of tensors")
     return content
@@ -249,12 +250,13 @@ def _strip(published: Mapping[str, Tensor]) -> dict[str, str]:
         names = {key: name.removeprefix(prefix) for key, name in names.items() if name.startswith(prefix)}
 
 
-def _trace(state: dict[str, Tensor], converted: dict[str, Tensor], published: dict[str, str]) -> dict[str, str]:
-    """Return the published name that each converted tensor came from, where it is the same tensor or a view of it."""
+def _trace(state: dict[str, Tensor], loaded: dict[str, Tensor], published: dict[str, str]) -> dict[str, str]:
+    """Return the published name that each loaded tensor came from, where it is the same tensor or a view of it."""
     by_identity = {id(tensor): key for key, tensor in state.items()}
-    by_storage = {tensor.untyped_storage().data_ptr(): key for key, tensor in state.items()}
+    strided = ((key, tensor) for key, tensor in state.items() if tensor.layout == torch.strided)
+    by_storage = {tensor.untyped_storage().data_ptr(): key for key, tensor in strided}
     origins = {}
-    for key, tensor in converted.items():
+    for key, tensor in loaded.items():
         old = key if key in state else by_identity.get(id(tensor))
         old = old or by_storage.get(tensor.untyped_storage().data_ptr())
         if old is not None:
@@ -291,11 +293,8 @@ def _verify(
     if unknown:
         problems.append(f"the checkpoint has {len(unknown)} that the model has not ({_some(unknown)})")
     message = "; ".join(problems) + ". The model is as it was."
-    advice = _advice(model, own, converted, absent, unfit)
-    # Other sizes of a head or a bias table are no other architecture.
-    if not advice and (likely := _models_like(state)):
-        advice = [f"the checkpoint has the layout of {', '.join(likely)}"]
-    raise ValueError(message + "".join(f" Hint: {hint}." for hint in advice))
+    hint = _hint(state, own, converted, absent, unfit, unknown)
+    raise ValueError(message + (f" Hint: {hint}." if hint else ""))
 
 
 def _of_other_layout(key: str, model: nn.Module, own: Mapping[str, Tensor]) -> bool:
@@ -321,6 +320,10 @@ def _is_output_norm(key: str) -> bool:
     return re.match(r"norm\d+\.", key) is not None
 
 
+def _is_body(key: str) -> bool:
+    return re.match(r"(head|norm\d*)\.", key) is None
+
+
 def _fits(tensor: Tensor, own: Tensor) -> bool:
     # Integers in place of floats are quantised weights, which copying would take at face value.
     same_kind = tensor.is_floating_point() == own.is_floating_point() and tensor.is_complex() == own.is_complex()
@@ -333,30 +336,35 @@ def _form(tensor: Tensor, other: Tensor) -> str:
     return shape if tensor.shape != other.shape else f"{shape} {tensor.dtype} {tensor.layout} on {tensor.device.type}"
 
 
-def _advice(
-    model: nn.Module, own: Mapping[str, Tensor], given: Mapping[str, Tensor], absent: list[str], unfit: list[str]
-) -> list[str]:
-    """Return how to build a model that the checkpoint fits, for the options that its tensors tell."""
-    hints = []
-    body = [key for key in absent if not re.match(r"(head|norm\d*)\.", key)]
-    for key in unfit:
-        theirs, ours = given[key].shape, own[key].shape
-        if key.startswith("head.") and theirs[1:] == ours[1:]:
-            hints.append(
-                f"the checkpoint has {theirs[0]} classes; build with num_classes={theirs[0]} and call "
-                f"reset_classifier({ours[0]}) after loading, or build with num_classes=0 to load the backbone alone"
-            )
-            break
-    if len(unfit) == 1 and (theirs := given[unfit[0]]).ndim == 4 and theirs.shape[2:] == own[unfit[0]].shape[2:]:
-        hints.append(f"build with in_chans={theirs.shape[1]}")
-    if absent and not body and any(map(_is_output_norm, given)):
-        norms = tuple(sorted({int(re.match(r"norm(\d+)", key)[1]) for key in given if _is_output_norm(key)}))
-        hints.append(f"this is a dense backbone's checkpoint; build with features_only=True, out_norms={norms}")
-    elif absent and not body and all(map(_is_output_norm, absent)):
-        hints.append("the checkpoint's backbone has no norms on its outputs; build with out_norms=()")
-    elif absent and not body:
-        hints.append("the checkpoint has no classifier; build with num_classes=0 or features_only=True")
-    return hints
+def _hint(
+    state: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
+    absent: list[str],
+    unfit: list[str],
+    unknown: list[str],
+) -> str:
+    """Return how to build a model that the checkpoint fits, or nothing where that cannot be told."""
+    if any(map(_is_body, (*absent, *unfit, *unknown))):
+        if len(unfit) == 1 and not absent and not unknown:
+            theirs, ours = given[unfit[0]].shape, own[unfit[0]].shape
+            if len(theirs) == 4 and (theirs[0], *theirs[2:]) == (ours[0], *ours[2:]):
+                return f"build with in_chans={theirs[1]}"
+        likely = _models_like(state)
+        return f"the checkpoint has the layout of {', '.join(likely)}" if likely else ""
+    if "head.weight" in unfit:
+        theirs, ours = len(given["head.weight"]), len(own["head.weight"])
+        return (
+            f"the checkpoint has {theirs} classes; build with num_classes={theirs} and call reset_classifier({ours}) "
+            "after loading, or build with num_classes=0 to load the backbone alone"
+        )
+    if absent and (norms := sorted({int(key[4 : key.index(".")]) for key in given if _is_output_norm(key)})):
+        return f"this is a dense backbone's checkpoint; build with features_only=True, out_norms={tuple(norms)}"
+    if absent and all(map(_is_output_norm, absent)):
+        return "the checkpoint's backbone has no norms on its outputs; build with out_norms=()"
+    if absent:
+        return "the checkpoint has no classifier; build with num_classes=0 or features_only=True"
+    return ""
 
 
 def _models_like(state: Mapping[str, Tensor]) -> list[str]:
@@ -375,7 +383,7 @@ def _models_like(state: Mapping[str, Tensor]) -> list[str]:
 
 
 def _body(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {key: tensor.shape for key, tensor in state.items() if not re.match(r"(head|norm\d*)\.", key)}
+    return {key: tensor.shape for key, tensor in state.items() if _is_body(key)}
 
 
 def _some(items: Iterable[str], count: int = 4) -> str:
