@@ -333,19 +333,20 @@ def _backward_key(
 
 
 class _Launch(NamedTuple):
-    """Tile of queries, keys a chunk at most, images a program at most, and warps a program."""
+    """Tile of queries, keys a chunk at most, images a program at most, warps a program and loads in flight."""
 
     tile: tuple[int, int]
     chunk: int
     batch: int
     warps: int
+    stages: int
 
 
 # By kernel; measured on an H200.
 LAUNCH = {
-    "forward": _Launch((2, 8), 128, 8, 2),
-    "backward_query": _Launch((2, 8), 128, 8, 2),
-    "backward_key": _Launch((2, 8), 64, 1, 1),
+    "forward": _Launch((2, 8), 128, 8, 2, 3),
+    "backward_query": _Launch((2, 8), 128, 8, 2, 3),
+    "backward_key": _Launch((2, 8), 64, 1, 1, 3),
 }
 # Enough programs to fill the GPU come before many images a program.
 PROGRAMS = 4096
@@ -390,7 +391,7 @@ class _Problem:
         rows = min(triton.next_power_of_2(span_h), max(chunk // cols, 1))
         return tiles, {
             "TILE_H": launch.tile[0], "TILE_W": launch.tile[1], "ROWS": rows, "COLS": cols,
-            "CHUNKS": triton.cdiv(span_h, rows), "num_warps": launch.warps,
+            "CHUNKS": triton.cdiv(span_h, rows), "num_warps": launch.warps, "num_stages": launch.stages,
         }  # fmt: skip
 
     def images(self, tiles: int, launch: _Launch) -> int:
