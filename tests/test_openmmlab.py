@@ -1,0 +1,394 @@
+"""Every family as an OpenMMLab backbone: the same features as timm's, in models of mmdet, mmseg and mmpretrain."""
+
+import copy
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+pytest.importorskip("mmdet")
+pytest.importorskip("mmseg")
+pytest.importorskip("mmpretrain")
+
+import mmengine
+from mmengine.config import Config, ConfigDict
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import init_default_scope
+from timm.layers import DropPath
+
+from densezoo import backbones, openmmlab
+from densezoo.checkpoints import load_published
+from densezoo.openmmlab import MODELS, config_for
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "_base_" / "models"
+STAGED = dict(embed_dim=16, depths=[1, 2, 1, 1], num_heads=[1, 2, 4, 8], kernel_size=3)
+ISOTROPIC = dict(embed_dim=16, depth=3, num_heads=2)
+# A timm name of every type, and what makes it small.
+TYPES = {
+    "NAT": ("nat_base", STAGED),
+    "DiNAT": ("dinat_tiny", STAGED),
+    "DiNAT_s": ("dinat_s_tiny", STAGED),
+    "NATIsotropic": ("nat_isotropic_small", ISOTROPIC | dict(kernel_size=3)),
+    "DiNATIsotropic": ("dinat_isotropic_base", ISOTROPIC | dict(kernel_size=3)),
+    "ViTRPB": ("vitrpb_small", ISOTROPIC | dict(img_size=48)),
+}
+
+
+def build(kind: str = "NAT", **kwargs) -> torch.nn.Module:
+    name, small = TYPES[kind]
+    torch.manual_seed(0)
+    return MODELS.build(config_for(name, **small | kwargs))
+
+
+def images(batch: int = 1, size: tuple[int, int] = (64, 96)) -> torch.Tensor:
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0))
+
+
+def randomise(module: torch.nn.Module) -> None:
+    """Make every parameter count: norms and layer scales start as the identity or nearly nothing."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in module.parameters():
+        parameter.data = parameter.data + 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+def with_gradient(model: torch.nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+
+
+def trainable(model: torch.nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_every_variant_has_a_config():
+    for name in backbones.VARIANTS:
+        config = config_for(name)
+        archs = MODELS.get(config["type"].removeprefix("densezoo.")).archs
+        assert archs[config["arch"]] == backbones.VARIANTS[name].VARIANTS[name]
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("norms", [True, False])
+def test_same_features_as_timm(kind, norms):
+    name, small = TYPES[kind]
+    ours = build(kind, **({} if norms else dict(out_norms=()))).eval()
+    out_norms = tuple(range(len(ours.out_indices))) if norms else ()
+    theirs = timm.create_model(name, features_only=True, out_norms=out_norms, **small).eval()
+    randomise(theirs)
+    report = load_published(ours, theirs.model.state_dict())
+    assert report.matched == len(ours.state_dict()) == len(theirs.state_dict())
+    outputs = ours(images())
+    assert isinstance(outputs, tuple)
+    for output, expected, channels, stride in zip(
+        outputs, theirs(images()), theirs.feature_info.channels(), theirs.feature_info.reduction(), strict=True
+    ):
+        assert output.shape == (1, channels, 64 // stride, 96 // stride)
+        assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("out_indices", [(0, 1, 2, 3), (1, 3), (0, 1), 2])
+@pytest.mark.parametrize("norms", [True, False])
+def test_builds_what_the_outputs_need(out_indices, norms):
+    model = build(out_indices=out_indices, **({} if norms else dict(out_norms=())))
+    randomise(model)
+    outputs = model(images())
+    assert [output.shape[1] for output in outputs] == [16 * 2**i for i in model.out_indices]
+    torch.cat([output.pow(3).flatten() for output in outputs]).sum().backward()
+    assert with_gradient(model) == set(model.state_dict())
+    full = build(out_norms=() if not norms else None).eval()
+    load_published(full, {**full.state_dict(), **model.state_dict()})
+    for output, i in zip(model.eval()(images()), model.out_indices, strict=True):
+        assert torch.equal(output, full(images())[i])
+
+
+@pytest.mark.parametrize(
+    ("kind", "stages"),
+    [
+        ("NAT", ["levels.0.", "levels.1.", "levels.2.", "levels.3."]),
+        ("DiNAT_s", ["layers.0.", "layers.1.", "layers.2.", "layers.3."]),
+        ("NATIsotropic", ["layers."]),
+    ],
+)
+def test_frozen_stages(kind, stages):
+    parts = [("patch_embed.",), *((stage, f"norm{i}.") for i, stage in enumerate(stages))]
+    for frozen_stages in range(-1, len(parts)):
+        model = build(kind, frozen_stages=frozen_stages, drop_path_rate=0.5)
+        randomise(model)
+        prefixes = tuple(prefix for part in parts[: frozen_stages + 1] for prefix in part)
+        frozen = {name for name in model.state_dict() if name.startswith(prefixes)}
+        assert bool(frozen) == (frozen_stages >= 0)
+        for _ in range(2):
+            model.train()
+            assert model.training
+            assert trainable(model) == set(model.state_dict()) - frozen
+            for name, module in model.named_modules():
+                if isinstance(module, DropPath):
+                    assert module.training != name.startswith(prefixes), name
+        if trainable(model):
+            # Stochastic depth may skip a block, so that its parameters get no gradient.
+            sum(output.pow(3).mean() for output in model.eval()(images())).backward()
+            assert with_gradient(model) == trainable(model)
+
+
+def test_frozen_stages_of_a_pruned_model():
+    model = build(frozen_stages=4, out_indices=(0, 1)).train()
+    assert not trainable(model) and model.training
+
+
+def test_checkpointing_recomputes_the_same():
+    plain, recomputing = build(), build(with_cp=True)
+    assert recomputing.grad_checkpointing and not plain.grad_checkpointing
+    for model in (plain, recomputing):
+        sum(output.pow(3).mean() for output in model.train()(images())).backward()
+    for one, other in zip(plain.parameters(), recomputing.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_arch_by_name_and_by_arguments():
+    assert build(arch="mini").archs.keys() == {"mini", "tiny", "small", "base"}
+    with torch.device("meta"):
+        named, full = openmmlab.DiNAT("tiny"), openmmlab.DiNAT("dinat_tiny", dilations=[[1], [2], [3], [4]])
+        spelled = openmmlab.DiNAT(dict(openmmlab.DiNAT.archs["tiny"]))
+    assert [len(level.blocks) for level in named.levels] == [3, 4, 18, 5]
+    assert [block.attn.dilation for block in named.levels[0].blocks] == [1, 8, 1]
+    assert [block.attn.dilation for block in spelled.levels[0].blocks] == [1, 8, 1]
+    assert full.levels[3].blocks[0].attn.dilation == 4
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "words"),
+    [
+        (dict(arch="tinny"), ValueError, ["arch", "tinny", "'tiny'", "mini, tiny, small, base"]),
+        (dict(arch="dinat_tiny"), ValueError, ["arch", "'tiny'"]),
+        (dict(arch=3), ValueError, ["arch", "3"]),
+        (dict(out_indices=(0, 4)), ValueError, ["out_indices", "(0, 4)", "0 to 3"]),
+        (dict(out_indices=()), ValueError, ["out_indices"]),
+        (dict(out_indices=(0, 1), out_norms=(7,)), ValueError, ["out_norms", "7"]),
+        (dict(frozen_stages=5), ValueError, ["frozen_stages", "5", "4"]),
+        (dict(drop_path=0.1), TypeError, ["drop_path", "'drop_path_rate'"]),
+    ],
+)
+def test_wrong_arguments(kwargs, error, words):
+    with pytest.raises(error) as raised:
+        build(**kwargs)
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_config_for():
+    assert config_for("nat_tiny") == dict(type="densezoo.NAT", arch="tiny")
+    assert config_for("dinat_s_large_384", drop_path_rate=0.3) == dict(
+        type="densezoo.DiNAT_s", arch="large_384", drop_path_rate=0.3
+    )
+    config_for("nat_tiny")["arch"] = "mini"
+    assert config_for("nat_tiny")["arch"] == "tiny"
+    with pytest.raises(ValueError, match="nat_tinny.*did you mean 'nat_tiny'"):
+        config_for("nat_tinny")
+
+
+@pytest.mark.parametrize("library", ["mmengine", "mmdet", "mmseg", "mmpretrain"])
+def test_every_library_finds_the_scope(library):
+    models = importlib.import_module(f"{library}.registry").MODELS
+    assert models.get("densezoo.DiNAT_s") is openmmlab.DiNAT_s
+    with pytest.raises(KeyError, match="densezoo.NAAT"):
+        models.build(dict(type="densezoo.NAAT"))
+
+
+def test_importing_twice_is_harmless():
+    model, before = build(), set(MODELS.module_dict)
+    again = importlib.reload(openmmlab)
+    assert again.MODELS is MODELS and set(MODELS.module_dict) == before
+    mmengine.utils.import_modules_from_strings(["densezoo.openmmlab"])
+    assert load_published(build(), model.state_dict()).matched == len(model.state_dict())
+
+
+def run_python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_import_is_lean():
+    done = run_python(
+        "import sys, densezoo.openmmlab\nprint(sorted({'mmdet', 'mmseg', 'mmpretrain', 'mmcv.ops'} & set(sys.modules)))"
+    )
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_missing_mmengine_says_what_to_install():
+    done = run_python("import sys\nsys.modules['mmengine'] = None\nimport densezoo.openmmlab")
+    assert "pip install 'densezoo[openmmlab]'" in done.stderr.splitlines()[-1]
+
+
+def test_pretrained_loads_strictly(tmp_path):
+    weights = timm.create_model("nat_base", **STAGED).state_dict()
+    torch.save({"model": weights}, path := tmp_path / "nat.pth")
+    model = build(init_cfg=ConfigDict(type="Pretrained", checkpoint=str(path), prefix="backbone."))
+    assert not torch.equal(model.levels[0].blocks[0].attn.rpb, weights["levels.0.blocks.0.attn.rpb"])
+    model.init_weights()
+    for name, value in model.state_dict().items():
+        assert name.startswith("norm") or torch.equal(value, weights[name])
+    weights.pop("levels.0.blocks.0.attn.rpb")
+    torch.save({"model": weights}, path)
+    with pytest.raises(ValueError, match="nat.pth.*levels.0.blocks.0.attn.rpb"):
+        build(init_cfg=dict(type="Pretrained", checkpoint=str(path))).init_weights()
+    with pytest.raises(FileNotFoundError, match="nat.pht.*nat.pth"):
+        build(init_cfg=dict(type="Pretrained", checkpoint=str(tmp_path / "nat.pht"))).init_weights()
+    with pytest.raises(ValueError, match="source"):
+        build(init_cfg=dict(type="Pretrained")).init_weights()
+
+
+def test_initialisation_is_the_familys_own_and_happens_once(tmp_path):
+    model = build()
+    before = copy.deepcopy(model.state_dict())
+    model.init_weights()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    torch.save(timm.create_model("nat_base", **STAGED).state_dict(), path := tmp_path / "nat.pth")
+    constant = dict(type="Constant", layer="LayerNorm", val=3.0)
+    model = build(init_cfg=[dict(type="Pretrained", checkpoint=str(path)), constant])
+    model.init_weights()
+    assert (model.norm0.weight == 3).all() and (model.patch_embed.norm.weight == 1).all()
+    model.norm0.weight.data.fill_(5)
+    model.init_weights()
+    assert (model.norm0.weight == 5).all()
+
+
+def test_optimizer_groups():
+    init_default_scope("mmengine")
+    model = torch.nn.ModuleDict(dict(backbone=build()))
+    config = dict(
+        optimizer=dict(type="AdamW", lr=1.0, weight_decay=0.5),
+        paramwise_cfg=dict(norm_decay_mult=0.0, custom_keys={"rpb": dict(decay_mult=0.0)}),
+    )
+    optimizer = build_optim_wrapper(model, config).optimizer
+    decayed = {p for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert (parameter in decayed) != ("norm" in name or "rpb" in name), name
+
+
+def test_layer_wise_learning_rates():
+    init_default_scope("mmpretrain")
+    model = classifier()
+    config = dict(
+        optimizer=dict(type="AdamW", lr=1.0, weight_decay=0.5),
+        constructor="LearningRateDecayOptimWrapperConstructor",
+        paramwise_cfg=dict(layer_decay_rate=0.5),
+    )
+    groups = build_optim_wrapper(model, config).optimizer.param_groups
+    rates = {group["param_name"]: group["lr"] for group in groups}
+    assert rates.keys() == dict(model.named_parameters()).keys()
+    assert rates["head.fc.weight"] == 1
+    # stem, five blocks and the head
+    assert rates["backbone.patch_embed.norm.weight"] == 0.5**6
+    assert rates["backbone.levels.0.blocks.0.attn.rpb"] == rates["backbone.levels.0.downsample.norm.weight"] == 0.5**5
+    assert rates["backbone.levels.1.blocks.1.attn.rpb"] == 0.5**3
+    assert rates["backbone.levels.3.blocks.0.attn.rpb"] == rates["backbone.norm3.weight"] == 0.5
+
+
+def classifier() -> torch.nn.Module:
+    config = dict(
+        type="ImageClassifier",
+        backbone=config_for("nat_tiny", **STAGED, out_indices=(3,)),
+        neck=dict(type="GlobalAveragePooling"),
+        head=dict(type="LinearClsHead", num_classes=5, in_channels=128, loss=dict(type="CrossEntropyLoss")),
+    )
+    return mmengine.MODELS.build(dict(_scope_="mmpretrain", **config))
+
+
+def assert_trains(model: torch.nn.Module, losses: dict) -> None:
+    """Assert that the losses are finite and reach every parameter that is to be trained."""
+    total, _ = model.parse_losses(losses)
+    assert total.isfinite()
+    total.backward()
+    missed = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    assert not missed
+
+
+def test_image_classifier():
+    from mmpretrain.structures import DataSample
+
+    init_default_scope("mmpretrain")
+    model = classifier()
+    samples = [DataSample().set_gt_label(i) for i in (1, 4)]
+    assert_trains(model, model.loss(images(2), samples))
+    assert [sample.pred_score.shape for sample in model.predict(images(2), samples)] == [(5,), (5,)]
+
+
+def test_timm_classifier(tmp_path):
+    from mmpretrain.structures import DataSample
+
+    init_default_scope("mmpretrain")
+    loss = dict(type="LabelSmoothLoss", label_smooth_val=0.1, num_classes=5)
+    config = dict(type="TimmClassifier", model_name="dinat_s_tiny", num_classes=5, loss=loss, **STAGED)
+    model = mmengine.MODELS.build(dict(_scope_="mmpretrain", **config))
+    samples = [DataSample().set_gt_label(i) for i in (1, 4)]
+    assert_trains(model, model.loss(images(2), samples))
+    assert [sample.pred_score.shape for sample in model.predict(images(2), samples)] == [(5,), (5,)]
+    # Its checkpoints are the model's own.
+    torch.save({"state_dict": model.state_dict()}, path := tmp_path / "epoch_1.pth")
+    other = timm.create_model("dinat_s_tiny", num_classes=5, **STAGED)
+    assert load_published(other, path).matched == len(other.state_dict())
+    assert load_published(model, path).matched == len(other.state_dict())
+
+
+def shrunk(name: str, kind: str, **kwargs) -> ConfigDict:
+    """Return a base config of a whole model, narrow, with a small backbone."""
+    model = Config.fromfile(CONFIGS / name).model
+    model.backbone = config_for(TYPES[kind][0], **STAGED, **kwargs)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["NAT", "DiNAT_s"])
+def test_mask_rcnn(kind, tmp_path):
+    from mmdet.testing import demo_mm_inputs
+
+    init_default_scope("mmdet")
+    weights = timm.create_model(TYPES[kind][0], **STAGED).state_dict()
+    torch.save(weights, path := tmp_path / "published.pth")
+    config = shrunk("mask-rcnn_fpn.py", kind, frozen_stages=1, init_cfg=dict(type="Pretrained", checkpoint=str(path)))
+    config.neck.update(in_channels=[16, 32, 64, 128], out_channels=16)
+    config.rpn_head.update(in_channels=16, feat_channels=16)
+    for extractor in (config.roi_head.bbox_roi_extractor, config.roi_head.mask_roi_extractor):
+        extractor.out_channels = 16
+    config.roi_head.bbox_head.update(in_channels=16, fc_out_channels=16, num_classes=3)
+    config.roi_head.mask_head.update(num_convs=1, in_channels=16, conv_out_channels=16, num_classes=3)
+    config.test_cfg.rcnn.update(score_thr=0.0, max_per_img=5)
+    model = mmengine.MODELS.build(config)
+    model.init_weights()
+    name = "levels.2.blocks.0.attn.rpb" if kind == "NAT" else "layers.2.blocks.0.attn.rpb"
+    assert torch.equal(model.backbone.state_dict()[name], weights[name])
+    model.train()
+    data = demo_mm_inputs(2, [[3, 64, 96], [3, 80, 64]], num_classes=3, with_mask=True)
+    data = model.data_preprocessor(data, training=True)
+    assert_trains(model, model.loss(data["inputs"], data["data_samples"]))
+    assert all(p.grad is None for p in model.backbone.patch_embed.parameters())
+    model.eval()
+    with torch.no_grad():
+        results = model.predict(data["inputs"], data["data_samples"])
+    assert [result.pred_instances.masks.shape[1:] for result in results] == [(64, 96), (80, 64)]
+
+
+@pytest.mark.parametrize("kind", ["NAT", "DiNAT_s"])
+def test_upernet(kind):
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    init_default_scope("mmseg")
+    config = shrunk("upernet.py", kind, drop_path_rate=0.2)
+    config.decode_head.update(in_channels=[16, 32, 64, 128], channels=16, num_classes=4, norm_cfg=dict(type="BN"))
+    config.auxiliary_head.update(in_channels=64, channels=16, num_classes=4, norm_cfg=dict(type="BN"))
+    model = mmengine.MODELS.build(config)
+    model.init_weights()
+    meta = dict(img_shape=(64, 96), ori_shape=(64, 96), pad_shape=(64, 96), padding_size=[0, 0, 0, 0])
+    samples = [SegDataSample(metainfo=meta, gt_sem_seg=PixelData(data=torch.randint(4, (1, 64, 96)))) for _ in range(2)]
+    assert_trains(model, model.train().loss(images(2), samples))
+    with torch.no_grad():
+        results = model.eval().predict(images(2), samples)
+    assert [result.pred_sem_seg.shape for result in results] == [(64, 96)] * 2
+
+
+def test_whole_models_are_refused_by_name():
+    init_default_scope("mmpretrain")
+    with pytest.raises(ValueError, match="ImageClassifier.*backbone"):
+        load_published(classifier(), {"x": torch.ones(1)})
