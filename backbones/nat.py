@@ -10,7 +10,7 @@ from itertools import cycle, islice
 
 import torch
 import torch.nn.functional as F
-from densezoo.backbones.staged import Blocks, StagedBackbone, init_weights, pad_map
+from densezoo.backbones.staged import Blocks, StagedBackbone, crop_map, init_weights, pad_map
 from densezoo.ops import na2d
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp
@@ -47,7 +47,7 @@ class NeighborhoodAttention(nn.Module):
         # Views into one tensor: the operator takes any strides.
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
         x = na2d(q, k, v, self.kernel_size, dilation=self.dilation, rpb=self.rpb)
-        return self.proj(x[:, :height, :width].flatten(3))
+        return self.proj(crop_map(x.flatten(3), height, width))
 
 
 class Block(nn.Module):

@@ -20,6 +20,17 @@ def pad_map(x: Tensor, height: int | torch.SymInt, width: int | torch.SymInt) ->
     return x
 
 
+def crop_map(x: Tensor, height: int | torch.SymInt, width: int | torch.SymInt) -> Tensor:
+    """Cut a map (B, H, W, C) to its first `height` rows and `width` columns: a view, or a copy in an exported graph.
+
+    Export asks of a view whether it is contiguous, and the answer would fix the exported sizes.
+    """
+    if torch.compiler.is_exporting():
+        rows, columns = (torch.arange(size, device=x.device) for size in (height, width))
+        return x.index_select(1, rows).index_select(2, columns)
+    return x[:, :height, :width]
+
+
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Zero-pad a map (B, H, W, C) at the bottom and right until both sides divide by `multiple`."""
     height, width = ((size + multiple - 1) // multiple * multiple for size in x.shape[1:3])
