@@ -12,7 +12,7 @@ with the tensor cores and masks what lies outside of each query's window. The sc
 - `_backward_key`: a program owns one key tile of one image, and visits the chunks of queries that can see it.
 
 Positions outside of the map or the group are clamped to its last member and masked, so that loads need no bounds.
-Addresses are 64-bit. Scores are kept in base 2, scaled by log2(e).
+Scores are kept in base 2, scaled by log2(e).
 """
 
 from typing import NamedTuple
@@ -82,9 +82,11 @@ def _bias(
 
 
 @triton.jit
-def _rows(rank_h, rank_w, group_h, group_w, stride_h, stride_w, D_H: tl.constexpr, D_W: tl.constexpr):
-    """Offsets of positions given by their ranks."""
-    return (group_h + rank_h * D_H).to(tl.int64) * stride_h + (group_w + rank_w * D_W) * stride_w
+def _rows(
+    rank_h, rank_w, group_h, group_w, stride_h, stride_w, D_H: tl.constexpr, D_W: tl.constexpr, INDEX: tl.constexpr
+):
+    """Offsets within an image of positions given by their ranks."""
+    return (group_h + rank_h * D_H).to(INDEX) * stride_h + (group_w + rank_w * D_W).to(INDEX) * stride_w
 
 
 @triton.jit
@@ -93,7 +95,7 @@ def _forward(
     K_H: tl.constexpr, K_W: tl.constexpr, S_H: tl.constexpr, S_W: tl.constexpr, D_H: tl.constexpr, D_W: tl.constexpr,
     C_H: tl.constexpr, C_W: tl.constexpr, HAS_RPB: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNKS: tl.constexpr,
-    BATCH: tl.constexpr, PRECISION: tl.constexpr,
+    BATCH: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % heads
     tile = tl.program_id(0) // heads
@@ -124,11 +126,13 @@ def _forward(
             K_H, K_W, S_H, S_W, C_H, C_W, HAS_RPB, bias_dtype,
         )  # fmt: skip
 
-    q_rows = _rows(rank_h, rank_w, group_h, group_w, stride_h, stride_w, D_H, D_W)
+    q_rows = _rows(rank_h, rank_w, group_h, group_w, stride_h, stride_w, D_H, D_W, INDEX)
+    token = _rows(rank_h, rank_w, group_h, group_w, width, 1, D_H, D_W, INDEX)
+    o_rows = (token * heads * DIM)[:, None] + d[None, :]
     first_image = tl.program_id(1).to(tl.int64) * BATCH
     for image in range(first_image, tl.minimum(first_image + BATCH, batch)):
         origin = image * stride_b + head * stride_n
-        q_tile = tl.load(q + origin + q_rows[:, None] + d[None, :], mask=d_inside[None, :], other=0.0)
+        q_tile = tl.load(q + origin + (q_rows[:, None] + d[None, :]), mask=d_inside[None, :], other=0.0)
         q_tile = (q_tile * (scale * 1.4426950408889634)).to(dtype)
         top = tl.full((TILE_H * TILE_W,), float("-inf"), tl.float32)
         total = tl.zeros((TILE_H * TILE_W,), tl.float32)
@@ -137,11 +141,11 @@ def _forward(
             key_h = base_h + c * ROWS + n // COLS
             k_rows = _rows(
                 tl.minimum(key_h, length_h - 1), tl.minimum(key_w, length_w - 1),
-                group_h, group_w, stride_h, stride_w, D_H, D_W,
+                group_h, group_w, stride_h, stride_w, D_H, D_W, INDEX,
             )  # fmt: skip
-            k_rows = origin + k_rows[:, None] + d[None, :]
-            k_tile = tl.load(k + k_rows, mask=d_inside[None, :], other=0.0)
-            v_tile = tl.load(v + k_rows, mask=d_inside[None, :], other=0.0)
+            k_rows = k_rows[:, None] + d[None, :]
+            k_tile = tl.load(k + origin + k_rows, mask=d_inside[None, :], other=0.0)
+            v_tile = tl.load(v + origin + k_rows, mask=d_inside[None, :], other=0.0)
             if CHUNKS > 1:
                 bias = _bias(
                     rpb, rank_h[:, None], rank_w[:, None], key_h[None, :], key_w[None, :], length_h, length_w,
@@ -156,11 +160,10 @@ def _forward(
             total = total * decay + tl.sum(p, 1)
             acc = acc * decay[:, None] + tl.dot(p.to(dtype), v_tile, input_precision=PRECISION)
             top = new
-        token = (image * height + group_h + rank_h * D_H) * width + group_w + rank_w * D_W
-        o_rows = (token * heads + head) * DIM
         acc /= total[:, None]
-        tl.store(out + o_rows[:, None] + d[None, :], acc.to(dtype), mask=inside[:, None] & d_inside[None, :])
-        tl.store(lse + token * heads + head, top + tl.log2(total), mask=inside)
+        first = image * height * width * heads + head
+        tl.store(out + first * DIM + o_rows, acc.to(dtype), mask=inside[:, None] & d_inside[None, :])
+        tl.store(lse + first + token * heads, top + tl.log2(total), mask=inside)
 
 
 @triton.jit
@@ -170,8 +173,8 @@ def _backward_query(
     K_H: tl.constexpr, K_W: tl.constexpr, S_H: tl.constexpr, S_W: tl.constexpr, D_H: tl.constexpr, D_W: tl.constexpr,
     C_H: tl.constexpr, C_W: tl.constexpr, HAS_RPB: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNKS: tl.constexpr,
-    BATCH: tl.constexpr, PRECISION: tl.constexpr, GRAD_Q: tl.constexpr, GRAD_RPB: tl.constexpr,
-    BINS_H: tl.constexpr, BINS_W: tl.constexpr,
+    BATCH: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    GRAD_Q: tl.constexpr, GRAD_RPB: tl.constexpr, BINS_H: tl.constexpr, BINS_W: tl.constexpr,
 ):  # fmt: skip
     """With GRAD_Q over all chunks; with GRAD_RPB over the one chunk of program axis 2, both only where CHUNKS is 1."""
     head = tl.program_id(0) % heads
@@ -207,32 +210,33 @@ def _backward_query(
         )  # fmt: skip
         bias = tl.where(inside[:, None], bias, float("-inf")).to(bias_dtype)
 
-    q_rows = _rows(rank_h, rank_w, group_h, group_w, stride_h, stride_w, D_H, D_W)
+    q_rows = _rows(rank_h, rank_w, group_h, group_w, stride_h, stride_w, D_H, D_W, INDEX)
+    token = _rows(rank_h, rank_w, group_h, group_w, width, 1, D_H, D_W, INDEX)
+    o_rows = (token * heads * DIM)[:, None] + d[None, :]
     first_image = tl.program_id(1).to(tl.int64) * BATCH
     for image in range(first_image, tl.minimum(first_image + BATCH, batch)):
         origin = image * stride_b + head * stride_n
-        token = (image * height + group_h + rank_h * D_H) * width + group_w + rank_w * D_W
-        o_rows = ((token * heads + head) * DIM)[:, None] + d[None, :]
-        q_tile = tl.load(q + origin + q_rows[:, None] + d[None, :], mask=d_inside[None, :], other=0.0)
+        first = image * height * width * heads + head
+        q_tile = tl.load(q + origin + (q_rows[:, None] + d[None, :]), mask=d_inside[None, :], other=0.0)
         q_tile = (q_tile * (scale * 1.4426950408889634)).to(dtype)
-        do_tile = tl.load(grad_out + o_rows, mask=d_inside[None, :], other=0.0)
-        norm = tl.load(lse + token * heads + head)
+        do_tile = tl.load(grad_out + first * DIM + o_rows, mask=d_inside[None, :], other=0.0)
+        norm = tl.load(lse + first + token * heads)
         if GRAD_Q:
-            o_tile = tl.load(out + o_rows, mask=d_inside[None, :], other=0.0)
+            o_tile = tl.load(out + first * DIM + o_rows, mask=d_inside[None, :], other=0.0)
             row_delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
-            tl.store(delta + token * heads + head, row_delta, mask=inside)
+            tl.store(delta + first + token * heads, row_delta, mask=inside)
             acc = tl.zeros((TILE_H * TILE_W, BLOCK_DIM), tl.float32)
         else:
-            row_delta = tl.load(delta + token * heads + head)
+            row_delta = tl.load(delta + first + token * heads)
         for c in range(CHUNKS if GRAD_Q else 1):
             key_h = base_h + (c + chunk) * ROWS + n // COLS
             k_rows = _rows(
                 tl.minimum(key_h, length_h - 1), tl.minimum(key_w, length_w - 1),
-                group_h, group_w, stride_h, stride_w, D_H, D_W,
+                group_h, group_w, stride_h, stride_w, D_H, D_W, INDEX,
             )  # fmt: skip
-            k_rows = origin + k_rows[:, None] + d[None, :]
-            k_tile = tl.load(k + k_rows, mask=d_inside[None, :], other=0.0)
-            v_tile = tl.load(v + k_rows, mask=d_inside[None, :], other=0.0)
+            k_rows = k_rows[:, None] + d[None, :]
+            k_tile = tl.load(k + origin + k_rows, mask=d_inside[None, :], other=0.0)
+            v_tile = tl.load(v + origin + k_rows, mask=d_inside[None, :], other=0.0)
             if not GRAD_RPB:
                 bias = _bias(
                     rpb, rank_h[:, None], rank_w[:, None], key_h[None, :], key_w[None, :], length_h, length_w,
@@ -248,7 +252,7 @@ def _backward_query(
                 acc += tl.dot(ds.to(dtype), k_tile, input_precision=PRECISION)
         if GRAD_Q:
             acc *= scale
-            tl.store(grad_q + o_rows, acc.to(dtype), mask=inside[:, None] & d_inside[None, :])
+            tl.store(grad_q + first * DIM + o_rows, acc.to(dtype), mask=inside[:, None] & d_inside[None, :])
 
     if GRAD_RPB:
         # Fold along the diagonals: bin (a, b) of a query is its key at rank query + (a, b) - (kernel - 1).
@@ -268,7 +272,8 @@ def _backward_key(
     stride_b, stride_h, stride_w, stride_n,
     K_H: tl.constexpr, K_W: tl.constexpr, S_H: tl.constexpr, S_W: tl.constexpr, D_H: tl.constexpr, D_W: tl.constexpr,
     C_H: tl.constexpr, C_W: tl.constexpr, HAS_RPB: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    TILE_H: tl.constexpr, TILE_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    PRECISION: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % heads
     tile = tl.program_id(0) // heads
@@ -280,6 +285,7 @@ def _backward_key(
 
     image = tl.program_id(1).to(tl.int64)
     origin = image * stride_b + head * stride_n
+    first = image * height * width * heads + head
     m = tl.arange(0, TILE_H * TILE_W)
     inside = (first_h + m // TILE_W < length_h) & (first_w + m % TILE_W < length_w)
     key_h = tl.minimum(first_h + m // TILE_W, length_h - 1)
@@ -292,11 +298,11 @@ def _backward_key(
 
     dtype = q.dtype.element_ty
     rpb += head * (2 * K_H - 1) * (2 * K_W - 1)
-    k_rows = _rows(key_h, key_w, group_h, group_w, stride_h, stride_w, D_H, D_W)
-    k_rows = origin + k_rows[:, None] + d[None, :]
-    k_tile = tl.load(k + k_rows, mask=d_inside[None, :], other=0.0)
+    k_rows = _rows(key_h, key_w, group_h, group_w, stride_h, stride_w, D_H, D_W, INDEX)
+    k_rows = k_rows[:, None] + d[None, :]
+    k_tile = tl.load(k + origin + k_rows, mask=d_inside[None, :], other=0.0)
     k_tile = (k_tile * (scale * 1.4426950408889634)).to(dtype)
-    v_tile = tl.load(v + k_rows, mask=d_inside[None, :], other=0.0)
+    v_tile = tl.load(v + origin + k_rows, mask=d_inside[None, :], other=0.0)
     acc_k = tl.zeros((TILE_H * TILE_W, BLOCK_DIM), tl.float32)
     acc_v = tl.zeros((TILE_H * TILE_W, BLOCK_DIM), tl.float32)
 
@@ -307,13 +313,13 @@ def _backward_key(
         exists = (rank_h < length_h) & (rank_w < length_w)
         rank_h = tl.minimum(rank_h, length_h - 1)
         rank_w = tl.minimum(rank_w, length_w - 1)
-        q_rows = _rows(rank_h, rank_w, group_h, group_w, stride_h, stride_w, D_H, D_W)
-        q_tile = tl.load(q + origin + q_rows[:, None] + d[None, :], mask=d_inside[None, :], other=0.0)
-        token = (image * height + group_h + rank_h * D_H) * width + group_w + rank_w * D_W
-        o_rows = ((token * heads + head) * DIM)[:, None] + d[None, :]
-        do_tile = tl.load(grad_out + o_rows, mask=d_inside[None, :], other=0.0)
-        norm = tl.load(lse + token * heads + head)
-        row_delta = tl.load(delta + token * heads + head)
+        q_rows = _rows(rank_h, rank_w, group_h, group_w, stride_h, stride_w, D_H, D_W, INDEX)
+        q_tile = tl.load(q + origin + (q_rows[:, None] + d[None, :]), mask=d_inside[None, :], other=0.0)
+        token = _rows(rank_h, rank_w, group_h, group_w, width, 1, D_H, D_W, INDEX)
+        o_rows = (token * heads * DIM)[:, None] + d[None, :]
+        do_tile = tl.load(grad_out + first * DIM + o_rows, mask=d_inside[None, :], other=0.0)
+        norm = tl.load(lse + first + token * heads)
+        row_delta = tl.load(delta + first + token * heads)
         bias = _bias(
             rpb, rank_h[None, :], rank_w[None, :], key_h[:, None], key_w[:, None], length_h, length_w,
             K_H, K_W, S_H, S_W, C_H, C_W, HAS_RPB, tl.float32,
@@ -325,11 +331,11 @@ def _backward_key(
         ds = p * (dp - row_delta[None, :])
         acc_k += tl.dot(ds.to(dtype), q_tile, input_precision=PRECISION)
 
-    token = (image * height + group_h + key_h * D_H) * width + group_w + key_w * D_W
-    g_rows = ((token * heads + head) * DIM)[:, None] + d[None, :]
+    token = _rows(key_h, key_w, group_h, group_w, width, 1, D_H, D_W, INDEX)
+    g_rows = (token * heads * DIM)[:, None] + d[None, :]
     acc_k *= scale
-    tl.store(grad_k + g_rows, acc_k.to(dtype), mask=inside[:, None] & d_inside[None, :])
-    tl.store(grad_v + g_rows, acc_v.to(dtype), mask=inside[:, None] & d_inside[None, :])
+    tl.store(grad_k + first * DIM + g_rows, acc_k.to(dtype), mask=inside[:, None] & d_inside[None, :])
+    tl.store(grad_v + first * DIM + g_rows, acc_v.to(dtype), mask=inside[:, None] & d_inside[None, :])
 
 
 class _Launch(NamedTuple):
@@ -359,6 +365,11 @@ def _strided(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor,
     return query.contiguous(), key.contiguous(), value.contiguous()
 
 
+def _extent(query: Tensor) -> int:
+    """Return the largest offset within an image."""
+    return sum((size - 1) * stride for size, stride in zip(query.shape[1:], query.stride()[1:], strict=True))
+
+
 class _Problem:
     """Arguments that the kernels share, and the grid of a launch."""
 
@@ -375,6 +386,8 @@ class _Problem:
             "DIM": self.dim,
             "BLOCK_DIM": max(16, triton.next_power_of_2(self.dim)),
             "PRECISION": "tf32" if tf32 else "ieee",
+            # 32-bit offsets within an image halve the registers of addresses; images themselves are 64 bits apart.
+            "INDEX": tl.int32 if max(_extent(query), query.shape[1:].numel()) < 2**31 else tl.int64,
         }
 
     def tiling(self, launch: _Launch) -> tuple[int, dict]:
