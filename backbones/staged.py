@@ -1,6 +1,7 @@
 """What timm expects of a backbone, written once for every family that is a stem and stages."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -58,19 +59,31 @@ class StagedBackbone(nn.Module):
     """
 
     output_fmt = "NHWC"
-    # Last parts of the names of the parameters that no recipe decays, beside norms and biases.
+    # Parts of the names of the parameters that no recipe decays, beside norms and biases.
     position_tables = ("rpb",)
 
-    def build_head(self, num_classes: int, global_pool: str, drop_rate: float, out_norms: Sequence[int]) -> None:
-        """Build what follows the stages: the output norms, or the final norm, pooling and classifier."""
+    def build_head(
+        self,
+        num_classes: int,
+        global_pool: str,
+        drop_rate: float,
+        out_norms: Sequence[int],
+        norm_eps: float = 1e-5,
+        pool_first: bool = False,
+    ) -> None:
+        """Build what follows the stages: the output norms, or the final norm, pooling and classifier.
+
+        With `pool_first` the final norm comes after the pooling: features are raw, and `forward_head` applies it.
+        """
         self.num_stages = len(self.feature_info)
         if not set(out_norms) <= set(range(self.num_stages)):
             raise ValueError(f"out_norms: got {out_norms!r}, expected stage indices from 0 to {self.num_stages - 1}")
         self.out_norms = tuple(sorted(set(out_norms)))
         for i in self.out_norms:
-            self.add_module(f"norm{i}", nn.LayerNorm(self.feature_info[i]["num_chs"]))
+            self.add_module(f"norm{i}", nn.LayerNorm(self.feature_info[i]["num_chs"], eps=norm_eps))
         self.num_features = self.feature_info[-1]["num_chs"]
-        self.norm = nn.Identity() if out_norms else nn.LayerNorm(self.num_features)
+        self.norm = nn.Identity() if out_norms else nn.LayerNorm(self.num_features, eps=norm_eps)
+        self.pool_first = pool_first
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
         self.reset_classifier(0 if out_norms else num_classes, global_pool)
@@ -86,7 +99,8 @@ class StagedBackbone(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Return the names of the position tables."""
-        return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in self.position_tables}
+        tables = set(self.position_tables)
+        return {name for name, _ in self.named_parameters() if tables & set(name.split("."))}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -102,9 +116,17 @@ class StagedBackbone(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier (0 classes: none) and, where given, the pooling ('' returns the map (B, H, W, C))."""
-        self.num_classes = num_classes
+        """Replace the classifier (0 classes: none) and, where given, the pooling ('' returns the map (B, H, W, C)).
+
+        Raises:
+            ValueError: `global_pool` changes the width, and the final norm comes after it.
+        """
         pool = self.global_pool.pool_type if global_pool is None else global_pool
+        if self.pool_first and pool == "catavgmax":
+            raise ValueError(
+                "global_pool: got 'catavgmax', expected a pooling that keeps the width, for the norm after it"
+            )
+        self.num_classes = num_classes
         self.global_pool, self.head_drop, self.head = create_classifier(
             self.num_features, num_classes, pool_type=pool, input_fmt=self.output_fmt, drop_rate=self.drop_rate
         )
@@ -159,7 +181,7 @@ class StagedBackbone(nn.Module):
         """Apply what norm the model has for the output of stage `i`."""
         if i in self.out_norms:
             return self.get_submodule(f"norm{i}")(x)
-        return self.norm(x) if final_norm and i == self.num_stages - 1 else x
+        return self.norm(x) if final_norm and not self.pool_first and i == self.num_stages - 1 else x
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -181,7 +203,7 @@ class StagedBackbone(nn.Module):
         return wanted
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Take images (B, in_chans, H, W) to the last stage's normed map (B, H', W', C)."""
+        """Take images (B, in_chans, H, W) to the last stage's map (B, H', W', C), normed except with `pool_first`."""
         x = self.patch_embed(x)
         for i in range(self.num_stages):
             x = self.forward_stage(i, x)
@@ -189,7 +211,10 @@ class StagedBackbone(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool a map (B, H', W', C) and classify it."""
-        x = self.head_drop(self.global_pool(x))
+        x = self.global_pool(x)
+        if self.pool_first:
+            x = self.norm(x)
+        x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -203,3 +228,13 @@ def init_weights(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def rename_keys(state_dict: Mapping[str, Tensor], rules: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return `state_dict` with every key rewritten by the regular expressions of `rules`, one after another."""
+    renamed = {}
+    for name, value in state_dict.items():
+        for pattern, replacement in rules.items():
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = value
+    return renamed
