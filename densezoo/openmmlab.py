@@ -12,7 +12,7 @@ import difflib
 import inspect
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 try:
     import mmcv  # noqa: F401
@@ -65,7 +65,7 @@ class _Backbone:
 
     Args:
         arch: The variant's name without the family's, such as `tiny`, or the architecture's arguments in a dict.
-        out_indices: The stages whose outputs are returned; all by default. Stages after the last one are not built.
+        out_indices: The stages whose outputs are returned; all by default. Stages after the last one are left out.
         out_norms: The stages that have a norm on their output, as published detectors and segmentors have; all returned
             ones by default, () for raw outputs.
         frozen_stages: Freeze nothing (-1), the stem (0), or the stem and the first n stages (n): they get no gradients
@@ -80,8 +80,11 @@ class _Backbone:
         TypeError: The family has no such argument.
     """
 
-    def __init_subclass__(cls, prefix: str):
-        """Register the type, whose variants are those of the family's module that start with `prefix`."""
+    def __init_subclass__(cls, prefix: str | None = None):
+        """Register a type whose variants are those of the family's module that start with `prefix`."""
+        # A subclass of such a type keeps its variants, and is registered by whoever wrote it.
+        if prefix is None:
+            return
         cls._family = cls.__bases__[1]
         cls._prefix = prefix
         variants = sys.modules[cls._family.__module__].VARIANTS
@@ -189,7 +192,7 @@ class _Backbone:
         return layer, heads + 1
 
 
-def _nearest(name: str, valid: Sequence[str]) -> str:
+def _nearest(name: str, valid: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
     return (f"did you mean {near[0]!r}? " if near else "") + f"Valid: {', '.join(valid)}"
 
