@@ -355,7 +355,7 @@ LAUNCH = {
     "backward_key": _Launch((2, 8), 64, 1, 1, 2),
 }
 # Enough programs to fill the GPU come before many images a program.
-PROGRAMS = 4096
+PROGRAMS = 1024
 
 
 def _strided(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
