@@ -1,0 +1,19 @@
+"""The precision that references compute in: float32 for 16-bit inputs, under autocast too."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return 16-bit tensors as float32, others as they are."""
+    return tuple(t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors)
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager:
+    """Return a context in which autocast leaves products on the device of `tensor` in their inputs' dtype."""
+    device = tensor.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
