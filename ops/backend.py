@@ -9,7 +9,16 @@ import torch
 BACKENDS = ("auto", "triton", "reference")
 
 _log = logging.getLogger("densezoo")
-_has_triton = importlib.util.find_spec("triton") is not None
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # an import hook forbids it
+        return False
+
+
+_has_triton = _is_installed("triton")
 _interprets = os.environ.get("TRITON_INTERPRET") == "1"
 _logged: set[str] = set()
 
