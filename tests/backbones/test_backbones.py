@@ -1,0 +1,385 @@
+"""timm's model contract, for every variant that densezoo registers: a new family joins through `densezoo.backbones`."""
+
+import functools
+import inspect
+import math
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from densezoo.backbones import VARIANTS
+from timm.layers import DropPath
+from timm.optim import param_groups_layer_decay
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+
+@functools.cache
+def architecture(name: str) -> dict:
+    """Return every constructor keyword of a variant, and its class under `cls`."""
+    with torch.device("meta"):
+        cls = type(timm.create_model(name))
+    defaults = {k: p.default for k, p in inspect.signature(cls).parameters.items()}
+    return defaults | VARIANTS[name].VARIANTS[name] | dict(cls=cls)
+
+
+def shrunk(name: str, blocks: int = 2, levels: int | None = 2) -> dict:
+    """Return keywords that shrink a variant but keep its design: fewer blocks a level, levels (None: all) and heads."""
+    arch = architecture(name)
+    small = {}
+    if "depth" in arch:
+        small["depth"] = blocks
+    else:
+        all_levels = len(arch["depths"])
+        small |= {k: v[:levels] for k, v in arch.items() if isinstance(v, tuple) and len(v) == all_levels}
+        small["depths"] = tuple(min(depth, blocks) for depth in small["depths"])
+    heads = arch["num_heads"]
+    divisor = heads if isinstance(heads, int) else math.gcd(*heads)
+    for key in {"embed_dim", "embed_dims", "num_heads"} & arch.keys():
+        value = small.get(key, arch[key])
+        small[key] = value // divisor if isinstance(value, int) else tuple(v // divisor for v in value)
+    return small
+
+
+def build(name: str, blocks: int = 2, levels: int | None = 2, **kwargs) -> nn.Module:
+    """Build a shrunk variant; parameters of the same place in two models are the same."""
+    model = timm.create_model(name, **(dict(num_classes=10) | shrunk(name, blocks, levels) | kwargs))
+    torch.manual_seed(0)
+    for parameter in model.parameters():  # layer scales of 1e-5 and zero biases would hide mistakes
+        nn.init.normal_(parameter, std=0.2 if parameter.dim() > 1 else 0.5)
+    return model
+
+
+def image(*size: int, batch: int = 2, channels: int = 3) -> torch.Tensor:
+    return torch.randn(batch, channels, *(size or (64, 96)), generator=torch.Generator().manual_seed(1))
+
+
+def nchw(model: nn.Module, features: torch.Tensor) -> torch.Tensor:
+    return features.permute(0, 3, 1, 2) if model.output_fmt == "NHWC" else features
+
+
+def first_of_each(key) -> pytest.MarkDecorator:
+    """Parametrise over every variant, all but the first of those with the same key marked slow."""
+    seen, params = set(), []
+    for name in VARIANTS:
+        params.append(pytest.param(name, marks=[pytest.mark.slow] if key(name) in seen else []))
+        seen.add(key(name))
+    return pytest.mark.parametrize("name", params)
+
+
+every_variant = pytest.mark.parametrize("name", VARIANTS)
+every_design = first_of_each(lambda name: str(architecture(name) | shrunk(name)))
+every_class = first_of_each(lambda name: architecture(name)["cls"])
+
+
+def test_import_registers_beside_timm():
+    script = """if True:
+        import sys, time, warnings
+        import timm
+        from timm.models import _registry as registry
+        before = dict(registry._model_entrypoints)
+        warnings.simplefilter("error")
+        start = time.process_time()
+        import densezoo
+        took = time.process_time() - start
+        for name in densezoo.backbones.VARIANTS:
+            assert name not in before and timm.is_model(name), name
+        assert before.items() <= registry._model_entrypoints.items()
+        roots = {name.split(".")[0] for name in sys.modules}
+        assert not roots & {"mmengine", "mmcv", "mmdet", "mmseg", "mmpretrain"}, roots
+        assert not [name for name in sys.modules if name.startswith("densezoo") and name.endswith(".kernels")]
+        assert took < 0.5, took
+    """
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@every_variant
+def test_default_cfg(name):
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+        cfg, size = model.default_cfg, model.default_cfg["input_size"]
+        assert cfg["url"].startswith("https://") and cfg["license"] and cfg["architecture"] == name
+        assert cfg["crop_pct"] == (1.0 if size[-1] == 384 else 0.875) and cfg["interpolation"] == "bicubic"
+        assert (cfg["mean"], cfg["std"]) == (timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD)
+        state = model.state_dict()
+        assert state[cfg["first_conv"] + ".weight"].shape[1] == 3
+        assert state[cfg["classifier"] + ".weight"].shape == (cfg["num_classes"], model.num_features)
+        assert model.num_classes == cfg["num_classes"] and model.get_classifier().out_features == model.num_classes
+        small = timm.create_model(name, **shrunk(name, 1, None))
+        assert nchw(small, small.forward_features(torch.empty(1, *size))).shape[2:] == cfg["pool_size"]
+        features = model.forward_features(torch.empty(1, 3, 32, 32))
+        assert model.forward_head(features).shape == (1, cfg["num_classes"])
+        assert model.forward_head(features, pre_logits=True).shape == (1, model.head_hidden_size)
+
+
+@every_design
+def test_features_only(name):
+    with torch.device("meta"):
+        model = timm.create_model(name, features_only=True, **shrunk(name, 1, None)).eval()
+        info = model.feature_info
+        for height, width in [(32, 32), (33, 70), (224, 96)]:
+            outputs = model(torch.empty(2, 3, height, width))
+            shapes = [
+                (2, c, math.ceil(height / r), math.ceil(width / r))
+                for c, r in zip(info.channels(), info.reduction(), strict=True)
+            ]
+            assert [tuple(out.shape) for out in outputs] == shapes
+    model = build(name, features_only=True).eval()
+    last = len(model.feature_info.channels()) - 1
+    with torch.no_grad():
+        some = build(name, features_only=True, out_indices=(last,)).eval()(image(33, 70))
+        torch.testing.assert_close(some[0], model(image(33, 70))[last], rtol=0, atol=0)
+
+
+@every_design
+def test_backward_reaches_every_parameter(name):
+    model = build(name, levels=None)
+    for size in [(32, 32), (65, 96)]:
+        model.zero_grad()
+        logits = model(image(*size))
+        assert logits.shape == (2, 10) and logits.isfinite().all()
+        logits.square().mean().backward()
+        for key, parameter in model.named_parameters():
+            assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), key
+
+
+@every_design
+def test_dense_layout(name):
+    stages = len(build(name).feature_info)
+    model = build(name, out_norms=tuple(range(stages)))
+    plain = {k for k in build(name).state_dict() if not k.startswith(("norm.", "head."))}
+    norms = {f"norm{i}.{part}" for i in range(stages) for part in ("weight", "bias")}
+    assert set(model.state_dict()) == plain | norms and model.num_classes == 0
+
+    features = build(name, out_norms=tuple(range(stages)), features_only=True)
+    sum(out.square().mean() for out in features(image())).backward()
+    assert all(p.grad is not None for p in features.parameters())
+    with torch.no_grad():
+        raw = model.forward_intermediates(image(), intermediates_only=True)
+        for i, (out, got) in enumerate(zip(raw, features(image()), strict=True)):
+            torch.testing.assert_close(got, out, rtol=0, atol=0)
+            assert not torch.equal(out, build(name).forward_intermediates(image(), intermediates_only=True)[i])
+    pruned = build(name, out_norms=tuple(range(stages)), features_only=True, out_indices=(stages - 1,))
+    assert {k.split(".")[1] for k in pruned.state_dict() if k.startswith("model.norm")} == {f"norm{stages - 1}"}
+    with pytest.raises(ValueError, match="out_norms"):
+        build(name, out_norms=(stages,))
+
+
+@every_design
+@torch.no_grad()
+def test_forward_intermediates(name):
+    model, x = build(name).eval(), image()
+    features = model.forward_features(x)
+    final, every = model.forward_intermediates(x)
+    stages = len(model.feature_info)
+    assert torch.equal(final, features) and len(every) == stages
+    assert all(out.is_contiguous() for out in every)
+
+    for indices, expected in [(1, every[-1:]), ([-1], every[-1:]), ([0], every[:1]), (stages, every)]:
+        for stop_early in (False, True):
+            got = model.forward_intermediates(x, indices=indices, stop_early=stop_early, intermediates_only=True)
+            assert len(got) == len(expected) and all(map(torch.equal, got, expected))
+
+    *_, normed = model.forward_intermediates(x, norm=True, intermediates_only=True)
+    assert torch.equal(normed, nchw(model, features)) and not torch.equal(normed, every[-1])
+    channels_last = model.forward_intermediates(x, output_fmt="NHWC", intermediates_only=True)
+    assert all(map(torch.equal, channels_last, [out.permute(0, 2, 3, 1) for out in every]))
+    with pytest.raises(ValueError, match="output_fmt"):
+        model.forward_intermediates(x, output_fmt="NLC")
+
+    as_dict = model.forward_intermediates(x, output_dict=True)
+    assert torch.equal(as_dict["image_features"], final) and len(as_dict["image_intermediates"]) == stages
+    as_dict = model.forward_intermediates(x, output_dict=True, intermediates_only=True)
+    assert as_dict.keys() == {"image_intermediates"}
+
+
+@every_design
+@torch.no_grad()
+def test_prune_intermediate_layers(name):
+    x = image()
+    _, every = build(name).eval().forward_intermediates(x)
+    for last in range(len(every)):
+        model = build(name).eval()
+        assert model.prune_intermediate_layers([last], prune_norm=True) == [last]
+        assert torch.equal(model.forward_intermediates(x)[1][last], every[last])
+        assert nchw(model, model.forward_features(x)).shape[1] == model.num_features == every[last].shape[1]
+        assert isinstance(model.get_classifier(), nn.Identity)
+    kept = build(name).eval()
+    kept.prune_intermediate_layers(1, prune_norm=False, prune_head=False)
+    assert torch.equal(kept(x), build(name).eval()(x))
+
+
+@every_design
+@torch.no_grad()
+def test_classifier_and_pooling(name):
+    model, x = build(name).eval().double(), image().double()
+    features = model.forward_features(x)
+    pooled = nchw(model, features).mean((2, 3))
+    torch.testing.assert_close(model(x), model.head(pooled))
+    model.reset_classifier(0)
+    torch.testing.assert_close(model(x), pooled)
+    assert model.num_classes == 0
+    model.reset_classifier(0, "")
+    assert torch.equal(model(x), features)
+    model.reset_classifier(5, "max")
+    assert torch.equal(model(x), model.head(nchw(model, features).amax((2, 3)))) and model.num_classes == 5
+    assert model.head.weight.dtype == torch.float64 and not model.head.training
+    model.reset_classifier(5, "catavgmax")
+    assert model(x).shape == (2, 5) and model.head_hidden_size == 2 * model.num_features
+
+    torch.testing.assert_close(build(name, num_classes=0).eval().double()(x), pooled)
+    assert torch.equal(build(name, num_classes=0, global_pool="").eval().double()(x), features)
+
+
+@every_design
+@torch.no_grad()
+def test_input_layouts(name):
+    model, x = build(name).eval(), image(48, 80)
+    expected = model(x)
+    strided = torch.stack([x, x], dim=-1)[..., 0]
+    assert not strided.is_contiguous()
+    for other in (strided, x.contiguous(memory_format=torch.channels_last)):
+        torch.testing.assert_close(model(other), expected, rtol=1e-4, atol=1e-4)
+    assert build(name, in_chans=1).eval()(image(channels=1)).shape == (2, 10)
+
+
+@every_design
+def test_drop_path(name):
+    model = build(name, drop_path_rate=0.3, drop_rate=0.5)
+    rates = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
+    assert rates == sorted(rates) and rates[-1] == pytest.approx(0.3)
+    with torch.no_grad():
+        assert not torch.equal(model(image()), model(image()))
+        assert torch.equal(model.eval()(image()), build(name).eval()(image()))
+
+
+@every_design
+def test_grad_checkpointing(name):
+    gradients = []
+    for enable in (False, True):
+        model = build(name, drop_path_rate=0.2)
+        model.set_grad_checkpointing(enable)
+        assert model.grad_checkpointing is enable
+        torch.manual_seed(2)
+        model(image()).square().mean().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters()})
+    for key, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], expected)
+
+
+@every_variant
+def test_layer_decay_groups(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    no_decay = model.no_weight_decay()
+    parameters = dict(model.named_parameters())
+    assert no_decay <= parameters.keys()
+
+    groups = param_groups_layer_decay(model, no_weight_decay_list=no_decay, layer_decay=0.8)
+    listed = [id(p) for group in groups for p in group["params"]]
+    assert len(listed) == len(set(listed)) == len(parameters)
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert all(decay[id(p)] == 0 for n, p in parameters.items() if n in no_decay or p.dim() == 1)
+    scales = [scale[id(p)] for p in parameters.values()]
+    assert scales == sorted(scales) and scales[-1] == 1 and scales[0] == min(scales)
+    blocks = sum(architecture(name)["depths"]) if "depths" in architecture(name) else architecture(name)["depth"]
+    assert len(set(scales)) >= blocks + 2  # the stem, the blocks, the head
+
+    coarse = timm.models.group_parameters(model, model.group_matcher(coarse=True))
+    assert sorted(n for names in coarse.values() for n in names) == sorted(parameters)
+
+
+@every_design
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(name, dtype):
+    model = build(name)
+    with torch.autocast("cpu", dtype=dtype):
+        logits = model(image())
+    assert logits.dtype == dtype and logits.isfinite().all()
+    logits.float().square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@every_design
+@torch.no_grad()
+def test_pretrained_file(name, tmp_path):
+    source = build(name).eval()
+    file = tmp_path / "published.pth"
+    torch.save({"model": source.state_dict()}, file)
+
+    def load(**kwargs):
+        overlay = dict(file=str(file), url="", num_classes=10)
+        return timm.create_model(
+            name, pretrained=True, pretrained_cfg_overlay=overlay, **(shrunk(name) | dict(num_classes=10) | kwargs)
+        ).eval()
+
+    assert torch.equal(load()(image()), source(image()))
+    adapted = load(in_chans=1, num_classes=3)
+    assert adapted(image(channels=1)).shape == (2, 3)
+    # A one-channel stem holds the sum over the colours.
+    grey = source.forward_features(image(channels=1).repeat(1, 3, 1, 1))
+    torch.testing.assert_close(adapted.forward_features(image(channels=1)), grey, rtol=1e-3, atol=1e-3)
+    features = load(features_only=True)(image())
+    assert all(map(torch.equal, features, source.forward_intermediates(image(), intermediates_only=True)))
+
+    state = source.state_dict()
+    state.popitem()
+    torch.save(state, file)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        load()
+
+
+@every_class
+def test_compile(name):
+    model = build(name, blocks=1).eval()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for batch in (2, 3, 5):
+        x = image(40, 64, batch=batch)
+        torch._dynamo.mark_dynamic(x, 0)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 1
+
+    model.train()
+    x = image(40, 64)
+    compiled(x).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@every_class
+@torch.no_grad()
+def test_export_with_free_height_and_width(name):
+    model = build(name, blocks=1, features_only=True).eval()
+    free = torch.export.Dim.DYNAMIC
+    program = torch.export.export(model, (image(96, 128),), dynamic_shapes=({2: free, 3: free},)).module()
+    for size in [(96, 128), (67, 224), (33, 48)]:
+        torch.testing.assert_close(program(image(*size)), model(image(*size)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@every_class
+def test_gpu_matches_cpu(name):
+    model, x = build(name), image(65, 96)
+    gradients = []
+    for device in ("cpu", "cuda"):
+        model.to(device).zero_grad()
+        logits = model(x.to(device))
+        logits.square().mean().backward()
+        gradients.append([logits.detach().cpu()] + [p.grad.cpu() for p in model.parameters()])
+    for expected, got in zip(*gradients, strict=True):
+        assert (got - expected).norm() <= 1e-3 * expected.norm() + 1e-6
+
+
+@pytest.mark.gpu
+@every_class
+def test_gpu_compile_and_autocast(name):
+    model, x = build(name).cuda(), image(65, 96).cuda()
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-2, atol=1e-2)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cuda", dtype=dtype):
+            logits = model(x)
+        assert logits.isfinite().all()

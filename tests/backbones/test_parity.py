@@ -1,0 +1,72 @@
+"""The golden records of the published implementations, at relative error 1e-5 in float32."""
+
+from pathlib import Path
+
+import parity
+import pytest
+import timm
+import torch
+from densezoo.backbones import VARIANTS
+from densezoo.backbones.nat import NeighborhoodAttention
+
+GOLDENS = Path(parity.__file__).parent / "goldens"
+LIMIT = 1e-5
+
+# The dilations of the dense records are those of the papers' ADE20K models.
+DINAT_ADE20K = [[1, 16], [1, 4, 1, 8], [1, 2, 1, 3, 1, 4], [1, 2]]
+DINAT_S_ADE20K = [[1, 16], [1, 8], [1, 2, 1, 3, 1, 4], [1, 2]]
+NORMS = (0, 1, 2, 3)
+
+# Record, timm name, constructor keywords.
+RECORDS = [
+    ("nat_mini", "nat_mini", {}),
+    ("nat_tiny", "nat_tiny", {}),
+    ("nat_mini_dense", "nat_mini", dict(out_norms=NORMS)),
+    ("nat_tiny_dense", "nat_tiny", dict(out_norms=NORMS)),
+    ("dinat_mini", "dinat_mini", {}),
+    ("dinat_tiny", "dinat_tiny", {}),
+    ("dinat_mini_dense", "dinat_mini", dict(out_norms=NORMS, dilations=DINAT_ADE20K)),
+    ("dinat_tiny_dense", "dinat_tiny", dict(out_norms=NORMS, dilations=DINAT_ADE20K)),
+    ("dinat_s_tiny", "dinat_s_tiny", {}),
+    ("dinat_s_tiny_dense", "dinat_s_tiny", dict(out_norms=NORMS, dilations=DINAT_S_ADE20K)),
+]
+
+
+@pytest.mark.parametrize("record, name, kwargs", RECORDS, ids=[r[0] for r in RECORDS])
+@torch.no_grad()
+def test_published_outputs(record, name, kwargs):
+    golden = parity.load(GOLDENS / f"{record}.json")
+    with torch.device("meta"):
+        model = timm.create_model(name, **kwargs).eval()
+    state = VARIANTS[name].checkpoint_filter_fn(parity.state_dict_from(golden), model)
+    assert {k: tuple(v.shape) for k, v in state.items()} == {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+    outputs = {}
+    for key, shape in golden["inputs"].items():
+        final, features = model.forward_intermediates(parity.fixed_input(key, tuple(shape)))
+        prefix = key.removeprefix("image").removeprefix("_")
+        outputs |= {f"{prefix}_features{i}".removeprefix("_"): f for i, f in enumerate(features)}
+        if key == "image" and model.num_classes:
+            outputs["logits"] = model.forward_head(final)
+    assert outputs.keys() == golden["outputs"].keys()
+    errors = {key: parity.compare(expected, outputs[key]) for key, expected in golden["outputs"].items()}
+    assert max(errors.values()) < LIMIT, errors
+
+    # In float64 only the record's own rounding is left, a third of what a wrong norm epsilon shows.
+    image = parity.fixed_input("image", tuple(golden["inputs"]["image"])).double()
+    (first,) = model.double().forward_intermediates(image, indices=[0], stop_early=True, intermediates_only=True)
+    assert parity.compare(golden["outputs"]["features0"], first) < 1e-6
+
+
+@torch.no_grad()
+def test_neighborhood_attention():
+    golden = parity.load(GOLDENS / "natten2d_attention.json")
+    state = parity.state_dict_from(golden)
+    for module in sorted({key.split(".")[0] for key in state}):
+        kernel_size, dilation = map(int, module.removeprefix("k").split("d"))
+        attention = NeighborhoodAttention(64, 2, kernel_size, dilation)
+        attention.load_state_dict({k.split(".", 1)[1]: v for k, v in state.items() if k.startswith(module + ".")})
+        for key, shape in golden["inputs"].items():
+            out = attention(parity.fixed_input(key, tuple(shape)))
+            assert parity.compare(golden["outputs"][f"{module}_{key}"], out) < LIMIT, (module, key)
