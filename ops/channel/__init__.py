@@ -1,0 +1,43 @@
+"""Channel attention: the channels of a group attend to each other, over all positions of a map."""
+
+from densezoo.ops.channel.reference import channel_attention_reference
+from torch import Tensor
+
+__all__ = ["channel_attention"]
+
+
+def channel_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None) -> Tensor:
+    """Mix the channels of each group at every position, by weights that all positions determine together.
+
+    Grouped channel attention (DaViT, arXiv 2204.03645): per head (a group of `dim` channels) the weights are the
+    softmax over the last axis of the (dim, dim) matrix scale * query^T key, summed over the positions, and
+    out[i] = sum_j weights[i, j] * value[j] at each position.
+
+    The roles are the caller's order: the published DaViT gives the projections called k, v and q as query, key and
+    value, with `dim ** -0.5`; Florence-2 (arXiv 2311.06242) gives q, k and v, with (number of positions) ** -0.5.
+
+    Args:
+        query: (B, H, W, heads, dim), or with any other number of position axes, float16, bfloat16, float32 or float64,
+            any strides.
+        key: As `query`.
+        value: As `query`.
+        scale: Multiplies query^T key; dim ** -0.5 by default.
+
+    Returns:
+        Of `query`'s shape and dtype. Sums and softmax run in float32 for 16-bit inputs.
+
+    Raises:
+        ValueError: An argument's shape, dtype or device is wrong; the message names it.
+    """
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if t.dim() < 4 or t.shape != query.shape:
+            raise ValueError(
+                f"{name}: got shape {tuple(t.shape)}, expected (B, positions..., heads, dim), the same for query, key "
+                "and value"
+            )
+        if not t.is_floating_point() or t.dtype != query.dtype or t.device != query.device:
+            raise ValueError(
+                f"{name}: got {t.dtype} on {t.device}, expected one floating dtype and one device for query, key and "
+                f"value (query: {query.dtype} on {query.device})"
+            )
+    return channel_attention_reference(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
