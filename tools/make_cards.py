@@ -1,0 +1,145 @@
+"""Write the model cards and README.md's table of models from model_cards/facts/*.yaml and from what the code tells.
+
+    python tools/make_cards.py            write what is out of date
+    python tools/make_cards.py --check    write nothing; name what is out of date and exit with 1
+
+A family joins with a facts file named as its module in backbones/.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Collection
+from os.path import commonprefix
+from pathlib import Path
+from urllib.parse import urljoin
+
+import jinja2
+import timm
+import torch
+import yaml
+
+from densezoo.openmmlab import config_for
+
+ROOT = Path(__file__).resolve().parents[1]
+CARDS = ROOT / "model_cards"
+MARKERS = ("<!-- models -->", "<!-- /models -->")
+STATUSES = ("published", "converted", "reproduced")
+# Key in the facts -> name, Hugging Face's metric, Hugging Face's task; the first that a result has names its task.
+METRICS = {
+    "top1": ("top-1", "accuracy", "image-classification"),
+    "box_ap": ("box AP", "box AP", "object-detection"),
+    "pq": ("PQ", "PQ", "panoptic-segmentation"),
+    "mask_ap": ("mask AP", "mask AP", "instance-segmentation"),
+    "miou": ("mIoU", "mIoU", "semantic-segmentation"),
+    "miou_ms": ("multi-scale mIoU", "mIoU", "semantic-segmentation"),
+}
+FAMILY_KEYS = ("source", "license", "weights_base", "papers", "models")
+MODEL_KEYS = ("paper", "note", "weights", "results")
+RESULT_KEYS = ("dataset", "method", "size", "params", "flops", "config", "weights", "status", *METRICS)
+
+
+def load_facts(path: Path) -> dict:
+    """Return a family's facts: addresses of weights in full, every result with method, status, weights, metrics.
+
+    Raises:
+        ValueError: A key or a status is not one of those known; names file and place.
+    """
+    facts = yaml.safe_load(path.read_text())
+    check_known(facts, FAMILY_KEYS, path.name)
+    for name, model in facts["models"].items():
+        check_known(model, MODEL_KEYS, f"{path.name}: {name}")
+        for result in model["results"]:
+            check_known(result, RESULT_KEYS, f"{path.name}: {name}: results")
+            result.setdefault("method", "classifier")
+            check_known([result.setdefault("status", "published")], STATUSES, f"{path.name}: {name}: status")
+            result["weights"] = urljoin(facts.get("weights_base", ""), result.get("weights", model["weights"]))
+            result["metrics"] = [(*METRICS[key], result[key]) for key in METRICS if key in result]
+        model["weights"] = urljoin(facts.get("weights_base", ""), model["weights"])
+    return facts
+
+
+def check_known(found: Collection[str], known: Collection[str], place: str) -> None:
+    """Raise ValueError if something found is not known."""
+    if unknown := sorted(set(found) - set(known)):
+        raise ValueError(f"{place}: got {unknown[0]!r}, expected one of: {', '.join(known)}")
+
+
+def parity_of(name: str, models: Collection[str]) -> str:
+    """Say if tests/goldens has a record of the published implementation of `name`, or of another of its family."""
+    stems = " ".join(path.stem for path in (ROOT / "tests" / "goldens").glob("*.json"))
+    recorded = [m for m in models if re.search(rf"(?<!\S){m}(_official|_timm)?(_dense)?(?!\S)", stems)]
+    if name in recorded:
+        return "golden record"
+    nearest = max(recorded, key=lambda m: len(commonprefix([m, name])), default=None)
+    return f"same code as {nearest}" if nearest else "no record"
+
+
+def describe(name: str, facts: dict) -> dict:
+    """Return what the templates say of a model."""
+    model = facts["models"][name]
+    with torch.device("meta"):
+        built = timm.create_model(name)
+    statuses = {result["status"] for result in model["results"]}
+    return facts | model | dict(
+        name=name,
+        paper=facts["papers"][model["paper"]],
+        note=model.get("note"),
+        config=config_for(name),
+        millions=f"{sum(p.numel() for p in built.parameters()) / 1e6:.2f}",
+        features=[(info["num_chs"], info["reduction"]) for info in built.feature_info],
+        parity=parity_of(name, facts["models"]),
+        state=", ".join(status for status in STATUSES if status in statuses) or "none published",
+    )  # fmt: skip
+
+
+def generate() -> tuple[dict[Path, str], str]:
+    """Return the text of every card, by path, and README.md's table."""
+    loader = jinja2.FileSystemLoader(ROOT / "tools")
+    templates = jinja2.Environment(loader=loader, trim_blocks=True, keep_trailing_newline=True)
+    models = []
+    for path in sorted((CARDS / "facts").glob("*.yaml")):
+        facts = load_facts(path)
+        models += [describe(name, facts) for name in facts["models"]]
+    card = templates.get_template("card.md.j2")
+    cards = {CARDS / f"{model['name']}.md": card.render(model) for model in models}
+    return cards, templates.get_template("models.md.j2").render(models=models)
+
+
+def put_table(text: str, table: str) -> str:
+    """Return `text` with `table` between the markers; raise ValueError if they are not there once each, in order."""
+    found = re.fullmatch(f"(.*{MARKERS[0]}\n).*({MARKERS[1]}.*)", text, re.DOTALL)
+    if not found or any(text.count(marker) != 1 for marker in MARKERS):
+        raise ValueError(f"README.md: expected the lines {MARKERS[0]} and {MARKERS[1]} once each, in this order")
+    return found[1] + table + found[2]
+
+
+def main() -> int:
+    """Run the command; return its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; name what is out of date")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    try:
+        texts, table = generate()
+        texts[readme] = put_table(readme.read_text(), table)
+    except (ValueError, OSError) as error:
+        print(f"make_cards: {error}", file=sys.stderr)
+        return 2
+    stale = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
+    orphans = [path for path in CARDS.glob("*.md") if path not in texts]
+    for path in stale + orphans:
+        print(f"{path.relative_to(ROOT)}: {'out of date' if path in stale else 'no model of this name in the facts'}")
+    if args.check:
+        return int(bool(stale or orphans))
+    for path in stale:
+        partial = path.with_suffix(".tmp")
+        partial.write_text(texts[path])
+        partial.replace(path)
+    for path in orphans:
+        path.unlink()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
