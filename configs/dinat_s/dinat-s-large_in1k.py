@@ -5,14 +5,8 @@ _base_ = [
     "../_base_/default_runtime.py",
 ]
 
-# without mixup and cutmix; the head of the ImageNet-22k classes is left out
-model = dict(
-    model_name="dinat_s_large",
-    drop_path_rate=0.35,
-    train_cfg=None,
-    init_cfg=dict(
-        type="Pretrained",
-        checkpoint="https://shi-labs.com/projects/dinat/checkpoints/imagenet22k/dinat_s_large_in22k_224.pth",
-    ),
-)
+# without mixup and cutmix
+model = dict(model_name="dinat_s_large", drop_path_rate=0.35, train_cfg=None)
 train_dataloader = dict(batch_size=64)
+# all but the head, which is for other classes
+load_from = "https://shi-labs.com/projects/dinat/checkpoints/imagenet22k/dinat_s_large_in22k_224.pth"

@@ -54,4 +54,4 @@ val_evaluator = dict(
 )
 test_evaluator = val_evaluator
 
-visualizer = dict(type="DetLocalVisualizer", vis_backends=[dict(type="LocalVisBackend")], name="visualizer")
+visualizer = dict(type="DetLocalVisualizer", vis_backends=[dict(type="LocalVisBackend")])

@@ -10,7 +10,7 @@ optim_wrapper = dict(
 )
 auto_scale_lr = dict(enable=False, base_batch_size=1024)
 
-# timm's cosine counts from the first iteration; the warmup, from 1e-6, lies over its beginning
+# timm's cosine counts from the first iteration; the warmup, from 1e-6, multiplies its beginning
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-3, by_epoch=True, begin=0, end=20, convert_to_iter_based=True),
     dict(type="CosineAnnealingLR", eta_min=5e-6, by_epoch=True, begin=0, end=300, convert_to_iter_based=True),
