@@ -19,8 +19,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 @functools.cache
 def architecture(name: str) -> dict:
     """Return every constructor keyword of a variant, and its class under `cls`."""
-    with torch.device("meta"):
-        cls = type(timm.create_model(name))
+    cls = timm.model_entrypoint(name).__annotations__["return"]
     defaults = {k: p.default for k, p in inspect.signature(cls).parameters.items()}
     return defaults | VARIANTS[name].VARIANTS[name] | dict(cls=cls)
 
