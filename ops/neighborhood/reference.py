@@ -37,7 +37,9 @@ def _tile_axis(
     longest = (size + dilation - 1) // dilation
     tiles = (longest + tile - 1) // tile
     span = tile + kernel_size + stride - 2
-    if not torch.compiler.is_exporting():  # a minimum would fix the exported sizes
+    if torch.compiler.is_exporting():  # asking for one tile or several, or a short span, would fix the exported sizes
+        tiles = torch.sym_max(tiles, 2)
+    else:
         span = min(span, longest)
 
     number = torch.arange(dilation * tiles, device=device)[:, None]
