@@ -95,8 +95,8 @@ def choose_work_dir(first: Path, options: list[str]) -> Path:
     for i in count(1):
         folder = first if i == 1 else first.with_name(f"{first.name}-{i}")
         file = folder / "demo.json"
-        free = not folder.exists() or folder.is_dir() and not any(folder.iterdir())
-        if free:
+        # A run that failed before its first step leaves the settings alone.
+        if not folder.exists() or folder.is_dir() and {path.name for path in folder.iterdir()} <= {file.name}:
             folder.mkdir(parents=True, exist_ok=True)
             file.write_text(settings)
             return folder

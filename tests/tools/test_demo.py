@@ -133,10 +133,13 @@ def test_an_interrupted_drawing_leaves_nothing(draw_digits, tmp_path, monkeypatc
 
 def test_work_dirs_are_resumed_or_numbered(tmp_path, capsys):
     choose, first = tool("demo").choose_work_dir, tmp_path / "demo"
+    assert choose(first, ["a=0"]) == first
     assert choose(first, ["a=1"]) == first
+    (first / "epoch_1.pth").touch()
     assert choose(first, ["a=1"]) == first
     assert choose(first, ["a=2"]) == tmp_path / "demo-2"
     (first / "metrics.json").write_text("{}")
+    (tmp_path / "demo-2/epoch_1.pth").touch()
     assert choose(first, ["a=1"]) == tmp_path / "demo-3"
     assert "finished run, or one of other settings" in capsys.readouterr().out
     (tmp_path / "notes").mkdir()
