@@ -1,5 +1,6 @@
 """What the operators share in reading their arguments and in reshaping."""
 
+import torch
 from torch import Tensor
 
 
@@ -10,8 +11,9 @@ def per_axis(name: str, value, kind: type = int) -> tuple:
         ValueError: `value` is neither, of type `kind`; the message starts with `name`.
     """
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    # A bool is an int to Python, but no size.
-    if len(pair) != 2 or any(not isinstance(v, kind) or (kind is int and isinstance(v, bool)) for v in pair):
+    # A bool is an int to Python, but no size; a free size of an exported graph is one, but no int.
+    kinds = (int, torch.SymInt) if kind is int else kind
+    if len(pair) != 2 or any(not isinstance(v, kinds) or (kind is int and isinstance(v, bool)) for v in pair):
         raise ValueError(f"{name}: got {value!r}, expected {kind.__name__} or (rows, columns) of them")
     return pair
 

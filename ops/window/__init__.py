@@ -60,7 +60,7 @@ def _check(qkv, rel_pos_bias, num_heads, window_size, shift, grid) -> None:
             f"qkv: got {qkv.dtype} of shape {tuple(qkv.shape)}, expected floating (B, H, W, 3 * C) with C a "
             f"multiple of num_heads {num_heads}"
         )
-    if min(window_size) < 1:
+    if any(side < 1 for side in window_size):
         raise ValueError(f"window_size: got {window_size}, expected at least 1 per axis")
     if any(not 0 <= s < w for s, w in zip(shift, window_size, strict=True)):
         raise ValueError(f"shift: got {shift}, expected 0 to window_size - 1 per axis, for window_size {window_size}")
