@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from densezoo.backbones.staged import Blocks, StagedBackbone, crop_map, init_weights, pad_map
 from densezoo.ops import na2d
+from densezoo.ops.backend import is_exporting
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -43,7 +44,8 @@ class NeighborhoodAttention(nn.Module):
         """Return a map of the shape of `x`."""
         height, width = x.shape[1:3]
         span = self.kernel_size * self.dilation
-        x = pad_map(x, torch.sym_max(height, span), torch.sym_max(width, span))
+        at_least = torch.sym_max if is_exporting() else max  # max would fix the exported sizes
+        x = pad_map(x, at_least(height, span), at_least(width, span))
         # Views into one tensor: the operator takes any strides.
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
         x = na2d(q, k, v, self.kernel_size, dilation=self.dilation, rpb=self.rpb)
@@ -268,7 +270,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
 
 def resize_bias(table: Tensor, size: Sequence[int | torch.SymInt]) -> Tensor:
     """Resize a relative position bias table (heads, rows, columns) bicubically; the same tensor where the size fits."""
-    if not torch.compiler.is_exporting() and table.shape[1:] == tuple(size):
+    if not is_exporting() and table.shape[1:] == tuple(size):
         return table
     return F.interpolate(table[None], size=tuple(size), mode="bicubic", align_corners=False)[0]
 

@@ -1,10 +1,12 @@
 """What timm expects of a backbone, written once for every family that is a stem and stages."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
+from densezoo.ops.backend import is_exporting
 from timm.layers import create_classifier
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
@@ -16,7 +18,7 @@ def pad_map(x: Tensor, height: int | torch.SymInt, width: int | torch.SymInt) ->
 
     An exported graph always pads, by nothing where the size fits: a branch would fix the exported sizes.
     """
-    if torch.compiler.is_exporting() or (height, width) != x.shape[1:3]:
+    if is_exporting() or (height, width) != x.shape[1:3]:
         x = F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
     return x
 
@@ -26,7 +28,7 @@ def crop_map(x: Tensor, height: int | torch.SymInt, width: int | torch.SymInt) -
 
     Export asks of a view whether it is contiguous, and the answer would fix the exported sizes.
     """
-    if torch.compiler.is_exporting():
+    if is_exporting():
         rows, columns = (torch.arange(size, device=x.device) for size in (height, width))
         return x.index_select(1, rows).index_select(2, columns)
     return x[:, :height, :width]
@@ -36,6 +38,33 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Zero-pad a map (B, H, W, C) at the bottom and right until both sides divide by `multiple`."""
     height, width = ((size + multiple - 1) // multiple * multiple for size in x.shape[1:3])
     return pad_map(x, height, width)
+
+
+def resize_tokens(
+    tokens: Tensor, height: int | torch.SymInt, width: int | torch.SymInt, mode: str = "bicubic"
+) -> Tensor:
+    """Resize a learned table of a square map (1, side * side, C) to (1, height * width, C), row by row.
+
+    The same tensor comes back where the size fits; an exported graph always resizes, which then changes nothing.
+    """
+    side = math.isqrt(tokens.shape[1])
+    if not is_exporting() and (height, width) == (side, side):
+        return tokens
+    table = tokens.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    return F.interpolate(table, size=(height, width), mode=mode, align_corners=False).flatten(2).mT
+
+
+def check_per_stage(depths: Sequence[int], **values: Sequence) -> None:
+    """Raise ValueError for an argument that has not one value per stage, as `depths` has."""
+    for name, value in values.items():
+        if not isinstance(value, Sequence) or len(value) != len(depths):
+            raise ValueError(f"{name}: got {value!r}, expected one value per stage, as depths {depths!r}")
+
+
+def check_out_norms(out_norms: Sequence[int], stages: int) -> None:
+    """Raise ValueError where `out_norms` are not stage indices."""
+    if not isinstance(out_norms, Sequence) or not set(out_norms) <= set(range(stages)):
+        raise ValueError(f"out_norms: got {out_norms!r}, expected stage indices from 0 to {stages - 1}")
 
 
 class Blocks(nn.Sequential):
@@ -76,8 +105,7 @@ class StagedBackbone(nn.Module):
         With `pool_first` the final norm comes after the pooling: features are raw, and `forward_head` applies it.
         """
         self.num_stages = len(self.feature_info)
-        if not set(out_norms) <= set(range(self.num_stages)):
-            raise ValueError(f"out_norms: got {out_norms!r}, expected stage indices from 0 to {self.num_stages - 1}")
+        check_out_norms(out_norms, self.num_stages)
         self.out_norms = tuple(sorted(set(out_norms)))
         for i in self.out_norms:
             self.add_module(f"norm{i}", nn.LayerNorm(self.feature_info[i]["num_chs"], eps=norm_eps))

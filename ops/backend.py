@@ -45,6 +45,11 @@ def get_backend() -> str:
     return _backend
 
 
+def is_exporting() -> bool:
+    """Return whether torch.export is tracing; torch 2.11's own function says so under torch.compile too."""
+    return torch.compiler._is_exporting_flag
+
+
 def takes_triton(op: str, tensor: torch.Tensor, unsupported: str | None) -> bool:
     """Return whether `op` runs its Triton kernels on `tensor`, in the backend in force.
 
@@ -57,7 +62,7 @@ def takes_triton(op: str, tensor: torch.Tensor, unsupported: str | None) -> bool
         RuntimeError: The backend is `triton` and the kernels cannot run; the message says why.
     """
     # An exported graph holds standard operators only, so that it runs where densezoo is not installed.
-    if _backend == "reference" or torch.compiler.is_exporting():
+    if _backend == "reference" or is_exporting():
         return False
     if not _has_triton:
         unsupported = "triton is not installed (pip install triton)"

@@ -1,6 +1,7 @@
 """Neighbourhood attention in plain PyTorch: the CPU path, the export path and what the kernels are tested against."""
 
 import torch
+from densezoo.ops.backend import is_exporting
 from torch import Tensor
 
 
@@ -37,7 +38,7 @@ def _tile_axis(
     longest = (size + dilation - 1) // dilation
     tiles = (longest + tile - 1) // tile
     span = tile + kernel_size + stride - 2
-    if torch.compiler.is_exporting():  # asking for one tile or several, or a short span, would fix the exported sizes
+    if is_exporting():  # asking for one tile or several, or a short span, would fix the exported sizes
         tiles = torch.sym_max(tiles, 2)
     else:
         span = min(span, longest)

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from densezoo.ops.backend import is_exporting
 from densezoo.ops.precision import widen, without_autocast
 from densezoo.ops.shapes import fold
 from torch import Tensor
@@ -55,9 +56,13 @@ def window_attention_reference(
     batch, height, width, channels = qkv.shape
     rows, cols = window_size
     tokens, dim = rows * cols, channels // (3 * num_heads)
-    if torch.compiler.is_exporting():
+    if is_exporting():
         # A size that may be 1 or fit exactly would fix the exported sizes: at least two windows, and always laid out.
-        windows = [(size + 2 * window - 2) // window for size, window in zip((height, width), window_size, strict=True)]
+        # But a window whose own size is free is the map's: one.
+        pairs = zip((height, width), window_size, strict=True)
+        windows = [
+            1 if isinstance(side, torch.SymInt) else torch.sym_max((size + side - 1) // side, 2) for size, side in pairs
+        ]
         laid_out = True
     else:
         windows = [(size + window - 1) // window for size, window in zip((height, width), window_size, strict=True)]

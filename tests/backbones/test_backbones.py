@@ -367,7 +367,8 @@ def test_gpu_matches_cpu(name):
         model.to(device).zero_grad()
         logits = model(x.to(device))
         logits.square().mean().backward()
-        gradients.append([logits.detach().cpu()] + [p.grad.cpu() for p in model.parameters()])
+        # Clones: moving the model moves its gradients in place.
+        gradients.append([logits.detach().cpu()] + [p.grad.cpu().clone() for p in model.parameters()])
     for expected, got in zip(*gradients, strict=True):
         assert (got - expected).norm() <= 1e-3 * expected.norm() + 1e-6
 
