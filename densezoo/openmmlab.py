@@ -27,7 +27,7 @@ from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
 from densezoo import mmcv_ops
-from densezoo.backbones import dinat_s, nat, nat_isotropic
+from densezoo.backbones import agent, dinat_s, flatten, nat, nat_isotropic
 from densezoo.checkpoints import load_published
 
 # Before anything imports mmcv.ops.
@@ -66,8 +66,8 @@ class _Backbone:
     Args:
         arch: The variant's name without the family's, such as `tiny`, or the architecture's arguments in a dict.
         out_indices: The stages whose outputs are returned; all by default. Stages after the last one are left out.
-        out_norms: The stages that have a norm on their output, as published detectors and segmentors have; all returned
-            ones by default, () for raw outputs.
+        out_norms: The stages that have a norm on their output; () for raw outputs. By default all returned ones, none
+            in a family whose published detectors and segmentors have none.
         frozen_stages: Freeze nothing (-1), the stem (0), or the stem and the first n stages (n): they get no gradients
             and stay in eval mode.
         with_cp: Whether to recompute activations in the backward instead of storing them.
@@ -80,15 +80,21 @@ class _Backbone:
         TypeError: The family has no such argument.
     """
 
-    def __init_subclass__(cls, prefix: str | None = None):
-        """Register a type whose variants are those of the family's module that start with `prefix`."""
+    def __init_subclass__(cls, prefix: str | None = None, **defaults):
+        """Register a type whose variants are those of the family's module that start with `prefix`.
+
+        `defaults` are arguments with other defaults than the family's or these, as its published dense models have.
+        """
         # A subclass of such a type keeps its variants, and is registered by whoever wrote it.
         if prefix is None:
             return
         cls._family = cls.__bases__[1]
         cls._prefix = prefix
+        cls._defaults = defaults
         variants = sys.modules[cls._family.__module__].VARIANTS
-        cls.archs = {name.removeprefix(prefix): kwargs for name, kwargs in variants.items() if name.startswith(prefix)}
+        # A name that several prefixes fit belongs to the type that was registered first.
+        names = [name for name in variants if name.startswith(prefix) and name not in _CONFIGS]
+        cls.archs = {name.removeprefix(prefix): variants[name] for name in names}
         for arch in cls.archs:
             _CONFIGS[prefix + arch] = dict(type=f"densezoo.{cls.__name__}", arch=arch)
         MODELS.register_module(module=cls, force=True)
@@ -103,7 +109,9 @@ class _Backbone:
         init_cfg: dict | list[dict] | None = None,
         **kwargs,
     ):
-        kwargs = self._variant(arch) | kwargs
+        defaults = dict(self._defaults)
+        default_norms = defaults.pop("out_norms", None)
+        kwargs = defaults | self._variant(arch) | kwargs
         parameters = inspect.signature(self._family).parameters
         for key in kwargs.keys() - parameters.keys():
             message = f"{type(self).__name__}.__init__() got an unexpected keyword argument {key!r}"
@@ -120,7 +128,9 @@ class _Backbone:
                 f"frozen_stages: got {frozen_stages!r}, expected -1 (nothing), 0 (the stem) or up to {stages} (the "
                 "stem and as many stages)"
             )
-        super().__init__(**kwargs, out_norms=out_indices if out_norms is None else tuple(out_norms))
+        if out_norms is None:
+            out_norms = out_indices if default_norms is None else default_norms
+        super().__init__(**kwargs, out_norms=tuple(out_norms))
         self.init_cfg = copy.deepcopy(init_cfg)
         self.out_indices = tuple(self.prune_intermediate_layers(out_indices, prune_norm=True))
         self.frozen_stages = frozen_stages
@@ -219,3 +229,46 @@ class DiNATIsotropic(_Backbone, nat_isotropic.NATIsotropic, BaseModule, prefix="
 
 class ViTRPB(_Backbone, nat_isotropic.NATIsotropic, BaseModule, prefix="vitrpb_"):
     """ViT with relative position bias (arXiv 2209.15001), one stage at stride 16; arguments as for `_Backbone`."""
+
+
+class AgentDeiT(_Backbone, agent.AgentDeiT, BaseModule, prefix="agent_deit_"):
+    """Agent attention in DeiT (arXiv 2312.08874), one stage at stride 16; arguments as for `_Backbone`."""
+
+
+class AgentPVT(
+    _Backbone,
+    agent.AgentPVT,
+    BaseModule,
+    prefix="agent_pvt_",
+    out_norms=(),
+    agent_sizes=agent.AgentPVT.DENSE_AGENT_SIZES,
+):
+    """Agent attention in PVT (arXiv 2312.08874); arguments as for `_Backbone`."""
+
+
+class AgentSwin(_Backbone, agent.AgentSwin, BaseModule, prefix="agent_swin_"):
+    """Agent attention in Swin (arXiv 2312.08874); arguments as for `_Backbone`."""
+
+
+class AgentCSwin(_Backbone, agent.AgentCSwin, BaseModule, prefix="agent_cswin_"):
+    """Agent attention in CSwin (arXiv 2312.08874); arguments as for `_Backbone`."""
+
+
+class FLattenDeiT(_Backbone, flatten.FLattenDeiT, BaseModule, prefix="flatten_deit_"):
+    """Focused linear attention in DeiT (arXiv 2308.00442), one stage at stride 16; arguments as for `_Backbone`."""
+
+
+class FLattenPVTv2(_Backbone, flatten.FLattenPVTv2, BaseModule, prefix="flatten_pvt_v2_", out_norms=()):
+    """Focused linear attention in PVTv2 (arXiv 2308.00442); arguments as for `_Backbone`."""
+
+
+class FLattenPVT(_Backbone, flatten.FLattenPVT, BaseModule, prefix="flatten_pvt_", out_norms=()):
+    """Focused linear attention in PVT (arXiv 2308.00442); arguments as for `_Backbone`."""
+
+
+class FLattenSwin(_Backbone, flatten.FLattenSwin, BaseModule, prefix="flatten_swin_"):
+    """Focused linear attention in Swin (arXiv 2308.00442); arguments as for `_Backbone`."""
+
+
+class FLattenCSwin(_Backbone, flatten.FLattenCSwin, BaseModule, prefix="flatten_cswin_"):
+    """Focused linear attention in CSwin (arXiv 2308.00442); arguments as for `_Backbone`."""
