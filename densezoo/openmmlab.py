@@ -9,6 +9,8 @@ Importing it again or reloading it is harmless. mmcv's operators need no compile
 
 import copy
 import difflib
+import importlib.metadata
+import importlib.util
 import inspect
 import logging
 import sys
@@ -30,8 +32,29 @@ from densezoo import mmcv_ops
 from densezoo.backbones import dinat_s, nat, nat_isotropic
 from densezoo.checkpoints import load_published
 
-# Before anything imports mmcv.ops.
+
+def _leave_out_language_models() -> None:
+    """Import mmpretrain without its language models where transformers is too new for them.
+
+    They are imported where transformers is 4.28 or newer, fail with 5, and take mmpretrain and mmdet with them.
+    """
+    name = "mmpretrain.utils.dependency"
+    try:
+        too_new = int(importlib.metadata.version("transformers").split(".")[0]) >= 5
+        package = importlib.metadata.distribution("onedl-mmpretrain")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    if too_new and "mmpretrain" not in sys.modules:
+        # The module alone, as it has to be known before the package imports it.
+        spec = importlib.util.spec_from_file_location(name, package.locate_file("mmpretrain/utils/dependency.py"))
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.WITH_MULTIMODAL = False
+
+
+# Before anything imports mmcv.ops or mmpretrain.
 mmcv_ops.install()
+_leave_out_language_models()
 
 
 def _registry(parent: mmengine.Registry) -> mmengine.Registry:

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -234,6 +235,17 @@ def test_import_is_lean_and_says_what_to_install():
     message, loaded = done.stdout.splitlines()
     assert message.endswith("pip install 'densezoo[openmmlab]'")
     assert loaded == "[]", done.stderr
+
+
+def test_a_transformers_too_new_for_mmpretrain(tmp_path):
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers/__init__.py").touch()
+    (tmp_path / "transformers-5.0.0.dist-info").mkdir()
+    (tmp_path / "transformers-5.0.0.dist-info/METADATA").write_text("Name: transformers\nVersion: 5.0.0\n")
+    imports = "import densezoo.openmmlab; from mmpretrain.models import ImageClassifier; import mmdet.models"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", imports], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 def test_pretrained_loads_strictly(tmp_path):
