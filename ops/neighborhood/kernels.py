@@ -468,7 +468,7 @@ def _backward_launch(grad_out, query, key, value, rpb, out, lse, *args) -> tuple
     if rpb is None:
         return grad_q, grad_k, grad_v, partial
     entries = tuple(slice(2 * k - 1) for k in problem.kernel_size)
-    return grad_q, grad_k, grad_v, partial.sum(0)[(slice(None), *entries)].to(rpb.dtype)
+    return grad_q, grad_k, grad_v, partial.sum(0)[(slice(None), *entries)].to(rpb.dtype).contiguous()
 
 
 @torch.library.custom_op("densezoo::na2d", mutates_args=())
@@ -496,7 +496,7 @@ def _na2d_backward(
 
 @_na2d_backward.register_fake
 def _(grad_out, query, key, value, rpb, out, lse, kernel_size, stride, dilation, is_causal, scale):
-    grad_rpb = query.new_empty(0, dtype=torch.float32) if rpb is None else torch.empty_like(rpb)
+    grad_rpb = query.new_empty(0, dtype=torch.float32) if rpb is None else rpb.new_empty(rpb.shape)
     return *(query.new_empty(query.shape) for _ in range(3)), grad_rpb
 
 

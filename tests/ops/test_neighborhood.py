@@ -7,6 +7,7 @@ import pytest
 import torch
 from densezoo.ops import get_backend, na2d, set_backend
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 cuda = torch.cuda.is_available()
 
@@ -181,8 +182,15 @@ def check_operator_contract(device):
         leaves = [t if t is None else t.detach().requires_grad_() for t in tensors]
         import densezoo.ops.neighborhood.kernels  # noqa: F401  (registers the operator)
 
-        args = (*leaves, [3, 3], [1, 1], [1, 2], [False, False], 0.3)
-        torch.library.opcheck(torch.ops.densezoo.na2d, args)
+        options = ([3, 3], [1, 1], [1, 2], [False, False], 0.3)
+        torch.library.opcheck(torch.ops.densezoo.na2d, (*leaves, *options))
+        out, lse = (t.detach() for t in torch.ops.densezoo.na2d(*leaves, *options))
+        args = (torch.ones_like(out), *tensors, out, lse)
+        # opcheck leaves out what the compiler asserts: strides.
+        with FakeTensorMode() as mode:
+            fake = [t if t is None else mode.from_tensor(t) for t in args]
+            expected = [t.stride() for t in torch.ops.densezoo.na2d_backward(*fake, *options)]
+        assert [t.stride() for t in torch.ops.densezoo.na2d_backward(*args, *options)] == expected
 
 
 GPU_SETTINGS = [
