@@ -183,8 +183,9 @@ def main() -> None:
     rows = []
     for name in args.operators or OPERATORS:
         for case in OPERATORS[name](dtype, "cuda"):
-            rows += measure(case, bandwidth, dtype)
-            print(f"{case.name}: done", file=sys.stderr)
+            rows += (new := measure(case, bandwidth, dtype))
+            # Comparing takes minutes: what is known is shown at once.
+            print(*table(new).splitlines()[2:], sep="\n", file=sys.stderr, flush=True)
     machine = (
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {platform.python_version()}, "
         f"densezoo {__version__}, {args.dtype}, copy bandwidth {bandwidth / 1e6:.2f} TB/s"
