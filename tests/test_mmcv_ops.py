@@ -15,7 +15,7 @@ from torch.autograd import gradcheck
 
 pytest.importorskip("mmdet")
 
-from densezoo import mmcv_ops  # isort: skip  (before mmcv.ops)
+from densezoo import mmcv_ops, openmmlab  # noqa: F401  # isort: skip  (before mmcv.ops)
 
 if mmcv_ops.install().__file__ != mmcv_ops.__file__:
     pytest.skip("mmcv's own operators are compiled here", allow_module_level=True)
