@@ -16,6 +16,7 @@ pytest.importorskip("mmengine")
 from tiny import CLASSIFIER, DETECTOR, TOOLS, losses, tool, write_classes, write_config
 
 train = tool("train").main
+on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU takes no part where there is a GPU")
 
 WORKERS = """
 train_dataloader.update(num_workers=2, persistent_workers=True)
@@ -91,9 +92,8 @@ def test_auto_scale_lr(config, capfd):
     assert "learning rate 0.0005 (scaled by 0.5: configured for a batch of 8)" in capfd.readouterr().out
 
 
-def test_amp_on_a_cpu(config, monkeypatch):
-    if torch.cuda.is_available():
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+@on_a_cpu
+def test_amp_on_a_cpu(config):
     path = config("randomness = dict(seed=1)")
     train([path, "--work-dir", "float32"])
     train([path, "--work-dir", "mixed", "--amp"])
@@ -119,6 +119,7 @@ def test_compile(config, monkeypatch):
     assert states[0].keys() == states[1].keys()
 
 
+@on_a_cpu
 @pytest.mark.parametrize("changes", ["", BY_ITERATION], ids=["epochs", "iterations"])
 def test_resume_after_kill(config, tmp_path, changes):
     """A run killed in the middle of its second epoch and resumed has every loss of an unbroken one, bit for bit."""
@@ -324,10 +325,9 @@ def run_processes(path, count, *args):
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
+@on_a_cpu
 def test_two_processes(config):
     """Two CPU processes log the losses of one with their total batch, from the same augmented images."""
-    if torch.cuda.is_available():
-        pytest.skip("is a test of the CPU")
     path = config(NO_DROP_PATH + WORKERS)
     train([path, "--work-dir", "one", "--cfg-options", "train_dataloader.num_workers=0", NOT_PERSISTENT])
     result = run_processes(path, 2, "--work-dir", "two", "--cfg-options", "train_dataloader.batch_size=2")
