@@ -20,9 +20,9 @@ model = dict(
         anchor_generator=dict(scales=[5], ratios=[1.0, 1.8], strides=strides),
     ),
     roi_head=dict(
-        bbox_roi_extractor=dict(out_channels=channels, featmap_strides=strides[:1], roi_layer=dict(sampling_ratio=1)),
+        bbox_roi_extractor=dict(out_channels=channels, featmap_strides=strides[:1]),
         bbox_head=dict(in_channels=channels, fc_out_channels=256, num_classes=10, reg_class_agnostic=True),
-        mask_roi_extractor=dict(out_channels=channels, featmap_strides=strides[:1], roi_layer=dict(sampling_ratio=1)),
+        mask_roi_extractor=dict(out_channels=channels, featmap_strides=strides[:1]),
         mask_head=dict(
             num_convs=2,
             in_channels=channels,
@@ -55,7 +55,7 @@ test_pipeline = [
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
 train_dataloader = dict(
-    batch_size=4,
+    batch_size=8,
     num_workers=0,
     sampler=dict(type="DefaultSampler", shuffle=True),
     dataset=dict(
@@ -88,8 +88,8 @@ val_evaluator = dict(
 )
 test_evaluator = val_evaluator
 
-max_epochs = 8
-train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=max_epochs, val_interval=2)
+max_epochs = 5
+train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=max_epochs, val_interval=1)
 val_cfg = dict()
 test_cfg = dict()
 optim_wrapper = dict(
