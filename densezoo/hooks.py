@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from mmengine import hooks
 from mmengine.dist import all_reduce, get_world_size, is_main_process
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.logging import HistoryBuffer, print_log
+from mmengine.model import BaseAveragedModel
 from mmengine.runner import Runner
 from tqdm import tqdm
 
@@ -40,6 +41,28 @@ class MeanLossHook(Hook):
             means = torch.stack([outputs[name].detach().float() for name in names])
             all_reduce(means, "mean")
             outputs.update(zip(names, means, strict=True))
+
+
+class AverageNamesHook(Hook):
+    """Names the averaged weights of every `EMAHook` as the model names its own, which the `EMAHook` counts on.
+
+    mmpretrain's `TimmClassifier` leaves `model.` out of its tensors' names, but only where it is the outermost module.
+    """
+
+    # after every EMAHook has made its average
+    priority = "LOWEST"
+
+    def before_run(self, runner: Runner) -> None:
+        """Have every average return the names that its model gives."""
+        for hook in runner.hooks:
+            if isinstance(hook, EMAHook):
+                hook.ema_model.register_state_dict_post_hook(_name_as_outermost)
+
+
+def _name_as_outermost(average: BaseAveragedModel, state: dict, prefix: str, metadata: dict) -> None:
+    for name in [name for name in state if name.startswith(f"{prefix}module.")]:
+        del state[name]
+    state.update({f"{prefix}module.{name}": value for name, value in average.module.state_dict().items()})
 
 
 class CheckpointHook(hooks.CheckpointHook):

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from densezoo import checkpoints
-from densezoo.hooks import CheckpointHook, MeanLossHook, ProgressHook, SeedHook
+from densezoo.hooks import AverageNamesHook, CheckpointHook, MeanLossHook, ProgressHook, SeedHook
 from densezoo.seeding import SeededSampler, seed_samples
 
 
@@ -44,7 +44,7 @@ class Runner(mmengine.runner.Runner):
         CheckpointLoader.register_scheme(["", "http://", "https://"], _read_for_mmengine, force=True)
         with self._starting():
             super().__init__(model, work_dir, *args, **kwargs)
-            for hook in (MeanLossHook(), SeedHook(), ProgressHook()):
+            for hook in (MeanLossHook(), SeedHook(), ProgressHook(), AverageNamesHook()):
                 self.register_hook(hook)
 
     def train(self) -> nn.Module:
@@ -175,7 +175,9 @@ class Runner(mmengine.runner.Runner):
             FileNotFoundError: There is no such file.
             ValueError: It is no checkpoint of plain data, or does not fit the model.
         """
-        checkpoint = dict(read_checkpoint(filename))
+        checkpoint = read_checkpoint(filename)
+        if "state_dict" not in checkpoint:
+            checkpoint = {"state_dict": checkpoint}
         # mmengine would run this text as Python.
         checkpoint.get("meta", {}).pop("config", None)
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
