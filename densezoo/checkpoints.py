@@ -119,13 +119,8 @@ def read_state_dict(source: str | Path | Mapping) -> dict[str, Tensor]:
         FileNotFoundError: `source` is not there, or cannot be downloaded.
         ValueError: It is corrupt, holds code, or holds no tensors.
     """
-    if isinstance(source, Mapping):
-        name, content = "the given state dict", source
-    elif isinstance(source, str | Path):
-        name = str(source)
-        content = _read(_download(name) if "://" in name else _existing(name), name)
-    else:
-        raise ValueError(f"source: got {type(source).__name__}, expected a path, a URL or a state dict")
+    name = "the given state dict" if isinstance(source, Mapping) else str(source)
+    content = source if isinstance(source, Mapping) else read_checkpoint(source)
     # Bounded, because a hostile file may nest without end.
     for _ in range(4):
         inner = (content[key] for key in _ENTRIES if isinstance(content.get(key), Mapping) and content[key])
@@ -134,6 +129,52 @@ def read_state_dict(source: str | Path | Mapping) -> dict[str, Tensor]:
     if not state:
         raise ValueError(f"{name}: holds no tensors, so it is no checkpoint; entries: {_some(map(str, content))}")
     return state
+
+
+def read_checkpoint(source: str | Path) -> dict:
+    """Read all that a checkpoint file holds, on the CPU, without running anything in it.
+
+    Args:
+        source: Path or URL, as for `load_published`.
+
+    Raises:
+        FileNotFoundError: `source` is not there, or cannot be downloaded.
+        ValueError: It is corrupt, holds code, or is no dict.
+    """
+    if not isinstance(source, str | Path):
+        raise ValueError(f"source: got {type(source).__name__}, expected a path or a URL")
+    name = str(source)
+    path = _download(name) if "://" in name else _existing(name)
+    if str(path) != name:
+        name = f"{name} (at {path})"
+    with open(path, "rb") as file:
+        is_zip = file.read(4) == b"PK\3\4"
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        if is_zip:
+            # torch.save stores its records as they are; others may unpack to any size.
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(record.file_size for record in archive.infolist())
+            if unpacked > path.stat().st_size:
+                raise ValueError(f"it is compressed and would unpack to {unpacked} bytes; torch.save never compresses")
+        with torch.serialization.safe_globals([(_Ignored, known) for known in _BOOKKEEPING]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    # Damaged files fail in any way.
+    except Exception as error:
+        code = re.search(r"GLOBAL (\S+)|function (\S+)|(TorchScript)", str(error))
+        if code and isinstance(error, pickle.UnpicklingError | RuntimeError):
+            raise ValueError(
+                f"{name}: refused, because it holds code ({next(filter(None, code.groups()))}) and not plain tensors. "
+                "If you trust its source, load it with the code that made it, save model.state_dict() alone, and load "
+                "that"
+            ) from error
+        # torch's own message goes on to advise loading it all the same.
+        reason = str(error).split("WeightsUnpickler error: ")[-1].split("\n")[0] or type(error).__name__
+        raise ValueError(f"{name}: is damaged, incomplete or no checkpoint: {reason}") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{name}: holds a {type(content).__name__}, expected a dict of tensors")
+    return dict(content)
 
 
 def _existing(source: str) -> Path:
@@ -185,39 +226,6 @@ _BOOKKEEPING = (
     "numpy.ndarray",
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
 )
-
-
-def _read(path: Path, name: str) -> Mapping:
-    if str(path) != name:
-        name = f"{name} (at {path})"
-    with open(path, "rb") as file:
-        is_zip = file.read(4) == b"PK\3\4"
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        if is_zip:
-            # torch.save stores its records as they are; others may unpack to any size.
-            with zipfile.ZipFile(path) as archive:
-                unpacked = sum(record.file_size for record in archive.infolist())
-            if unpacked > path.stat().st_size:
-                raise ValueError(f"it is compressed and would unpack to {unpacked} bytes; torch.save never compresses")
-        with torch.serialization.safe_globals([(_Ignored, known) for known in _BOOKKEEPING]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    # Damaged files fail in any way.
-    except Exception as error:
-        code = re.search(r"GLOBAL (\S+)|function (\S+)|(TorchScript)", str(error))
-        if code and isinstance(error, pickle.UnpicklingError | RuntimeError):
-            raise ValueError(
-                f"{name}: refused, because it holds code ({next(filter(None, code.groups()))}) and not plain tensors. "
-                "If you trust its source, load it with the code that made it, save model.state_dict() alone, and load "
-                "that"
-            ) from error
-        # torch's own message goes on to advise loading it all the same.
-        reason = str(error).split("WeightsUnpickler error: ")[-1].split("\n")[0] or type(error).__name__
-        raise ValueError(f"{name}: is damaged, incomplete or no checkpoint: {reason}") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{name}: holds a {type(content).__name__}, expected a dict of tensors")
-    return content
 
 
 def _find_backbone(model: nn.Module) -> tuple[nn.Module, Callable]:

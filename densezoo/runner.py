@@ -21,7 +21,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from densezoo import checkpoints
+from densezoo.checkpoints import read_checkpoint
 from densezoo.hooks import AverageNamesHook, CheckpointHook, MeanLossHook, ProgressHook, SeedHook
 from densezoo.seeding import SeededSampler, seed_samples
 
@@ -212,18 +212,6 @@ class CpuAmpOptimWrapper(OptimWrapper):
         """Run the forward pass under autocast."""
         with super().optim_context(model), torch.autocast("cpu", torch.bfloat16):
             yield
-
-
-def read_checkpoint(source: str | Path) -> dict:
-    """Read all that a checkpoint file or URL holds, on the CPU, without running anything in it.
-
-    Raises:
-        FileNotFoundError: There is no such file; names similar ones.
-        ValueError: It is damaged, or holds more than plain data.
-    """
-    name = str(source)
-    path = checkpoints._download(name) if "://" in name else checkpoints._existing(name)
-    return dict(checkpoints._read(path, name))
 
 
 def load_weights(model: nn.Module, checkpoint: dict, name: str, strict: bool = True) -> str:

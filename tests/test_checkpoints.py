@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import densezoo  # noqa: F401  (registers the backbones)
-from densezoo.checkpoints import LoadReport, load_published, read_state_dict
+from densezoo.checkpoints import LoadReport, load_published, read_checkpoint, read_state_dict
 
 SMALL = dict(embed_dim=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8), kernel_size=3)
 HEAD = ["norm.weight", "norm.bias", "head.weight", "head.bias"]
@@ -139,6 +139,15 @@ def test_reads_the_old_format_and_home_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     torch.save(STATE, tmp_path / "nat.pth", _use_new_zipfile_serialization=False)
     assert_equal(read_state_dict("~/nat.pth"), STATE)
+
+
+def test_a_checkpoint_is_read_with_all_that_it_holds(tmp_path):
+    torch.save(dict(state_dict=STATE, meta=dict(epoch=3), history=np.arange(3)), tmp_path / "run.pth")
+    content = read_checkpoint(tmp_path / "run.pth")
+    assert content.keys() == {"state_dict", "meta", "history"} and content["meta"] == dict(epoch=3)
+    assert_equal(content["state_dict"], STATE)
+    with pytest.raises(ValueError, match="source: got dict, expected a path or a URL"):
+        read_checkpoint(content)
 
 
 def test_classifier_into_a_model_without_one():

@@ -21,7 +21,8 @@ from pycocotools import mask as coco_mask
 from torch import nn
 from tqdm import tqdm
 
-from densezoo.runner import load_weights, read_checkpoint
+from densezoo.checkpoints import read_checkpoint
+from densezoo.runner import load_weights
 
 IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 

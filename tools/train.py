@@ -11,7 +11,8 @@ from _errors import ConfigError
 from mmengine.config import Config
 from torch import cuda, nn
 
-from densezoo.runner import Runner, read_checkpoint
+from densezoo.checkpoints import read_checkpoint
+from densezoo.runner import Runner
 
 NEEDS = ("model", "train_dataloader", "train_cfg", "optim_wrapper")
 
