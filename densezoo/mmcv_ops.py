@@ -2,7 +2,8 @@
 
 mmcv's Python layer takes its operators from a compiled module, `mmcv._ext`. Where that module is missing, or was built
 for another torch and does not load, importing this one puts a replacement in its place, made of torchvision's and
-torch's operators; it must happen before `mmcv.ops` is imported. A compiled module that loads is left alone.
+torch's operators; best before mmdet or mmseg are imported, which warn otherwise. A compiled module that loads is left
+alone.
 
 The functions below carry mmcv's names, arguments and semantics, those of its CUDA kernels, on every device; tensors
 named output, grad_*, ious, dets, ... are written in place. They differ from mmcv's on purpose in these points:
@@ -18,12 +19,15 @@ named output, grad_*, ious, dets, ... are written in place. They differ from mmc
 Every other operator of mmcv raises NotImplementedError when it is called.
 """
 
+import ast
 import functools
 import importlib
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -44,7 +48,7 @@ _operators: dict[str, Callable] = {}
 def install() -> ModuleType:
     """Make `mmcv._ext` importable and return it: mmcv's compiled module where it loads, otherwise the replacement.
 
-    Calling it again changes nothing.
+    Parts of mmdet and mmseg that were imported without their operators get them now. Calling it again changes nothing.
 
     Raises:
         ImportError: mmcv itself does not import.
@@ -66,7 +70,35 @@ def install() -> ModuleType:
     module.__getattr__ = _absent
     vars(module).update(_operators)
     sys.modules["mmcv._ext"] = mmcv._ext = module
+    _repeat_failed_imports()
     return module
+
+
+def _repeat_failed_imports() -> None:
+    """Give the OpenMMLab modules that are here already what they failed to import from mmcv, for their stubs."""
+    modules = [module for name, module in sys.modules.items() if name.startswith(("mmcv.", "mmdet.", "mmseg."))]
+    stubs = {}
+    for module in modules:
+        source = Path(module.__file__).read_bytes() if getattr(module, "__file__", None) else b""
+        guarded = b"except ImportError" in source or b"except ModuleNotFoundError" in source
+        attempts = [node for node in ast.parse(source).body if isinstance(node, ast.Try)] if guarded else []
+        for node in (node for attempt in attempts for node in attempt.body if isinstance(node, ast.ImportFrom)):
+            if not node.level and node.module.split(".")[0] != "mmcv":
+                continue
+            # what this version of mmcv does not have keeps its stub
+            with suppress(ImportError, AttributeError):
+                origin = importlib.import_module("." * node.level + (node.module or ""), module.__package__)
+                for alias in node.names:
+                    name, operator = alias.asname or alias.name, getattr(origin, alias.name)
+                    stub = vars(module).get(name)
+                    if stub is not None and stub is not operator:
+                        stubs[id(stub)] = stub, operator
+                    setattr(module, name, operator)
+    # a stub may have been imported from there
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            if id(value) in stubs:
+                setattr(module, name, stubs[id(value)][1])
 
 
 def _absent(name: str) -> Callable:

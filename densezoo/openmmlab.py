@@ -52,7 +52,7 @@ def _leave_out_language_models() -> None:
         module.WITH_MULTIMODAL = False
 
 
-# Before anything imports mmcv.ops or mmpretrain.
+# Before anything imports mmcv.ops or mmpretrain, where that is possible.
 mmcv_ops.install()
 _leave_out_language_models()
 

@@ -56,7 +56,7 @@ def overlap(a, b, offset=0, mode="iou"):
 
 
 def run_python(code, *args):
-    result = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -116,6 +116,41 @@ def test_extension_that_lacks_its_own_dependency_is_broken(extension):
     extension.write_text("import no_such_module")
     with pytest.warns(UserWarning, match="no_such_module"):
         mmcv_ops.install()
+
+
+def test_openmmlab_may_be_imported_first():
+    """Modules that have put stubs for operators, and those whose import failed, work after the replacement is there."""
+    code = """
+import contextlib, inspect, sys
+import numpy as np
+from mmdet.structures.mask import BitmapMasks
+stubs = sys.modules["mmdet.structures.mask.structures"], "roi_align"
+with contextlib.suppress(ImportError):
+    import mmdet.models
+with contextlib.suppress(ImportError):
+    import mmseg.models
+assert "mmcv.ops" not in sys.modules and "mmdet.models.layers.bbox_nms" in sys.modules
+before = getattr(*stubs)
+import densezoo.mmcv_ops
+assert densezoo.mmcv_ops.install().__file__ == densezoo.mmcv_ops.__file__
+import mmcv.ops, mmdet.models, mmseg.models
+from mmdet.models.layers import bbox_nms
+from mmcv.cnn.bricks import transformer
+assert before is not mmcv.ops.roi_align is getattr(*stubs)
+assert bbox_nms.batched_nms is mmcv.ops.batched_nms
+assert transformer.MultiScaleDeformableAttention is mmcv.ops.MultiScaleDeformableAttention
+stubs = []
+for name, module in list(sys.modules.items()):
+    for key, value in vars(module).items() if name.startswith(("mmdet.", "mmseg.")) else ():
+        if key[0] != "_" and key in vars(mmcv.ops) and (
+            value is None or inspect.isroutine(value) | inspect.isclass(value) and "onedl-" in inspect.getsource(value)
+        ):
+            stubs.append((name, key))
+assert not stubs, stubs
+masks = BitmapMasks(np.ones((1, 8, 8), np.uint8), 8, 8)
+print(masks.crop_and_resize(np.array([[0., 0, 4, 4]]), (2, 2), np.array([0])).masks.sum())
+"""
+    assert run_python(code).splitlines()[-1] == "4"
 
 
 def test_absent_operator_raises_when_called():
