@@ -336,6 +336,53 @@ def test_two_processes(config):
     assert losses(Path("two")) == pytest.approx(losses(Path("one")), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "launcher, theirs",
+    [
+        ("slurm", dict(SLURM_PROCID="1", SLURM_NTASKS="4", SLURM_LOCALID="0", SLURM_NODELIST="node[3-4]")),
+        ("mpi", dict(OMPI_COMM_WORLD_RANK="1", OMPI_COMM_WORLD_SIZE="4", OMPI_COMM_WORLD_LOCAL_RANK="0")),
+    ],
+)
+def test_launchers(config, capsys, monkeypatch, tmp_path, launcher, theirs):
+    """What a launcher says about the processes becomes what torch reads."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    for name in names:
+        # restored afterwards
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    first = next(iter(theirs))
+    assert f"--launcher {launcher}: {first} is not set; start" in fail(capsys, config(), "--launcher", launcher)
+    for name, value in theirs.items():
+        monkeypatch.setenv(name, value)
+    if launcher == "slurm":
+        scontrol = tmp_path / "bin/scontrol"
+        scontrol.parent.mkdir()
+        scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames node[3-4]" ] && echo "node3\nnode4"')
+        scontrol.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
+    else:
+        assert "--launcher mpi: set MASTER_ADDR" in fail(capsys, config(), "--launcher", launcher)
+        monkeypatch.setenv("MASTER_ADDR", "node3")
+    from _common import set_environment
+
+    set_environment(launcher, None)
+    assert [os.environ[name] for name in names] == ["1", "4", "0", "node3", "29500"]
+
+
+def test_slurm_script(monkeypatch, tmp_path):
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"')
+    srun.chmod(0o755)
+    script = ["bash", TOOLS / "slurm_train.sh"]
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "python", "GPUS": "16"}
+    done = subprocess.run([*script, "gpu", "nat", "a b.py", "--amp"], env=env, capture_output=True, text=True)
+    words = done.stdout.splitlines()
+    assert words[words.index("--ntasks") + 1] == "16" and words[words.index("--gres") + 1] == "gpu:8"
+    assert words[-6:] == ["-u", f"{TOOLS}/train.py", "a b.py", "--launcher", "slurm", "--amp"]
+    usage = subprocess.run([*script, "gpu"], env=env, capture_output=True, text=True)
+    assert usage.returncode == 2 and "usage: " in usage.stderr
+
+
 def test_error_of_processes(config, capsys, monkeypatch, tmp_path):
     """Each process meets the error; the first tells it, and the launcher adds no traceback of its own."""
     waits = []
