@@ -6,6 +6,7 @@ import pickle
 import re
 import sys
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -201,7 +202,9 @@ def _read(path: Path, name: str) -> Mapping:
                 unpacked = sum(record.file_size for record in archive.infolist())
             if unpacked > path.stat().st_size:
                 raise ValueError(f"it is compressed and would unpack to {unpacked} bytes; torch.save never compresses")
-        with torch.serialization.safe_globals([(_Ignored, known) for known in _BOOKKEEPING]):
+        # yacs's settings are dicts, which only a dict can stand in for.
+        known = [(OrderedDict, "yacs.config.CfgNode"), *((_Ignored, known) for known in _BOOKKEEPING)]
+        with torch.serialization.safe_globals(known):
             content = torch.load(path, map_location="cpu", weights_only=True)
     # Damaged files fail in any way.
     except Exception as error:

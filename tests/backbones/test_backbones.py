@@ -24,9 +24,11 @@ TIMMS = (davit, maxvit)
 UNTRAINED = {
     *(f"densezoo_davit_{size}" for size in ("large", "large_window12_384", "huge", "giant")),
     *(f"densezoo_maxvit_{size}_256" for size in ("pico_rw", "tiny_rw", "rmlp_small_rw")),
+    *(f"flatten_pvt_{size}" for size in ("small", "medium", "large", "v2_b1", "v2_b2", "v2_b3", "v2_b4")),
+    *(f"flatten_{size}" for size in ("deit_tiny", "cswin_small", "cswin_base", "cswin_base_384")),
 }
 # Parameters that only tell how positions differ.
-POSITIONS = r"\.rel_pos\."
+POSITIONS = r"\.rel_pos\.|\.a[nhw]_bias$"
 
 
 @functools.cache
