@@ -151,6 +151,9 @@ def _existing(source: str) -> Path:
 
 def _download(url: str) -> Path:
     name = Path(unquote(urlsplit(url).path)).name
+    # All of the Hub's repositories call their files the same.
+    if hub := re.fullmatch(r"https://huggingface\.co/([^/]+)/([^/]+)/resolve/.+", url):
+        name = f"{hub[1]}--{hub[2]}--{name}"
     path = Path(torch.hub.get_dir(), "checkpoints", name)
     if name and path.is_file():
         return path

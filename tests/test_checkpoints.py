@@ -417,6 +417,14 @@ def test_downloads_once_and_checks_the_hash(server, tmp_path):
         assert_equal(model.state_dict(), STATE)
 
 
+def test_files_of_the_hub_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, *_, **__: torch.save({"x": STATE}, path))
+    for name in ("nat_mini", "nat_tiny"):
+        refuses(f"https://huggingface.co/owner/{name}/resolve/main/model.bin", "no tensors")
+        assert (tmp_path / "checkpoints" / f"owner--{name}--model.bin").is_file()
+
+
 def test_failed_downloads_leave_nothing(server, tmp_path):
     site, url = server
     torch.save(STATE, site / "nat-01234567.pth")
