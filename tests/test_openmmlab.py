@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import parity
 import pytest
 import timm
 import torch
@@ -103,6 +104,27 @@ def test_same_features_as_timm(kind, norms):
     ):
         assert output.shape == (1, channels, 64 // stride, 96 // stride)
         assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize(
+    ("record", "name"),
+    [
+        ("nat_mini_dense", "nat_mini"),
+        ("davit_tiny_official_dense", "densezoo_davit_tiny"),
+        ("agent_pvt_tiny_dense", "agent_pvt_tiny"),
+        ("agent_swin_tiny_dense", "agent_swin_tiny"),
+    ],
+)
+@torch.no_grad()
+def test_defaults_are_the_published_dense_models(record, name):
+    golden = parity.load(Path(__file__).parent / "goldens" / f"{record}.json")
+    model = MODELS.build(config_for(name)).eval()
+    report = load_published(model, parity.state_dict_from(golden))
+    assert report.matched == len(model.state_dict()) and not report.missing and not report.resized
+    shape = tuple(golden["inputs"]["image_rect"])
+    for i, output in enumerate(model(parity.fixed_input("image_rect", shape))):
+        key = next(key for key in (f"rect_features{i}", f"features{i}") if key in golden["outputs"])
+        assert parity.compare(golden["outputs"][key], output) < 1e-5, key
 
 
 @pytest.mark.parametrize("out_indices", [(0, 1, 2, 3), (1, 3), (0, 1), 2])
