@@ -556,6 +556,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     another image size are resized as the published code does for fine-tuning: the rows and columns of agent biases
     linearly, others bicubically.
     """
+    state_dict = unwrap(state_dict)
     own = {name: tensor.shape for name, tensor in model.state_dict().items()}
     converted = {}
     for name, value in state_dict.items():
@@ -577,6 +578,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
             value = resize_bias_table(value, shape[0])
         converted[name] = value
     return converted
+
+
+def unwrap(checkpoint: dict) -> dict[str, Tensor]:
+    """Return the weights, averaged ones first, of a LeapLabTHU training run's file: timm unwraps no download."""
+    return checkpoint.get("state_dict_ema") or checkpoint.get("model") or checkpoint
 
 
 def resize_square(tokens: Tensor, count: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 import sys
 import types
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import timm
@@ -68,14 +70,15 @@ def test_published_file_loads_through_timm_and_alone(name, tmp_path, monkeypatch
     if name == "swin_tiny":
         state["layers.3.blocks.0.attn.relative_position_index"] = torch.zeros(49, 49, dtype=torch.long)
         state["layers.2.blocks.1.attn_mask"] = torch.zeros(4, 49, 49)
-    torch.save(dict(model=state, optimizer={}, lr_scheduler={}, epoch=1, config=settings), path := tmp_path / "x.pth")
+    # Where a download would lie.
+    path = tmp_path / "checkpoints" / Path(urlsplit(source.default_cfg["url"]).path).name
+    path.parent.mkdir()
+    torch.save(dict(model=state, optimizer={}, lr_scheduler={}, epoch=1, config=settings), path)
     monkeypatch.undo()
 
-    overlay = dict(file=str(path), url="", num_classes=7)
-    kwargs = SMALL[name.split("_")[0]]
-    loaded = timm.create_model(
-        f"agent_{name}", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=7, **kwargs
-    )
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    kwargs = SMALL[name.split("_")[0]] | dict(num_classes=7, pretrained_cfg_overlay=dict(num_classes=7))
+    loaded = timm.create_model(f"agent_{name}", pretrained=True, **kwargs)
     other = build(name)
     nn.init.zeros_(other.head.weight)
     assert load_published(other, path).matched == len(source.state_dict())

@@ -1,5 +1,8 @@
 """Focused linear attention's hosts: published sizes, and what their files become."""
 
+from pathlib import Path
+from urllib.parse import urlsplit
+
 import pytest
 import timm
 import torch
@@ -42,6 +45,18 @@ def test_final_norm_of_pvt_is_left_out():
     norm = {"norm.weight": torch.ones(128), "norm.bias": torch.ones(128)}
     report = load_published(model, {"model": source.state_dict() | norm})
     assert report.dropped == list(norm) and torch.equal(model.head.weight, source.head.weight)
+
+
+def test_averaged_weights_of_a_download_come_first(tmp_path, monkeypatch):
+    source = build("cswin_tiny")
+    path = tmp_path / "checkpoints" / Path(urlsplit(source.default_cfg["url"]).path).name
+    path.parent.mkdir()
+    state = source.state_dict()
+    torch.save(dict(model={k: v + 1 for k, v in state.items()}, state_dict_ema=state, epoch=1), path)
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    kwargs = HALVING | dict(num_classes=7, pretrained_cfg_overlay=dict(num_classes=7))
+    loaded = timm.create_model("flatten_cswin_tiny", pretrained=True, **kwargs).state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
 
 
 def test_pvt_v2_has_the_norms_of_its_outputs():
