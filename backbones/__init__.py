@@ -2,15 +2,12 @@
 
 from types import ModuleType
 
-from densezoo.backbones import dinat_s, nat, nat_isotropic
+from densezoo.backbones import agent, davit, dinat_s, flatten, maxvit, nat, nat_isotropic
 
 __all__ = ["FAMILIES", "VARIANTS"]
 
-FAMILIES: tuple[ModuleType, ...] = (nat, dinat_s, nat_isotropic)
-"""The modules of the families that pass the whole of tests/backbones (agent, davit, flatten and maxvit do not yet).
-
-Each has `VARIANTS`, `default_cfgs` and `checkpoint_filter_fn`.
-"""
+FAMILIES: tuple[ModuleType, ...] = (nat, dinat_s, nat_isotropic, davit, maxvit, agent, flatten)
+"""The modules of the families; each has `VARIANTS`, `default_cfgs` and `checkpoint_filter_fn`."""
 
 VARIANTS: dict[str, ModuleType] = {name: family for family in FAMILIES for name in family.VARIANTS}
 """The module of every variant, by timm name."""

@@ -10,7 +10,8 @@ classifiers that they start from: `agent_sizes` says how many.
 """
 
 import math
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -555,6 +556,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     another image size are resized as the published code does for fine-tuning: the rows and columns of agent biases
     linearly, others bicubically.
     """
+    state_dict = unwrap(state_dict)
     own = {name: tensor.shape for name, tensor in model.state_dict().items()}
     converted = {}
     for name, value in state_dict.items():
@@ -576,6 +578,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
             value = resize_bias_table(value, shape[0])
         converted[name] = value
     return converted
+
+
+def unwrap(checkpoint: dict) -> dict[str, Tensor]:
+    """Return the weights, averaged ones first, of a LeapLabTHU training run's file: timm unwraps no download."""
+    return checkpoint.get("state_dict_ema") or checkpoint.get("model") or checkpoint
 
 
 def resize_square(tokens: Tensor, count: int) -> Tensor:
@@ -616,7 +623,8 @@ def leaplab_cfg(file: str | None, first_conv: str, size: int = 224, **kwargs) ->
     The papers evaluate on images resized to a square of 256 / 224 of the size, then cropped.
     """
     cfg = dict(
-        url=f"https://cloud.tsinghua.edu.cn/f/{file}/?dl=1" if file else "",
+        # Published with a slash before the question mark, to which it is redirected: without, timm has a name to cache.
+        url=f"https://cloud.tsinghua.edu.cn/f/{file}?dl=1" if file else "",
         # The repositories state none.
         license="unknown",
         num_classes=1000,
@@ -673,16 +681,23 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+def create(
+    cls: type[StagedBackbone], variant: str, pretrained: bool, filter_fn: Callable, kwargs: dict
+) -> StagedBackbone:
+    """Build a variant of a LeapLabTHU family, whose files hold yacs's settings, as dicts, beside the weights."""
+    with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
+        return build_model_with_cfg(
+            cls,
+            variant,
+            pretrained,
+            pretrained_filter_fn=filter_fn,
+            feature_cfg=dict(out_indices=tuple(range(len(kwargs.get("depths", [0])))), feature_cls="getter"),
+            **kwargs,
+        )
+
+
 def _create(cls: type[StagedBackbone], variant: str, pretrained: bool, **kwargs) -> StagedBackbone:
-    kwargs = VARIANTS[variant] | kwargs
-    return build_model_with_cfg(
-        cls,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=tuple(range(len(kwargs.get("depths", [0])))), feature_cls="getter"),
-        **kwargs,
-    )
+    return create(cls, variant, pretrained, checkpoint_filter_fn, VARIANTS[variant] | kwargs)
 
 
 @register_model

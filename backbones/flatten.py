@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from densezoo.backbones.agent import leaplab_cfg, resize_square
+from densezoo.backbones.agent import create, leaplab_cfg, resize_square, unwrap
 from densezoo.backbones.cswin import CSwin, convolve
 from densezoo.backbones.dinat_s import PatchEmbed
 from densezoo.backbones.nat import spread_drop_path
@@ -25,7 +25,7 @@ from densezoo.backbones.staged import Blocks, StagedBackbone, init_weights, resi
 from densezoo.backbones.swin import Swin, resize_bias_table
 from densezoo.ops import focused_linear_attention
 from timm.layers import Mlp
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 
@@ -342,6 +342,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     which the published model never applies. Position tables made for another image size are resized bicubically, as in
     the published code for fine-tuning.
     """
+    state_dict = unwrap(state_dict)
     own = {name: tensor.shape for name, tensor in model.state_dict().items()}
     converted = {}
     for name, value in state_dict.items():
@@ -401,38 +402,30 @@ def _cswin(file: str | None = None, size: int = 224) -> dict:
 # Those without an id were never published.
 default_cfgs = generate_default_cfgs(
     {
-        "flatten_deit_tiny.in1k": leaplab_cfg(None, "patch_embed.proj", pool_size=(14, 14)),
+        "flatten_deit_tiny": leaplab_cfg(None, "patch_embed.proj", pool_size=(14, 14)),
         "flatten_pvt_tiny.in1k": _pvt("3ab1d773f19d45648690"),
-        "flatten_pvt_small.in1k": _pvt(),
-        "flatten_pvt_medium.in1k": _pvt(),
-        "flatten_pvt_large.in1k": _pvt(),
+        "flatten_pvt_small": _pvt(),
+        "flatten_pvt_medium": _pvt(),
+        "flatten_pvt_large": _pvt(),
         "flatten_pvt_v2_b0.in1k": _pvt("5d1f01532b104da28e7b"),
-        "flatten_pvt_v2_b1.in1k": _pvt(),
-        "flatten_pvt_v2_b2.in1k": _pvt(),
-        "flatten_pvt_v2_b3.in1k": _pvt(),
-        "flatten_pvt_v2_b4.in1k": _pvt(),
+        "flatten_pvt_v2_b1": _pvt(),
+        "flatten_pvt_v2_b2": _pvt(),
+        "flatten_pvt_v2_b3": _pvt(),
+        "flatten_pvt_v2_b4": _pvt(),
         "flatten_swin_tiny.in1k": _swin("e1518e76703e4e57a7f2"),
         "flatten_swin_small.in1k": _swin("94188e52af354bf4a88b"),
         "flatten_swin_base.in1k": _swin("7a9e5186bad04e7fb3a9"),
         "flatten_swin_base_384.in1k": _swin("0d0330cf2e5249f1abb6", 384),
         "flatten_cswin_tiny.in1k": _cswin("48ba765ba8b0451d9d5a"),
-        "flatten_cswin_small.in1k": _cswin(),
-        "flatten_cswin_base.in1k": _cswin(),
-        "flatten_cswin_base_384.in1k": _cswin(None, 384),
+        "flatten_cswin_small": _cswin(),
+        "flatten_cswin_base": _cswin(),
+        "flatten_cswin_base_384": _cswin(None, 384),
     }
 )
 
 
 def _create(cls: type[StagedBackbone], variant: str, pretrained: bool, **kwargs) -> StagedBackbone:
-    kwargs = VARIANTS[variant] | kwargs
-    return build_model_with_cfg(
-        cls,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=tuple(range(len(kwargs.get("depths", [0])))), feature_cls="getter"),
-        **kwargs,
-    )
+    return create(cls, variant, pretrained, checkpoint_filter_fn, VARIANTS[variant] | kwargs)
 
 
 @register_model

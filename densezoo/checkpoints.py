@@ -6,6 +6,7 @@ import pickle
 import re
 import sys
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -158,7 +159,9 @@ def read_checkpoint(source: str | Path) -> dict:
                 unpacked = sum(record.file_size for record in archive.infolist())
             if unpacked > path.stat().st_size:
                 raise ValueError(f"it is compressed and would unpack to {unpacked} bytes; torch.save never compresses")
-        with torch.serialization.safe_globals([(_Ignored, known) for known in _BOOKKEEPING]):
+        # yacs's settings are dicts, which only a dict can stand in for.
+        known = [(OrderedDict, "yacs.config.CfgNode"), *((_Ignored, known) for known in _BOOKKEEPING)]
+        with torch.serialization.safe_globals(known):
             content = torch.load(path, map_location="cpu", weights_only=True)
     # Damaged files fail in any way.
     except Exception as error:
@@ -191,6 +194,9 @@ def _existing(source: str) -> Path:
 
 def _download(url: str) -> Path:
     name = Path(unquote(urlsplit(url).path)).name
+    # All of the Hub's repositories call their files the same.
+    if hub := re.fullmatch(r"https://huggingface\.co/([^/]+)/([^/]+)/resolve/.+", url):
+        name = f"{hub[1]}--{hub[2]}--{name}"
     path = Path(torch.hub.get_dir(), "checkpoints", name)
     if name and path.is_file():
         return path

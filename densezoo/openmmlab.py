@@ -29,7 +29,7 @@ from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
 from densezoo import mmcv_ops
-from densezoo.backbones import dinat_s, nat, nat_isotropic
+from densezoo.backbones import agent, davit, dinat_s, flatten, maxvit, nat, nat_isotropic
 from densezoo.checkpoints import load_published
 
 
@@ -252,3 +252,54 @@ class DiNATIsotropic(_Backbone, nat_isotropic.NATIsotropic, BaseModule, prefix="
 
 class ViTRPB(_Backbone, nat_isotropic.NATIsotropic, BaseModule, prefix="vitrpb_"):
     """ViT with relative position bias (arXiv 2209.15001), one stage at stride 16; arguments as for `_Backbone`."""
+
+
+class DaViT(_Backbone, davit.DaViT, BaseModule, prefix="densezoo_davit_"):
+    """DaViT (arXiv 2204.03645); arguments as for `_Backbone`."""
+
+
+class MaxViT(_Backbone, maxvit.MaxViT, BaseModule, prefix="densezoo_maxvit_"):
+    """MaxViT (arXiv 2204.01697); arguments as for `_Backbone`."""
+
+
+class AgentDeiT(_Backbone, agent.AgentDeiT, BaseModule, prefix="agent_deit_"):
+    """Agent attention in DeiT (arXiv 2312.08874), one stage at stride 16; arguments as for `_Backbone`."""
+
+
+class AgentPVT(
+    _Backbone,
+    agent.AgentPVT,
+    BaseModule,
+    prefix="agent_pvt_",
+    out_norms=(),
+    agent_sizes=agent.AgentPVT.DENSE_AGENT_SIZES,
+):
+    """Agent attention in PVT (arXiv 2312.08874), of more agents than the classifier; arguments as for `_Backbone`."""
+
+
+class AgentSwin(_Backbone, agent.AgentSwin, BaseModule, prefix="agent_swin_"):
+    """Agent attention in Swin (arXiv 2312.08874), of more agents than the classifier; arguments as for `_Backbone`."""
+
+
+class AgentCSwin(_Backbone, agent.AgentCSwin, BaseModule, prefix="agent_cswin_"):
+    """Agent attention in CSwin (arXiv 2312.08874); arguments as for `_Backbone`."""
+
+
+class FLattenDeiT(_Backbone, flatten.FLattenDeiT, BaseModule, prefix="flatten_deit_"):
+    """FLatten in DeiT (arXiv 2308.00442), one stage at stride 16; arguments as for `_Backbone`."""
+
+
+class FLattenPVTv2(_Backbone, flatten.FLattenPVTv2, BaseModule, prefix="flatten_pvt_v2_"):
+    """FLatten in PVTv2 (arXiv 2308.00442), whose stages end with norms anyhow; arguments as for `_Backbone`."""
+
+
+class FLattenPVT(_Backbone, flatten.FLattenPVT, BaseModule, prefix="flatten_pvt_", out_norms=()):
+    """FLatten in PVT (arXiv 2308.00442); arguments as for `_Backbone`."""
+
+
+class FLattenSwin(_Backbone, flatten.FLattenSwin, BaseModule, prefix="flatten_swin_"):
+    """FLatten in Swin (arXiv 2308.00442); arguments as for `_Backbone`."""
+
+
+class FLattenCSwin(_Backbone, flatten.FLattenCSwin, BaseModule, prefix="flatten_cswin_"):
+    """FLatten in CSwin (arXiv 2308.00442); arguments as for `_Backbone`."""

@@ -6,6 +6,7 @@ import http.server
 import logging
 import os
 import pickle
+import re
 import threading
 import zipfile
 from collections import OrderedDict
@@ -191,6 +192,37 @@ def test_published_layouts(name):
     model = timm.create_model(name.removesuffix("_dense"), **kwargs)
     assert load_published(model, state) == LoadReport(len(keys), {}, [], [], [])
     assert all((value == 0.5).all() for value in model.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("record", "name", "kwargs"),
+    [
+        ("davit_tiny", "densezoo_davit_tiny", {}),
+        ("davit_tiny_official", "densezoo_davit_tiny", {}),
+        ("davit_tiny_official_dense", "densezoo_davit_tiny", dict(out_norms=(0, 1, 2, 3))),
+        ("maxvit_tiny_tf_224", "densezoo_maxvit_tiny_tf_224", {}),
+        ("agent_deit_tiny", "agent_deit_tiny", {}),
+        ("agent_pvt_tiny", "agent_pvt_tiny", {}),
+        ("agent_pvt_tiny_dense", "agent_pvt_tiny", dict(num_classes=0)),
+        ("agent_swin_tiny", "agent_swin_tiny", {}),
+        ("agent_swin_tiny_dense", "agent_swin_tiny", dict(out_norms=(0, 1, 2, 3))),
+        ("agent_cswin_tiny", "agent_cswin_tiny", {}),
+        ("flatten_pvt_tiny", "flatten_pvt_tiny", {}),
+        ("flatten_pvt_v2_b0", "flatten_pvt_v2_b0", {}),
+        ("flatten_swin_tiny", "flatten_swin_tiny", {}),
+        ("flatten_cswin_tiny", "flatten_cswin_tiny", {}),
+    ],
+)
+def test_published_layouts_of_other_families(record, name, kwargs):
+    keys = parity.load(Path(__file__).parent / "goldens" / f"{record}.json")["keys"]
+    state = {f"module.{key}": torch.tensor(0.5 if shape else 3).expand(shape) for key, shape in keys.items()}
+    model = timm.create_model(name, **kwargs)
+    report = load_published(model, {"model": state, "epoch": 3})
+    # Nothing but what the code computes or never uses.
+    unused = r"relative_position_index|attn_mask|^module\.norm\.(weight|bias)"
+    assert all(re.search(unused, key) for key in report.dropped) and not report.missing and not report.resized
+    assert report.matched == len(keys) - len(report.dropped) == len(model.state_dict())
+    assert all((value == 0.5).all() for key, value in model.state_dict().items() if "num_batches" not in key)
 
 
 def test_other_kernel_size_resizes_the_bias_tables():
@@ -424,6 +456,14 @@ def test_downloads_once_and_checks_the_hash(server, tmp_path):
         model = build()
         load_published(model, f"{url}/{name}")
         assert_equal(model.state_dict(), STATE)
+
+
+def test_files_of_the_hub_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, *_, **__: torch.save({"x": STATE}, path))
+    for name in ("nat_mini", "nat_tiny"):
+        refuses(f"https://huggingface.co/owner/{name}/resolve/main/model.bin", "no tensors")
+        assert (tmp_path / "checkpoints" / f"owner--{name}--model.bin").is_file()
 
 
 def test_failed_downloads_leave_nothing(server, tmp_path):

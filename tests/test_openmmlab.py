@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import parity
 import pytest
 import timm
 import torch
@@ -27,6 +28,8 @@ from densezoo.openmmlab import MODELS, config_for
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "_base_" / "models"
 STAGED = dict(embed_dim=16, depths=[1, 2, 1, 1], num_heads=[1, 2, 4, 8], kernel_size=3)
+HALVING = dict(embed_dim=16, depths=[1, 2, 1, 1], num_heads=[1, 2, 4, 8])
+PYRAMID = dict(embed_dims=[16, 32, 64, 128], depths=[1, 2, 1, 1], num_heads=[1, 2, 4, 8])
 ISOTROPIC = dict(embed_dim=16, depth=3, num_heads=2)
 # A timm name of every type, and what makes it small.
 TYPES = {
@@ -36,7 +39,20 @@ TYPES = {
     "NATIsotropic": ("nat_isotropic_small", ISOTROPIC | dict(kernel_size=3)),
     "DiNATIsotropic": ("dinat_isotropic_base", ISOTROPIC | dict(kernel_size=3)),
     "ViTRPB": ("vitrpb_small", ISOTROPIC | dict(img_size=48)),
+    "DaViT": ("densezoo_davit_tiny", HALVING),
+    "MaxViT": ("densezoo_maxvit_tiny_tf_224", HALVING | dict(stem_widths=[8, 16])),
+    "AgentDeiT": ("agent_deit_tiny", ISOTROPIC),
+    "AgentPVT": ("agent_pvt_tiny", PYRAMID),
+    "AgentSwin": ("agent_swin_tiny", HALVING | dict(agent_depths=[1, 2, 1, 0])),
+    "AgentCSwin": ("agent_cswin_tiny", HALVING),
+    "FLattenDeiT": ("flatten_deit_tiny", ISOTROPIC),
+    "FLattenPVT": ("flatten_pvt_tiny", PYRAMID),
+    "FLattenPVTv2": ("flatten_pvt_v2_b1", PYRAMID),
+    "FLattenSwin": ("flatten_swin_tiny", HALVING),
+    "FLattenCSwin": ("flatten_cswin_tiny", HALVING),
 }
+# Without norms on their outputs in the published detectors and segmentors.
+NORMLESS = ("AgentPVT", "FLattenPVT")
 
 
 def build(kind: str = "NAT", **kwargs) -> torch.nn.Module:
@@ -76,7 +92,8 @@ def test_every_variant_has_a_config():
 def test_same_features_as_timm(kind, norms):
     name, small = TYPES[kind]
     ours = build(kind, **({} if norms else dict(out_norms=()))).eval()
-    out_norms = tuple(range(len(ours.out_indices))) if norms else ()
+    out_norms = tuple(range(len(ours.out_indices))) if norms and kind not in NORMLESS else ()
+    small = small | (dict(agent_sizes=(12, 16, 28, 28)) if kind == "AgentPVT" else {})
     theirs = timm.create_model(name, features_only=True, out_norms=out_norms, **small).eval()
     randomise(theirs)
     report = load_published(ours, theirs.model.state_dict())
@@ -88,6 +105,27 @@ def test_same_features_as_timm(kind, norms):
     ):
         assert output.shape == (1, channels, 64 // stride, 96 // stride)
         assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize(
+    ("record", "name"),
+    [
+        ("nat_mini_dense", "nat_mini"),
+        ("davit_tiny_official_dense", "densezoo_davit_tiny"),
+        ("agent_pvt_tiny_dense", "agent_pvt_tiny"),
+        ("agent_swin_tiny_dense", "agent_swin_tiny"),
+    ],
+)
+@torch.no_grad()
+def test_defaults_are_the_published_dense_models(record, name):
+    golden = parity.load(Path(__file__).parent / "goldens" / f"{record}.json")
+    model = MODELS.build(config_for(name)).eval()
+    report = load_published(model, parity.state_dict_from(golden))
+    assert report.matched == len(model.state_dict()) and not report.missing and not report.resized
+    shape = tuple(golden["inputs"]["image_rect"])
+    for i, output in enumerate(model(parity.fixed_input("image_rect", shape))):
+        key = next(key for key in (f"rect_features{i}", f"features{i}") if key in golden["outputs"])
+        assert parity.compare(golden["outputs"][key], output) < 1e-5, key
 
 
 @pytest.mark.parametrize("out_indices", [(0, 1, 2, 3), (1, 3), (0, 1), 2])
@@ -105,28 +143,47 @@ def test_builds_what_the_outputs_need(out_indices, norms):
         assert torch.equal(output, full(images())[i])
 
 
+def parts(stage: str, count: int = 4) -> list[tuple[str, ...]]:
+    """Return what the names of stem and stages start with."""
+    return [("patch_embed.",), *((stage.format(i), f"norm{i}.") for i in range(count))]
+
+
+PVT_STEM = ("patch_embed1.", "pos_embed1")
+
+
 @pytest.mark.parametrize(
-    ("kind", "stages"),
+    ("kind", "parts"),
     [
-        ("NAT", ["levels.0.", "levels.1.", "levels.2.", "levels.3."]),
-        ("DiNAT_s", ["layers.0.", "layers.1.", "layers.2.", "layers.3."]),
-        ("NATIsotropic", ["layers."]),
+        ("NAT", parts("levels.{}.")),
+        ("DiNAT_s", parts("layers.{}.")),
+        ("NATIsotropic", parts("layers.", 1)),
+        ("DaViT", parts("stages.{}.")),
+        ("MaxViT", parts("stages.{}.")),
+        ("AgentSwin", parts("layers.{}.")),
+        ("FLattenDeiT", parts("blocks.", 1)),
+        # The stem is the first stage's embedding.
+        ("AgentPVT", [PVT_STEM, *((f"patch_embed{i}.", f"pos_embed{i}", f"block{i}.") for i in range(1, 5))]),
+        ("FLattenPVTv2", [PVT_STEM, *((f"patch_embed{i}.", f"block{i}.", f"norm{i}.") for i in range(1, 5))]),
+        (
+            "AgentCSwin",
+            [("stage1_conv_embed.",), *((f"merge{i}.", f"stage{i + 1}.", f"norm{i}.") for i in range(4))],
+        ),
     ],
 )
-def test_frozen_stages(kind, stages):
-    parts = [("patch_embed.",), *((stage, f"norm{i}.") for i, stage in enumerate(stages))]
+def test_frozen_stages(kind, parts):
     for frozen_stages in range(-1, len(parts)):
         model = build(kind, frozen_stages=frozen_stages, drop_path_rate=0.5)
         randomise(model)
         prefixes = tuple(prefix for part in parts[: frozen_stages + 1] for prefix in part)
-        frozen = {name for name in model.state_dict() if name.startswith(prefixes)}
+        parameters = {name for name, _ in model.named_parameters()}
+        frozen = {name for name in parameters if name.startswith(prefixes)}
         assert bool(frozen) == (frozen_stages >= 0)
         for _ in range(2):
             model.train()
             assert model.training
-            assert trainable(model) == set(model.state_dict()) - frozen
+            assert trainable(model) == parameters - frozen
             for name, module in model.named_modules():
-                if isinstance(module, DropPath):
+                if isinstance(module, DropPath | torch.nn.BatchNorm2d):
                     assert module.training != name.startswith(prefixes), name
         if trainable(model):
             # Stochastic depth may skip a block, so that its parameters get no gradient.

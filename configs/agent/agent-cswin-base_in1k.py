@@ -1,0 +1,17 @@
+_base_ = [
+    "../_base_/models/timm_classifier.py",
+    "../_base_/datasets/imagenet_224_squash.py",
+    "../_base_/schedules/schedule_300e.py",
+    "../_base_/default_runtime.py",
+]
+
+model = dict(model_name="agent_cswin_base", drop_path_rate=0.5)
+train_dataloader = dict(batch_size=64)
+optim_wrapper = dict(optimizer=dict(lr=5e-4, weight_decay=0.1), clip_grad=None)
+auto_scale_lr = dict(base_batch_size=512)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=2e-3, by_epoch=True, begin=0, end=20, convert_to_iter_based=True),
+    dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, begin=0, end=300, convert_to_iter_based=True),
+]
+# decay 0.99992
+custom_hooks = [dict(type="EMAHook", momentum=8e-5, priority="ABOVE_NORMAL")]

@@ -1,0 +1,18 @@
+_base_ = [
+    "../_base_/models/cascade-mask-rcnn_fpn.py",
+    "../_base_/datasets/coco_instance_ms-crop.py",
+    "../_base_/schedules/schedule_3x.py",
+    "../_base_/default_runtime.py",
+]
+
+model = dict(
+    backbone=dict(
+        type="densezoo.AgentSwin",
+        arch="tiny",
+        drop_path_rate=0.1,
+        init_cfg=dict(type="Pretrained", checkpoint="https://cloud.tsinghua.edu.cn/f/a2ddc1190c224f768a41?dl=1"),
+    ),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)
+# no decay on the tables of relative positions and the biases of agents either: all have _bias in their names
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys=dict(_bias=dict(decay_mult=0.0))))

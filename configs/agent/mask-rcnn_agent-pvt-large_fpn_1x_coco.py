@@ -1,0 +1,17 @@
+_base_ = [
+    "../_base_/models/mask-rcnn_fpn.py",
+    "../_base_/datasets/coco_instance.py",
+    "../_base_/schedules/schedule_1x.py",
+    "../_base_/default_runtime.py",
+]
+
+model = dict(
+    backbone=dict(
+        type="densezoo.AgentPVT",
+        arch="large",
+        drop_path_rate=0.2,
+        init_cfg=dict(type="Pretrained", checkpoint="https://cloud.tsinghua.edu.cn/f/040cfe0cfbbe4762ad09?dl=1"),
+    ),
+    neck=dict(in_channels=[64, 128, 320, 512]),
+)
+optim_wrapper = dict(optimizer=dict(lr=2e-4))

@@ -1,0 +1,16 @@
+_base_ = [
+    "../_base_/models/semantic-fpn.py",
+    "../_base_/datasets/ade20k.py",
+    "../_base_/schedules/schedule_40k.py",
+    "../_base_/default_runtime.py",
+]
+
+model = dict(
+    backbone=dict(
+        type="densezoo.AgentPVT",
+        arch="large",
+        drop_path_rate=0.1,
+        init_cfg=dict(type="Pretrained", checkpoint="https://cloud.tsinghua.edu.cn/f/040cfe0cfbbe4762ad09?dl=1"),
+    ),
+    neck=dict(in_channels=[64, 128, 320, 512]),
+)

@@ -1,0 +1,21 @@
+_base_ = [
+    "../_base_/models/mask-rcnn_fpn.py",
+    "../_base_/datasets/coco_instance_ms-crop.py",
+    "../_base_/schedules/schedule_3x.py",
+    "../_base_/default_runtime.py",
+]
+
+model = dict(
+    backbone=dict(
+        type="densezoo.DaViT",
+        arch="base",
+        drop_path_rate=0.2,
+        init_cfg=dict(
+            type="Pretrained",
+            checkpoint="https://huggingface.co/timm/davit_base.msft_in1k/resolve/main/model.safetensors",
+        ),
+    ),
+    neck=dict(in_channels=[128, 256, 512, 1024]),
+)
+# decay on everything
+optim_wrapper = dict(paramwise_cfg=None)

@@ -1,0 +1,23 @@
+_base_ = [
+    "../_base_/models/retinanet_fpn.py",
+    "../_base_/datasets/coco_detection_ms-crop.py",
+    "../_base_/schedules/schedule_3x.py",
+    "../_base_/default_runtime.py",
+]
+
+model = dict(
+    backbone=dict(
+        type="densezoo.DaViT",
+        arch="small",
+        # the first output is not used
+        out_norms=(1, 2, 3),
+        drop_path_rate=0.2,
+        init_cfg=dict(
+            type="Pretrained",
+            checkpoint="https://huggingface.co/timm/davit_small.msft_in1k/resolve/main/model.safetensors",
+        ),
+    ),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)
+# decay on everything
+optim_wrapper = dict(paramwise_cfg=None)

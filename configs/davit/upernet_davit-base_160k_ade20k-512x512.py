@@ -1,0 +1,22 @@
+_base_ = [
+    "../_base_/models/upernet.py",
+    "../_base_/datasets/ade20k.py",
+    "../_base_/schedules/schedule_160k.py",
+    "../_base_/default_runtime.py",
+]
+
+model = dict(
+    backbone=dict(
+        type="densezoo.DaViT",
+        arch="base",
+        drop_path_rate=0.3,
+        init_cfg=dict(
+            type="Pretrained",
+            checkpoint="https://huggingface.co/timm/davit_base.msft_in1k/resolve/main/model.safetensors",
+        ),
+    ),
+    decode_head=dict(in_channels=[128, 256, 512, 1024], norm_cfg=dict(type="BN")),
+    auxiliary_head=dict(in_channels=512, norm_cfg=dict(type="BN")),
+)
+# decay on everything
+optim_wrapper = dict(paramwise_cfg=None)

@@ -1,0 +1,17 @@
+_base_ = [
+    "../_base_/models/timm_classifier.py",
+    "../_base_/datasets/imagenet_224_squash.py",
+    "../_base_/schedules/schedule_300e.py",
+    "../_base_/default_runtime.py",
+]
+
+model = dict(model_name="flatten_cswin_tiny", drop_path_rate=0.2)
+train_dataloader = dict(batch_size=256)
+optim_wrapper = dict(optimizer=dict(lr=2e-3), clip_grad=None)
+auto_scale_lr = dict(base_batch_size=2048)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=2e-3, by_epoch=True, begin=0, end=20, convert_to_iter_based=True),
+    dict(type="CosineAnnealingLR", eta_min=4e-5, by_epoch=True, begin=0, end=300, convert_to_iter_based=True),
+]
+# decay 0.99984
+custom_hooks = [dict(type="EMAHook", momentum=1.6e-4, priority="ABOVE_NORMAL")]
