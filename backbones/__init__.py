@@ -2,11 +2,11 @@
 
 from types import ModuleType
 
-from densezoo.backbones import dinat_s, nat, nat_isotropic
+from densezoo.backbones import dinat_s, nat, nat_isotropic, quadtree
 
 __all__ = ["FAMILIES", "VARIANTS"]
 
-FAMILIES: tuple[ModuleType, ...] = (nat, dinat_s, nat_isotropic)
+FAMILIES: tuple[ModuleType, ...] = (nat, dinat_s, nat_isotropic, quadtree)
 """The modules of the families that pass the whole of tests/backbones (agent, davit, flatten and maxvit do not yet).
 
 Each has `VARIANTS`, `default_cfgs` and `checkpoint_filter_fn`.

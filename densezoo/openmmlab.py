@@ -27,7 +27,7 @@ from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
 from densezoo import mmcv_ops
-from densezoo.backbones import dinat_s, nat, nat_isotropic
+from densezoo.backbones import dinat_s, nat, nat_isotropic, quadtree
 from densezoo.checkpoints import load_published
 
 # Before anything imports mmcv.ops.
@@ -229,3 +229,7 @@ class DiNATIsotropic(_Backbone, nat_isotropic.NATIsotropic, BaseModule, prefix="
 
 class ViTRPB(_Backbone, nat_isotropic.NATIsotropic, BaseModule, prefix="vitrpb_"):
     """ViT with relative position bias (arXiv 2209.15001), one stage at stride 16; arguments as for `_Backbone`."""
+
+
+class QuadTree(_Backbone, quadtree.QuadTree, BaseModule, prefix="quadtree_"):
+    """QuadTree (arXiv 2201.02767); arguments as for `_Backbone`."""

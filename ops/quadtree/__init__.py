@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from densezoo.ops.quadtree.reference import quadtree_attention_reference, to_quads
+from densezoo.ops.quadtree.reference import extend_to_even, halve, quadtree_attention_reference
 from torch import Tensor
 
-__all__ = ["quadtree_attention", "to_quads"]
+__all__ = ["extend_to_even", "halve", "quadtree_attention"]
 
 
 def quadtree_attention(

@@ -23,18 +23,29 @@ class Kept(NamedTuple):
     weight: Tensor
 
 
+def extend_to_even(x: Tensor) -> Tensor:
+    """Repeat the last row and the last column of a map (B, H, W, ...) where the side is odd."""
+    sizes = x.shape[1:3]
+    even = [(size + 1) // 2 * 2 for size in sizes]
+    # A branch would fix the exported sizes.
+    if is_exporting() or tuple(even) != sizes:
+        for dim, (size, stop) in enumerate(zip(sizes, even, strict=True), start=1):
+            x = x.index_select(dim, torch.arange(stop, device=x.device).clamp(max=size - 1))
+    return x
+
+
 def to_quads(x: Tensor) -> Tensor:
     """Cut a map (B, H, W, ...) into its 2x2 quads: (B, ceil(H / 2), ceil(W / 2), 2, 2, ...).
 
     Where a side is odd its last positions stand twice in their quad, so that its mean is the mean of what is there.
     """
-    sizes = x.shape[1:3]
-    height, width = ((size + 1) // 2 for size in sizes)
-    # A branch would fix the exported sizes.
-    if is_exporting() or (2 * height, 2 * width) != sizes:
-        for dim, (size, half) in enumerate(zip(sizes, (height, width), strict=True), start=1):
-            x = x.index_select(dim, torch.arange(2 * half, device=x.device).clamp(max=size - 1))
-    return x.unflatten(2, (width, 2)).unflatten(1, (height, 2)).transpose(2, 3)
+    height, width = ((size + 1) // 2 for size in x.shape[1:3])
+    return extend_to_even(x).unflatten(2, (width, 2)).unflatten(1, (height, 2)).transpose(2, 3)
+
+
+def halve(x: Tensor) -> Tensor:
+    """Take a map (B, H, W, ...) to the means of its quads, (B, ceil(H / 2), ceil(W / 2), ...)."""
+    return to_quads(x).mean((3, 4))
 
 
 def quadtree_attention_reference(
@@ -49,7 +60,7 @@ def quadtree_attention_reference(
     query, key, *value = widen(query, key, *value)
     levels = [(query * scale, key)]
     for _ in value[1:]:
-        levels.append(tuple(to_quads(x).mean((3, 4)) for x in levels[-1]))
+        levels.append(tuple(map(halve, levels[-1])))
     with without_autocast(query):
         out, kept = _attend_to_all(*levels.pop(), value[-1], topk, attn_type)
         while levels:
