@@ -71,7 +71,10 @@ def test_configs_and_results_name_each_other():
     for config, (name, dataset) in named.items():
         assert f"_{name.replace('_', '-')}_" in f"_{config.stem}"
         assert {"ImageNet-1k": "in1k", "COCO": "coco", "ADE20K": "ade20k"}[dataset] in config.stem
-    assert named.keys() == {config for folder in {path.parent for path in named} for config in folder.glob("*.py")}
+    configs = {config for folder in {path.parent for path in named} for config in folder.glob("*.py")}
+    assert named.keys() <= configs
+    # A recipe that was published without results.
+    assert all(re.fullmatch(r"mask-rcnn_quadtree-b\d_fpn_3x_coco", config.stem) for config in configs - named.keys())
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "model_cards").glob("*.md")), ids=lambda path: path.stem)

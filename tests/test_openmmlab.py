@@ -35,6 +35,10 @@ TYPES = {
     "NATIsotropic": ("nat_isotropic_small", ISOTROPIC | dict(kernel_size=3)),
     "DiNATIsotropic": ("dinat_isotropic_base", ISOTROPIC | dict(kernel_size=3)),
     "ViTRPB": ("vitrpb_small", ISOTROPIC | dict(img_size=48)),
+    "QuadTree": (
+        "quadtree_b0",
+        dict(embed_dims=[8, 16, 24, 16], depths=[1, 2, 1, 1], num_heads=[1, 2, 3, 4], levels=[3, 3, 2, 2]),
+    ),
 }
 
 

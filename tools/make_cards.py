@@ -55,7 +55,8 @@ def load_facts(path: Path) -> dict:
             check_known([result.setdefault("status", "published")], STATUSES, f"{path.name}: {name}: status")
             result["weights"] = urljoin(facts.get("weights_base", ""), result.get("weights", model["weights"]))
             result["metrics"] = [(*METRICS[key], result[key]) for key in METRICS if key in result]
-        model["weights"] = urljoin(facts.get("weights_base", ""), model["weights"])
+        # Empty where none were published.
+        model["weights"] = model["weights"] and urljoin(facts.get("weights_base", ""), model["weights"])
     return facts
 
 
