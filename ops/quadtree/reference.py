@@ -19,8 +19,8 @@ class Kept(NamedTuple):
 
     row: Tensor
     column: Tensor
-    # Of no use in type B.
-    weight: Tensor
+    # In type A alone.
+    weight: Tensor | None = None
 
 
 def extend_to_even(x: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def quadtree_attention_reference(
 
 
 def _attend_to_all(query: Tensor, key: Tensor, value: Tensor, topk: int, attn_type: str) -> tuple[Tensor, Kept]:
-    """Attend of all queries to all keys of a level (B, H, W, heads, dim)."""
+    """Attend to all keys of a level (B, H, W, heads, dim); return the output, as that, and what the queries keep."""
     batch, height, width, heads, dim = query.shape
     query, key, value = (fold(x.permute(0, 3, 1, 2, 4), batch, heads, height * width, dim) for x in (query, key, value))
     # Keys in rows below the map, without weight: an exported graph has them always, as a branch would fix its sizes.
@@ -78,11 +78,13 @@ def _attend_to_all(query: Tensor, key: Tensor, value: Tensor, topk: int, attn_ty
     scores = F.pad(query @ key.mT, (0, surplus), value=float("-inf"))
     attn = scores.softmax(-1)
     place = scores.detach().topk(topk).indices
-    kept = Kept(place // width, place % width, attn.gather(-1, place))
+    weight = None
     if attn_type == "A":
+        weight = attn.gather(-1, place)
         attn = attn.scatter(-1, place, 0)
     out = attn @ F.pad(value, (0, 0, 0, surplus))
-    return out.unflatten(2, (height, width)).permute(0, 2, 3, 1, 4), kept
+    out = out.unflatten(2, (height, width)).permute(0, 2, 3, 1, 4)
+    return out, Kept(place // width, place % width, weight)
 
 
 def _attend_to_children(
@@ -95,9 +97,10 @@ def _attend_to_children(
     attn_type: str,
     last: bool,
 ) -> tuple[Tensor, Kept | None]:
-    """Attend of a level's queries (B, H, W, heads, dim) to the children of what their parents kept; add `coarser`.
+    """Attend of a level's queries (B, H, W, heads, dim) to the children of the keys that their parents kept.
 
-    Returns the sum (B, H, W, heads, dim), and what the queries keep, unless it is the last level.
+    Returns the output with that of the parents, `coarser`, added, and what the queries keep, unless it is the last
+    level.
     """
     (_, height, width, _, _), (batch, rows, columns, heads, dim) = query.shape, coarser.shape
     parents = rows * columns
@@ -136,11 +139,11 @@ def _attend_to_children(
     chosen = None
     if not last:
         place = scores.detach().topk(topk).indices
-        every = (x.flatten(-2)[..., None, :].expand_as(scores) for x in (row, column))
-        row, column, weight = (to_map(x.gather(-1, place)).flatten(2, 3) for x in (*every, attn))
-        chosen = Kept(row, column, weight)
+        chosen = [x.flatten(-2)[..., None, :].expand_as(scores).gather(-1, place) for x in (row, column)]
         if attn_type == "A":
+            chosen.append(attn.gather(-1, place))
             attn = attn.scatter(-1, place, 0)
+        chosen = Kept(*(to_map(x).flatten(2, 3) for x in chosen))
     coarser = fold(coarser.permute(0, 3, 1, 2, 4), batch, heads, parents, 1, dim)
     return to_map(attn @ value + coarser).permute(0, 2, 3, 1, 4), chosen
 
