@@ -2,11 +2,11 @@
 
 from types import ModuleType
 
-from densezoo.backbones import agent, davit, dinat_s, flatten, maxvit, nat, nat_isotropic
+from densezoo.backbones import agent, davit, dinat_s, flatten, maxvit, nat, nat_isotropic, quadtree
 
 __all__ = ["FAMILIES", "VARIANTS"]
 
-FAMILIES: tuple[ModuleType, ...] = (nat, dinat_s, nat_isotropic, davit, maxvit, agent, flatten)
+FAMILIES: tuple[ModuleType, ...] = (nat, dinat_s, nat_isotropic, davit, maxvit, agent, flatten, quadtree)
 """The modules of the families; each has `VARIANTS`, `default_cfgs` and `checkpoint_filter_fn`."""
 
 VARIANTS: dict[str, ModuleType] = {name: family for family in FAMILIES for name in family.VARIANTS}

@@ -29,7 +29,7 @@ from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
 from densezoo import mmcv_ops
-from densezoo.backbones import agent, davit, dinat_s, flatten, maxvit, nat, nat_isotropic
+from densezoo.backbones import agent, davit, dinat_s, flatten, maxvit, nat, nat_isotropic, quadtree
 from densezoo.checkpoints import load_published
 
 
@@ -303,3 +303,7 @@ class FLattenSwin(_Backbone, flatten.FLattenSwin, BaseModule, prefix="flatten_sw
 
 class FLattenCSwin(_Backbone, flatten.FLattenCSwin, BaseModule, prefix="flatten_cswin_"):
     """FLatten in CSwin (arXiv 2308.00442); arguments as for `_Backbone`."""
+
+
+class QuadTree(_Backbone, quadtree.QuadTree, BaseModule, prefix="quadtree_"):
+    """QuadTree (arXiv 2201.02767); arguments as for `_Backbone`."""

@@ -5,6 +5,7 @@ from densezoo.ops.backend import get_backend, set_backend
 from densezoo.ops.channel import channel_attention
 from densezoo.ops.linear import focused_linear_attention
 from densezoo.ops.neighborhood import na2d
+from densezoo.ops.quadtree import quadtree_attention
 from densezoo.ops.window import window_attention
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "focused_linear_attention",
     "get_backend",
     "na2d",
+    "quadtree_attention",
     "set_backend",
     "window_attention",
 ]

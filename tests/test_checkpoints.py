@@ -183,7 +183,8 @@ def test_stages_that_are_not_built_are_dropped(state):
 
 
 @pytest.mark.parametrize(
-    "name", "nat_mini nat_mini_dense dinat_tiny_dense dinat_s_tiny dinat_s_tiny_dense".split()
+    "name",
+    "nat_mini nat_mini_dense dinat_tiny_dense dinat_s_tiny dinat_s_tiny_dense quadtree_b0 quadtree_b0_dense".split(),
 )  # fmt: skip
 def test_published_layouts(name):
     keys = parity.load(Path(__file__).parent / "goldens" / f"{name}.json")["keys"]

@@ -50,6 +50,10 @@ TYPES = {
     "FLattenPVTv2": ("flatten_pvt_v2_b1", PYRAMID),
     "FLattenSwin": ("flatten_swin_tiny", HALVING),
     "FLattenCSwin": ("flatten_cswin_tiny", HALVING),
+    "QuadTree": (
+        "quadtree_b0",
+        dict(embed_dims=[8, 16, 24, 16], depths=[1, 2, 1, 1], num_heads=[1, 2, 3, 4], levels=[3, 3, 2, 2]),
+    ),
 }
 # Without norms on their outputs in the published detectors and segmentors.
 NORMLESS = ("AgentPVT", "FLattenPVT")

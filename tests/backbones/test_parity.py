@@ -9,6 +9,7 @@ import torch
 from densezoo.backbones import VARIANTS
 from densezoo.backbones.agent import AgentPVT
 from densezoo.backbones.nat import NeighborhoodAttention
+from densezoo.backbones.quadtree import QuadTreeAttention
 
 GOLDENS = Path(parity.__file__).parent / "goldens"
 LIMIT = 1e-5
@@ -44,6 +45,10 @@ RECORDS = [
     ("flatten_pvt_v2_b0", "flatten_pvt_v2_b0", {}),
     ("flatten_swin_tiny", "flatten_swin_tiny", {}),
     ("flatten_cswin_tiny", "flatten_cswin_tiny", {}),
+    ("quadtree_b0", "quadtree_b0", {}),
+    ("quadtree_b1", "quadtree_b1", {}),
+    ("quadtree_b0_dense", "quadtree_b0", dict(out_norms=NORMS)),
+    ("quadtree_b1_dense", "quadtree_b1", dict(out_norms=NORMS)),
 ]
 
 
@@ -88,4 +93,18 @@ def test_neighborhood_attention():
         attention.load_state_dict({k.split(".", 1)[1]: v for k, v in state.items() if k.startswith(module + ".")})
         for key, shape in golden["inputs"].items():
             out = attention(parity.fixed_input(key, tuple(shape)))
+            assert parity.compare(golden["outputs"][f"{module}_{key}"], out) < LIMIT, (module, key)
+
+
+@torch.no_grad()
+def test_quadtree_attention():
+    golden = parity.load(GOLDENS / "quadtree_attention.json")
+    state = parity.state_dict_from(golden)
+    for module in sorted({key.split(".")[0] for key in state}):
+        attn_type, levels = module
+        attention = QuadTreeAttention(64, 2, int(levels), 8, attn_type.upper(), "gelu")
+        attention.load_state_dict({k.split(".", 1)[1]: v for k, v in state.items() if k.startswith(module + ".")})
+        for key, shape in golden["inputs"].items():
+            size = [int(side) for side in key.removeprefix("map_").split("x")]
+            out = attention(parity.fixed_input(key, tuple(shape)).unflatten(1, size)).flatten(1, 2)
             assert parity.compare(golden["outputs"][f"{module}_{key}"], out) < LIMIT, (module, key)

@@ -1,0 +1,16 @@
+_base_ = [
+    "../_base_/models/timm_classifier.py",
+    "../_base_/datasets/imagenet_224.py",
+    "../_base_/schedules/schedule_300e.py",
+    "../_base_/default_runtime.py",
+]
+
+model = dict(model_name="quadtree_b3", drop_path_rate=0.3)
+
+# three augmented copies of an image, on different GPUs
+train_dataloader = dict(sampler=dict(type="RepeatAugSampler"))
+optim_wrapper = dict(clip_grad=dict(max_norm=1.0))
+param_scheduler = [
+    dict(type="LinearLR", start_factor=1e-3, by_epoch=True, begin=0, end=5, convert_to_iter_based=True),
+    dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, begin=0, end=300, convert_to_iter_based=True),
+]

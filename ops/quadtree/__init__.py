@@ -1,0 +1,79 @@
+"""QuadTree attention: from coarse to fine, each position attends in the regions that its parent chose."""
+
+from collections.abc import Sequence
+
+from densezoo.ops.quadtree.reference import extend_to_even, halve, quadtree_attention_reference
+from torch import Tensor
+
+__all__ = ["extend_to_even", "halve", "quadtree_attention"]
+
+
+def quadtree_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Sequence[Tensor],
+    *,
+    topk: int = 8,
+    attn_type: str = "B",
+    scale: float | None = None,
+) -> Tensor:
+    """Attend over a pyramid of maps, at a cost linear in the positions of the finest (QuadTree, arXiv 2201.02767).
+
+    Queries and keys of each coarser level are the means of 2x2 positions of the level before. At the coarsest level
+    every query attends to all keys, and keeps the `topk` keys of the largest weights. At each finer level the four
+    children of a query attend to the children of the keys that it kept, and keep `topk` of these in turn. The output is
+    the sum over the levels, where a position takes its ancestors' outputs as they are.
+
+    With type "B", the paper's for image recognition, a query's weights are a softmax over all of its candidates. With
+    type "A" they are a softmax over each four children, times the weight of their parent; a key that is kept counts at
+    the levels below alone: it has no part in the output of its own level, except at the finest of several levels.
+
+    A map of any size will do. Where a side is odd, the quads at its end have two children or one: means are of those,
+    and nothing else is attended to. Where a level has fewer positions than `topk`, all are kept.
+
+    Args:
+        query: (B, H, W, heads, dim), float16, bfloat16, float32 or float64, any strides.
+        key: As `query`.
+        value: A map as `query` for each level, the finest first; each side is half that of the level before, rounded
+            up. Published models make them by averaging (A) or by convolutions (B). Levels are weighted by scaling
+            their values.
+        topk: Keys that a query keeps at each level but the finest.
+        attn_type: "A" or "B".
+        scale: Multiplies query . key; dim ** -0.5 by default.
+
+    Returns:
+        (B, H, W, heads, dim), of `query`'s dtype. Means, softmax and sums run in float32 for 16-bit inputs. The choice
+        of keys has no gradient.
+
+    Raises:
+        ValueError: An argument's shape, dtype, device or value is wrong; the message names it.
+    """
+    _check(query, key, value, topk, attn_type)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    return quadtree_attention_reference(query, key, value, topk, attn_type, scale)
+
+
+def _check(query, key, value, topk, attn_type) -> None:
+    if not isinstance(value, Sequence) or not value or not all(isinstance(v, Tensor) for v in value):
+        raise ValueError(f"value: got {type(value).__name__}, expected a list of maps, one per level, the finest first")
+    height, width = query.shape[1:3] if query.dim() == 5 else (0, 0)
+    expected = [("query", query, height, width), ("key", key, height, width)]
+    for level, t in enumerate(value):
+        expected.append((f"value[{level}]", t, height, width))
+        height, width = (height + 1) // 2, (width + 1) // 2
+    for name, t, rows, columns in expected:
+        shape = (query.shape[0], rows, columns, *query.shape[3:])
+        if query.dim() != 5 or t.dim() != 5 or any(a != b for a, b in zip(t.shape, shape, strict=True)):
+            raise ValueError(
+                f"{name}: got shape {tuple(t.shape)}, expected (B, H, W, heads, dim), the same for query, key and "
+                f"value[0], with half the sides, rounded up, at each further level (query: {tuple(query.shape)})"
+            )
+        if not t.is_floating_point() or t.dtype != query.dtype or t.device != query.device:
+            raise ValueError(
+                f"{name}: got {t.dtype} on {t.device}, expected one floating dtype and one device for query, key and "
+                f"value (query: {query.dtype} on {query.device})"
+            )
+    if isinstance(topk, bool) or not isinstance(topk, int) or topk < 1:
+        raise ValueError(f"topk: got {topk!r}, expected a positive int")
+    if attn_type not in ("A", "B"):
+        raise ValueError(f"attn_type: got {attn_type!r}, expected 'A' or 'B'")
