@@ -43,7 +43,8 @@ def _check(context, gates, weights) -> None:
         raise ValueError(f"context: got shape {tuple(context.shape)}, expected (B, H, W, dim)")
     if not isinstance(weights, (list, tuple)) or not weights:
         raise ValueError(
-            f"weights: got {type(weights).__name__}, expected a list or tuple of at least one kernel (dim, 1, size, size)"
+            f"weights: got {type(weights).__name__}, expected a list or tuple of kernels (dim, 1, size, size), one a "
+            "level"
         )
     if gates.dim() != 4 or gates.shape[:3] != context.shape[:3] or gates.shape[3] != len(weights) + 1:
         raise ValueError(
