@@ -2,12 +2,12 @@
 
 from types import ModuleType
 
-from densezoo.backbones import dinat_s, nat, nat_isotropic
+from densezoo.backbones import davit, dinat_s, maxvit, nat, nat_isotropic
 
 __all__ = ["FAMILIES", "VARIANTS"]
 
-FAMILIES: tuple[ModuleType, ...] = (nat, dinat_s, nat_isotropic)
-"""The modules of the families that pass the whole of tests/backbones (agent, davit, flatten and maxvit do not yet).
+FAMILIES: tuple[ModuleType, ...] = (nat, dinat_s, nat_isotropic, davit, maxvit)
+"""The modules of the families that pass the whole of tests/backbones (agent and flatten do not yet).
 
 Each has `VARIANTS`, `default_cfgs` and `checkpoint_filter_fn`.
 """

@@ -253,14 +253,13 @@ _TOWER = "vision_tower."
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Convert a published state dict (official, dense, timm's, Florence-2's) to the keys of `model`.
 
-    Of a whole Florence-2 only the image tower is kept. It has no final norm, so that of `model` stays as it is.
+    Of a whole Florence-2 only the image tower is kept. It has no norms after its stages: those of `model` stay.
     """
     tower = {name.removeprefix(_TOWER): value for name, value in state_dict.items() if name.startswith(_TOWER)}
-    if tower:
-        own = model.state_dict()
-        fresh = {name: own[name] for name in ("norm.weight", "norm.bias") if name in own}
-        return fresh | rename_keys(tower, _RENAMED)
-    return rename_keys(state_dict, _RENAMED)
+    if not tower:
+        return rename_keys(state_dict, _RENAMED)
+    norms = {name: value for name, value in model.state_dict().items() if name.startswith("norm")}
+    return norms | rename_keys(tower, _RENAMED)
 
 
 _TINY = dict(embed_dim=96, depths=(1, 1, 3, 1), num_heads=(3, 6, 12, 24))

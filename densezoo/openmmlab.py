@@ -27,7 +27,7 @@ from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
 from densezoo import mmcv_ops
-from densezoo.backbones import dinat_s, nat, nat_isotropic
+from densezoo.backbones import davit, dinat_s, maxvit, nat, nat_isotropic
 from densezoo.checkpoints import load_published
 
 # Before anything imports mmcv.ops.
@@ -229,3 +229,11 @@ class DiNATIsotropic(_Backbone, nat_isotropic.NATIsotropic, BaseModule, prefix="
 
 class ViTRPB(_Backbone, nat_isotropic.NATIsotropic, BaseModule, prefix="vitrpb_"):
     """ViT with relative position bias (arXiv 2209.15001), one stage at stride 16; arguments as for `_Backbone`."""
+
+
+class DaViT(_Backbone, davit.DaViT, BaseModule, prefix="densezoo_davit_"):
+    """DaViT (arXiv 2204.03645); arguments as for `_Backbone`."""
+
+
+class MaxViT(_Backbone, maxvit.MaxViT, BaseModule, prefix="densezoo_maxvit_"):
+    """MaxViT (arXiv 2204.01697); arguments as for `_Backbone`."""

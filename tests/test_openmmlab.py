@@ -26,6 +26,7 @@ from densezoo.openmmlab import MODELS, config_for
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "_base_" / "models"
 STAGED = dict(embed_dim=16, depths=[1, 2, 1, 1], num_heads=[1, 2, 4, 8], kernel_size=3)
+HALVING = dict(embed_dim=16, depths=[1, 2, 1, 1], num_heads=[1, 2, 4, 8])
 ISOTROPIC = dict(embed_dim=16, depth=3, num_heads=2)
 # A timm name of every type, and what makes it small.
 TYPES = {
@@ -35,6 +36,8 @@ TYPES = {
     "NATIsotropic": ("nat_isotropic_small", ISOTROPIC | dict(kernel_size=3)),
     "DiNATIsotropic": ("dinat_isotropic_base", ISOTROPIC | dict(kernel_size=3)),
     "ViTRPB": ("vitrpb_small", ISOTROPIC | dict(img_size=48)),
+    "DaViT": ("densezoo_davit_tiny", HALVING),
+    "MaxViT": ("densezoo_maxvit_tiny_tf_224", HALVING | dict(stem_widths=[8, 16])),
 }
 
 
@@ -110,6 +113,8 @@ def test_builds_what_the_outputs_need(out_indices, norms):
         ("NAT", ["levels.0.", "levels.1.", "levels.2.", "levels.3."]),
         ("DiNAT_s", ["layers.0.", "layers.1.", "layers.2.", "layers.3."]),
         ("NATIsotropic", ["layers."]),
+        ("DaViT", ["stages.0.", "stages.1.", "stages.2.", "stages.3."]),
+        ("MaxViT", ["stages.0.", "stages.1.", "stages.2.", "stages.3."]),
     ],
 )
 def test_frozen_stages(kind, stages):
@@ -118,14 +123,15 @@ def test_frozen_stages(kind, stages):
         model = build(kind, frozen_stages=frozen_stages, drop_path_rate=0.5)
         randomise(model)
         prefixes = tuple(prefix for part in parts[: frozen_stages + 1] for prefix in part)
-        frozen = {name for name in model.state_dict() if name.startswith(prefixes)}
+        parameters = {name for name, _ in model.named_parameters()}
+        frozen = {name for name in parameters if name.startswith(prefixes)}
         assert bool(frozen) == (frozen_stages >= 0)
         for _ in range(2):
             model.train()
             assert model.training
-            assert trainable(model) == set(model.state_dict()) - frozen
+            assert trainable(model) == parameters - frozen
             for name, module in model.named_modules():
-                if isinstance(module, DropPath):
+                if isinstance(module, DropPath | torch.nn.BatchNorm2d):
                     assert module.training != name.startswith(prefixes), name
         if trainable(model):
             # Stochastic depth may skip a block, so that its parameters get no gradient.

@@ -3,17 +3,30 @@
 import functools
 import inspect
 import math
+import re
 import subprocess
 import sys
 
 import pytest
 import timm
 import torch
-from densezoo.backbones import VARIANTS
+from densezoo.backbones import VARIANTS, davit, maxvit
+from densezoo.backbones.agent import AgentDeiT
+from densezoo.backbones.cswin import CSwin
+from densezoo.backbones.pvt import PVT
 from timm.layers import DropPath
 from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+
+# timm published the weights, on the Hub, with preprocessing of its own: test_davit.py and test_maxvit.py compare it.
+TIMMS = (davit, maxvit)
+UNTRAINED = {
+    *(f"densezoo_davit_{size}" for size in ("large", "large_window12_384", "huge", "giant")),
+    *(f"densezoo_maxvit_{size}_256" for size in ("pico_rw", "tiny_rw", "rmlp_small_rw")),
+}
+# Parameters that only tell how positions differ.
+POSITIONS = r"\.rel_pos\."
 
 
 @functools.cache
@@ -39,6 +52,8 @@ def shrunk(name: str, blocks: int = 2, levels: int | None = 2) -> dict:
     for key in {"embed_dim", "embed_dims", "num_heads"} & arch.keys():
         value = small.get(key, arch[key])
         small[key] = value // divisor if isinstance(value, int) else tuple(v // divisor for v in value)
+    if "stem_widths" in arch:
+        small["stem_widths"] = (16, 32)
     return small
 
 
@@ -56,7 +71,27 @@ def image(*size: int, batch: int = 2, channels: int = 3) -> torch.Tensor:
 
 
 def nchw(model: nn.Module, features: torch.Tensor) -> torch.Tensor:
+    if isinstance(model, AgentDeiT):  # a class token, then the map of an image of 64x96
+        features = features[:, 1:].unflatten(1, (4, 6))
     return features.permute(0, 3, 1, 2) if model.output_fmt == "NHWC" else features
+
+
+def side(name: str, size: int, reduction: int) -> int:
+    """Return the side of a map: rounded up, but PVT's patches and CSwin's stem leave a rest of the image out."""
+    cls = architecture(name)["cls"]
+    if issubclass(cls, CSwin):
+        size = (size + 1) // 4 * 4
+    return size // reduction if issubclass(cls, PVT) and not cls.overlapping else math.ceil(size / reduction)
+
+
+def pooled_norm(model: nn.Module) -> nn.Module:
+    """Return the norm that follows the pooling."""
+    return model.norm if model.pool_first else nn.Identity()
+
+
+def design(name: str) -> str:
+    """Return a variant's shrunk keywords, those aside that differ in size alone."""
+    return str({k: v for k, v in (architecture(name) | shrunk(name)).items() if k not in ("depths", "window_size")})
 
 
 def first_of_each(key) -> pytest.MarkDecorator:
@@ -69,7 +104,7 @@ def first_of_each(key) -> pytest.MarkDecorator:
 
 
 every_variant = pytest.mark.parametrize("name", VARIANTS)
-every_design = first_of_each(lambda name: str(architecture(name) | shrunk(name)))
+every_design = first_of_each(design)
 every_class = first_of_each(lambda name: architecture(name)["cls"])
 
 
@@ -99,18 +134,32 @@ def test_default_cfg(name):
     with torch.device("meta"):
         model = timm.create_model(name).eval()
         cfg, size = model.default_cfg, model.default_cfg["input_size"]
-        assert cfg["url"].startswith("https://") and cfg["license"] and cfg["architecture"] == name
-        assert cfg["crop_pct"] == (1.0 if size[-1] == 384 else 0.875) and cfg["interpolation"] == "bicubic"
-        assert (cfg["mean"], cfg["std"]) == (timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD)
+        assert cfg["license"] and cfg["architecture"] == name and cfg["interpolation"] == "bicubic"
+        assert timm.is_model_pretrained(name) == (name not in UNTRAINED)
+        if VARIANTS[name] not in TIMMS:
+            # timm caches a download under the last part of its path.
+            assert name in UNTRAINED or re.fullmatch(r"https://.+/[^/?]+(\?.*)?", cfg["url"])
+            whole = size[-1] in (288, 384) and "cswin" not in name
+            assert cfg["crop_pct"] == (1.0 if whole else 0.875)
+            assert (cfg["mean"], cfg["std"]) == (timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD)
         state = model.state_dict()
         assert state[cfg["first_conv"] + ".weight"].shape[1] == 3
-        assert state[cfg["classifier"] + ".weight"].shape == (cfg["num_classes"], model.num_features)
-        assert model.num_classes == cfg["num_classes"] and model.get_classifier().out_features == model.num_classes
+        assert model.num_classes == cfg["num_classes"]
+        if model.num_classes:
+            assert state[cfg["classifier"] + ".weight"].shape == (model.num_classes, model.num_features)
+            assert model.get_classifier().out_features == model.num_classes
         small = timm.create_model(name, **shrunk(name, 1, None))
-        assert nchw(small, small.forward_features(torch.empty(1, *size))).shape[2:] == cfg["pool_size"]
+        if cfg["pool_size"]:
+            assert nchw(small, small.forward_features(torch.empty(1, *size))).shape[2:] == cfg["pool_size"]
         features = model.forward_features(torch.empty(1, 3, 32, 32))
-        assert model.forward_head(features).shape == (1, cfg["num_classes"])
+        assert model.forward_head(features).shape == (1, cfg["num_classes"] or model.num_features)
         assert model.forward_head(features, pre_logits=True).shape == (1, model.head_hidden_size)
+
+
+@pytest.mark.parametrize("name", sorted(UNTRAINED))
+def test_weights_that_were_not_published_are_refused(name):
+    with pytest.raises(RuntimeError, match=f"No pretrained weights exist for {name}"):
+        timm.create_model(name, pretrained=True, **shrunk(name, 1))
 
 
 @every_design
@@ -121,7 +170,7 @@ def test_features_only(name):
         for height, width in [(32, 32), (33, 70), (224, 96)]:
             outputs = model(torch.empty(2, 3, height, width))
             shapes = [
-                (2, c, math.ceil(height / r), math.ceil(width / r))
+                (2, c, side(name, height, r), side(name, width, r))
                 for c, r in zip(info.channels(), info.reduction(), strict=True)
             ]
             assert [tuple(out.shape) for out in outputs] == shapes
@@ -141,7 +190,15 @@ def test_backward_reaches_every_parameter(name):
         assert logits.shape == (2, 10) and logits.isfinite().all()
         logits.square().mean().backward()
         for key, parameter in model.named_parameters():
-            assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), key
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+        unreached = {key for key, parameter in model.named_parameters() if not parameter.grad.any()}
+        if isinstance(model, AgentDeiT):
+            # Of the last block only the class token is read.
+            unreached -= {f"blocks.1.attn.{key}" for key in ("na_bias", "ha_bias", "wa_bias", "dwc.weight", "dwc.bias")}
+        if size == (32, 32):
+            # The last map is a single position.
+            unreached -= {key for key in unreached if re.search(POSITIONS, key)}
+        assert not unreached
 
 
 @every_design
@@ -149,19 +206,23 @@ def test_dense_layout(name):
     stages = len(build(name).feature_info)
     model = build(name, out_norms=tuple(range(stages)))
     plain = {k for k in build(name).state_dict() if not k.startswith(("norm.", "head."))}
-    norms = {f"norm{i}.{part}" for i in range(stages) for part in ("weight", "bias")}
+    # PVTv2 has norms at the end of its stages anyhow.
+    own_norms = isinstance(model, PVT) and model.overlapping
+    norms = set() if own_norms else {f"norm{i}.{part}" for i in range(stages) for part in ("weight", "bias")}
     assert set(model.state_dict()) == plain | norms and model.num_classes == 0
 
     features = build(name, out_norms=tuple(range(stages)), features_only=True)
-    sum(out.square().mean() for out in features(image())).backward()
-    assert all(p.grad is not None for p in features.parameters())
     with torch.no_grad():
-        raw = model.forward_intermediates(image(), intermediates_only=True)
-        for i, (out, got) in enumerate(zip(raw, features(image()), strict=True)):
+        raw = build(name).eval().forward_intermediates(image(), intermediates_only=True)
+        normed = model.eval().forward_intermediates(image(), intermediates_only=True)
+        for out, got, other in zip(normed, features.eval()(image()), raw, strict=True):
             torch.testing.assert_close(got, out, rtol=0, atol=0)
-            assert not torch.equal(out, build(name).forward_intermediates(image(), intermediates_only=True)[i])
+            assert torch.equal(out, other) == own_norms
+    sum(out.square().mean() for out in features.train()(image())).backward()
+    assert all(p.grad is not None for p in features.parameters())
     pruned = build(name, out_norms=tuple(range(stages)), features_only=True, out_indices=(stages - 1,))
-    assert {k.split(".")[1] for k in pruned.state_dict() if k.startswith("model.norm")} == {f"norm{stages - 1}"}
+    if not own_norms:
+        assert {k.split(".")[1] for k in pruned.state_dict() if k.startswith("model.norm")} == {f"norm{stages - 1}"}
     with pytest.raises(ValueError, match="out_norms"):
         build(name, out_norms=(stages,))
 
@@ -182,7 +243,8 @@ def test_forward_intermediates(name):
             assert len(got) == len(expected) and all(map(torch.equal, got, expected))
 
     *_, normed = model.forward_intermediates(x, norm=True, intermediates_only=True)
-    assert torch.equal(normed, nchw(model, features)) and not torch.equal(normed, every[-1])
+    assert torch.equal(normed, nchw(model, features))
+    assert torch.equal(normed, every[-1]) == (model.pool_first or isinstance(model.norm, nn.Identity))
     channels_last = model.forward_intermediates(x, output_fmt="NHWC", intermediates_only=True)
     assert all(map(torch.equal, channels_last, [out.permute(0, 2, 3, 1) for out in every]))
     with pytest.raises(ValueError, match="output_fmt"):
@@ -214,22 +276,28 @@ def test_prune_intermediate_layers(name):
 @torch.no_grad()
 def test_classifier_and_pooling(name):
     model, x = build(name).eval().double(), image().double()
+    if isinstance(model, AgentDeiT):
+        pytest.skip("it pools tokens: test_agent.py")
     features = model.forward_features(x)
-    pooled = nchw(model, features).mean((2, 3))
+    pooled, unpooled = pooled_norm(model)(nchw(model, features).mean((2, 3))), pooled_norm(model)(features)
     torch.testing.assert_close(model(x), model.head(pooled))
     model.reset_classifier(0)
     torch.testing.assert_close(model(x), pooled)
     assert model.num_classes == 0
     model.reset_classifier(0, "")
-    assert torch.equal(model(x), features)
+    assert torch.equal(model(x), unpooled)
     model.reset_classifier(5, "max")
-    assert torch.equal(model(x), model.head(nchw(model, features).amax((2, 3)))) and model.num_classes == 5
-    assert model.head.weight.dtype == torch.float64 and not model.head.training
-    model.reset_classifier(5, "catavgmax")
-    assert model(x).shape == (2, 5) and model.head_hidden_size == 2 * model.num_features
+    assert torch.equal(model(x), model.head(pooled_norm(model)(nchw(model, features).amax((2, 3)))))
+    assert model.num_classes == 5 and model.head.weight.dtype == torch.float64 and not model.head.training
+    if model.pool_first:
+        with pytest.raises(ValueError, match="global_pool: got 'catavgmax'"):
+            model.reset_classifier(5, "catavgmax")
+    else:
+        model.reset_classifier(5, "catavgmax")
+        assert model(x).shape == (2, 5) and model.head_hidden_size == 2 * model.num_features
 
     torch.testing.assert_close(build(name, num_classes=0).eval().double()(x), pooled)
-    assert torch.equal(build(name, num_classes=0, global_pool="").eval().double()(x), features)
+    assert torch.equal(build(name, num_classes=0, global_pool="").eval().double()(x), unpooled)
 
 
 @every_design
@@ -250,8 +318,9 @@ def test_drop_path(name):
     rates = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
     assert rates == sorted(rates) and rates[-1] == pytest.approx(0.3)
     with torch.no_grad():
-        assert not torch.equal(model(image()), model(image()))
         assert torch.equal(model.eval()(image()), build(name).eval()(image()))
+        model.train()
+        assert not torch.equal(model(image()), model(image()))
 
 
 @every_design
@@ -268,7 +337,7 @@ def test_grad_checkpointing(name):
         torch.testing.assert_close(gradients[1][key], expected)
 
 
-@every_variant
+@every_design
 def test_layer_decay_groups(name):
     with torch.device("meta"):
         model = timm.create_model(name)
@@ -282,10 +351,11 @@ def test_layer_decay_groups(name):
     scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert all(decay[id(p)] == 0 for n, p in parameters.items() if n in no_decay or p.dim() == 1)
-    scales = [scale[id(p)] for p in parameters.values()]
+    # Parameters of the model itself are listed before all others.
+    scales = [scale[id(p)] for n, p in parameters.items() if "." in n]
     assert scales == sorted(scales) and scales[-1] == 1 and scales[0] == min(scales)
     blocks = sum(architecture(name)["depths"]) if "depths" in architecture(name) else architecture(name)["depth"]
-    assert len(set(scales)) >= blocks + 2  # the stem, the blocks, the head
+    assert len(set(scales)) >= blocks + 1 + bool(model.num_classes)  # the stem, the blocks, the head
 
     coarse = timm.models.group_parameters(model, model.group_matcher(coarse=True))
     assert sorted(n for names in coarse.values() for n in names) == sorted(parameters)
