@@ -27,7 +27,7 @@ from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
 from densezoo import mmcv_ops
-from densezoo.backbones import davit, dinat_s, maxvit, nat, nat_isotropic
+from densezoo.backbones import davit, dinat_s, focalnet, maxvit, nat, nat_isotropic
 from densezoo.checkpoints import load_published
 
 # Before anything imports mmcv.ops.
@@ -237,3 +237,7 @@ class DaViT(_Backbone, davit.DaViT, BaseModule, prefix="densezoo_davit_"):
 
 class MaxViT(_Backbone, maxvit.MaxViT, BaseModule, prefix="densezoo_maxvit_"):
     """MaxViT (arXiv 2204.01697); arguments as for `_Backbone`."""
+
+
+class FocalNet(_Backbone, focalnet.FocalNet, BaseModule, prefix="densezoo_focalnet_"):
+    """FocalNet (arXiv 2203.11926); arguments as for `_Backbone`."""

@@ -38,6 +38,7 @@ TYPES = {
     "ViTRPB": ("vitrpb_small", ISOTROPIC | dict(img_size=48)),
     "DaViT": ("densezoo_davit_tiny", HALVING),
     "MaxViT": ("densezoo_maxvit_tiny_tf_224", HALVING | dict(stem_widths=[8, 16])),
+    "FocalNet": ("densezoo_focalnet_tiny_lrf", dict(embed_dim=16, depths=[1, 2, 1, 1])),
 }
 
 
@@ -115,6 +116,7 @@ def test_builds_what_the_outputs_need(out_indices, norms):
         ("NATIsotropic", ["layers."]),
         ("DaViT", ["stages.0.", "stages.1.", "stages.2.", "stages.3."]),
         ("MaxViT", ["stages.0.", "stages.1.", "stages.2.", "stages.3."]),
+        ("FocalNet", ["layers.0.", "layers.1.", "layers.2.", "layers.3."]),
     ],
 )
 def test_frozen_stages(kind, stages):

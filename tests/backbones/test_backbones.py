@@ -47,7 +47,7 @@ def shrunk(name: str, blocks: int = 2, levels: int | None = 2) -> dict:
         all_levels = len(arch["depths"])
         small |= {k: v[:levels] for k, v in arch.items() if isinstance(v, tuple) and len(v) == all_levels}
         small["depths"] = tuple(min(depth, blocks) for depth in small["depths"])
-    heads = arch["num_heads"]
+    heads = arch.get("num_heads", 8)  # without heads, an eighth of the width
     divisor = heads if isinstance(heads, int) else math.gcd(*heads)
     for key in {"embed_dim", "embed_dims", "num_heads"} & arch.keys():
         value = small.get(key, arch[key])

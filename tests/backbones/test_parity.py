@@ -1,4 +1,4 @@
-"""The golden records of the published implementations, at relative error 1e-5 in float32."""
+"""The golden records of the published implementations, at relative error 1e-5 in float32 for most."""
 
 from pathlib import Path
 
@@ -44,7 +44,18 @@ RECORDS = [
     ("flatten_pvt_v2_b0", "flatten_pvt_v2_b0", {}),
     ("flatten_swin_tiny", "flatten_swin_tiny", {}),
     ("flatten_cswin_tiny", "flatten_cswin_tiny", {}),
+    ("focalnet_tiny_srf_official", "densezoo_focalnet_tiny_srf", {}),
+    ("focalnet_tiny_lrf_official", "densezoo_focalnet_tiny_lrf", {}),
+    ("focalnet_tiny_srf_timm", "densezoo_focalnet_tiny_srf", {}),
+    ("focalnet_tiny_lrf_timm", "densezoo_focalnet_tiny_lrf", {}),
+    (
+        "focalnet_tiny_srf_official_dense",
+        "densezoo_focalnet_tiny_srf",
+        dict(out_norms=NORMS, focal_windows=(9, 9, 9, 9)),
+    ),
 ]
+# Deep FocalNets lose more to rounding than others: their records are up to 2e-5 from the same models in float64.
+LIMITS = {"focalnet": 5e-5}
 
 
 @pytest.mark.parametrize("record, name, kwargs", RECORDS, ids=[r[0] for r in RECORDS])
@@ -68,7 +79,7 @@ def test_published_outputs(record, name, kwargs):
         del outputs["features0"]
     assert outputs.keys() == golden["outputs"].keys()
     errors = {key: parity.compare(expected, outputs[key]) for key, expected in golden["outputs"].items()}
-    assert max(errors.values()) < LIMIT, errors
+    assert max(errors.values()) < LIMITS.get(record.split("_")[0], LIMIT), errors
 
     # In float64 only the record's own rounding is left, a third of what a wrong norm epsilon shows.
     if "features0" in golden["outputs"]:
