@@ -2,11 +2,11 @@
 
 from types import ModuleType
 
-from densezoo.backbones import davit, dinat_s, focalnet, maxvit, nat, nat_isotropic
+from densezoo.backbones import davit, dinat_s, focalnet, maxvit, nat, nat_isotropic, poolformer
 
 __all__ = ["FAMILIES", "VARIANTS"]
 
-FAMILIES: tuple[ModuleType, ...] = (nat, dinat_s, nat_isotropic, davit, maxvit, focalnet)
+FAMILIES: tuple[ModuleType, ...] = (nat, dinat_s, nat_isotropic, davit, maxvit, focalnet, poolformer)
 """The modules of the families that pass the whole of tests/backbones (agent and flatten do not yet).
 
 Each has `VARIANTS`, `default_cfgs` and `checkpoint_filter_fn`.

@@ -27,7 +27,7 @@ from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
 from densezoo import mmcv_ops
-from densezoo.backbones import davit, dinat_s, focalnet, maxvit, nat, nat_isotropic
+from densezoo.backbones import davit, dinat_s, focalnet, maxvit, nat, nat_isotropic, poolformer
 from densezoo.checkpoints import load_published
 
 # Before anything imports mmcv.ops.
@@ -241,3 +241,15 @@ class MaxViT(_Backbone, maxvit.MaxViT, BaseModule, prefix="densezoo_maxvit_"):
 
 class FocalNet(_Backbone, focalnet.FocalNet, BaseModule, prefix="densezoo_focalnet_"):
     """FocalNet (arXiv 2203.11926); arguments as for `_Backbone`."""
+
+
+class PoolFormer(_Backbone, poolformer.PoolFormer, BaseModule, prefix="densezoo_poolformer_"):
+    """PoolFormer (arXiv 2111.11418); arguments as for `_Backbone`."""
+
+
+class PoolFormerV2(_Backbone, poolformer.PoolFormer, BaseModule, prefix="densezoo_poolformerv2_", version=2):
+    """PoolFormerV2 (arXiv 2210.13452); arguments as for `_Backbone`."""
+
+
+class MetaFormer(_Backbone, poolformer.PoolFormer, BaseModule, prefix="metaformer_"):
+    """MetaFormers with other token mixers (arXiv 2111.11418); arguments as for `_Backbone`."""

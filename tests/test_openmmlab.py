@@ -27,6 +27,7 @@ from densezoo.openmmlab import MODELS, config_for
 CONFIGS = Path(__file__).parents[1] / "configs" / "_base_" / "models"
 STAGED = dict(embed_dim=16, depths=[1, 2, 1, 1], num_heads=[1, 2, 4, 8], kernel_size=3)
 HALVING = dict(embed_dim=16, depths=[1, 2, 1, 1], num_heads=[1, 2, 4, 8])
+POOLING = dict(embed_dims=[8, 16, 24, 32], depths=[1, 2, 1, 1])
 ISOTROPIC = dict(embed_dim=16, depth=3, num_heads=2)
 # A timm name of every type, and what makes it small.
 TYPES = {
@@ -39,6 +40,9 @@ TYPES = {
     "DaViT": ("densezoo_davit_tiny", HALVING),
     "MaxViT": ("densezoo_maxvit_tiny_tf_224", HALVING | dict(stem_widths=[8, 16])),
     "FocalNet": ("densezoo_focalnet_tiny_lrf", dict(embed_dim=16, depths=[1, 2, 1, 1])),
+    "PoolFormer": ("densezoo_poolformer_s12", POOLING),
+    "PoolFormerV2": ("densezoo_poolformerv2_s12", POOLING),
+    "MetaFormer": ("metaformer_ppaa_s12_224", POOLING | dict(embed_dims=[8, 16, 32, 64])),
 }
 
 
@@ -117,6 +121,7 @@ def test_builds_what_the_outputs_need(out_indices, norms):
         ("DaViT", ["stages.0.", "stages.1.", "stages.2.", "stages.3."]),
         ("MaxViT", ["stages.0.", "stages.1.", "stages.2.", "stages.3."]),
         ("FocalNet", ["layers.0.", "layers.1.", "layers.2.", "layers.3."]),
+        ("PoolFormer", ["stages.0.", "stages.1.", "stages.2.", "stages.3."]),
     ],
 )
 def test_frozen_stages(kind, stages):

@@ -10,23 +10,25 @@ import sys
 import pytest
 import timm
 import torch
-from densezoo.backbones import VARIANTS, davit, maxvit
+from densezoo.backbones import VARIANTS, davit, maxvit, poolformer
 from densezoo.backbones.agent import AgentDeiT
 from densezoo.backbones.cswin import CSwin
+from densezoo.backbones.poolformer import PoolFormer
 from densezoo.backbones.pvt import PVT
 from timm.layers import DropPath
 from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-# timm published the weights, on the Hub, with preprocessing of its own: test_davit.py and test_maxvit.py compare it.
-TIMMS = (davit, maxvit)
+# timm has weights on the Hub, or the same preprocessing, of its own: these families' own tests compare it.
+TIMMS = (davit, maxvit, poolformer)
 UNTRAINED = {
     *(f"densezoo_davit_{size}" for size in ("large", "large_window12_384", "huge", "giant")),
+    "metaformer_random_s12_224",
     *(f"densezoo_maxvit_{size}_256" for size in ("pico_rw", "tiny_rw", "rmlp_small_rw")),
 }
-# Parameters that only tell how positions differ.
-POSITIONS = r"\.rel_pos\."
+# Parameters that only tell how positions differ; PoolFormer pools those around a position less itself.
+POSITIONS = r"\.rel_pos\.|^stages\.3\.blocks\.\d\.(norm1\.|layer_scale_1)"
 
 
 @functools.cache
@@ -47,7 +49,7 @@ def shrunk(name: str, blocks: int = 2, levels: int | None = 2) -> dict:
         all_levels = len(arch["depths"])
         small |= {k: v[:levels] for k, v in arch.items() if isinstance(v, tuple) and len(v) == all_levels}
         small["depths"] = tuple(min(depth, blocks) for depth in small["depths"])
-    heads = arch.get("num_heads", 8)  # without heads, an eighth of the width
+    heads = arch.get("num_heads", 2)  # without heads, half of the width
     divisor = heads if isinstance(heads, int) else math.gcd(*heads)
     for key in {"embed_dim", "embed_dims", "num_heads"} & arch.keys():
         value = small.get(key, arch[key])
@@ -77,9 +79,9 @@ def nchw(model: nn.Module, features: torch.Tensor) -> torch.Tensor:
 
 
 def side(name: str, size: int, reduction: int) -> int:
-    """Return the side of a map: rounded up, but PVT's patches and CSwin's stem leave a rest of the image out."""
+    """Return the side of a map: rounded up, but PVT's patches and the stems of CSwin and PoolFormer leave a rest."""
     cls = architecture(name)["cls"]
-    if issubclass(cls, CSwin):
+    if issubclass(cls, (CSwin, PoolFormer)):
         size = (size + 1) // 4 * 4
     return size // reduction if issubclass(cls, PVT) and not cls.overlapping else math.ceil(size / reduction)
 

@@ -53,9 +53,12 @@ RECORDS = [
         "densezoo_focalnet_tiny_srf",
         dict(out_norms=NORMS, focal_windows=(9, 9, 9, 9)),
     ),
+    ("poolformer_s12_official", "densezoo_poolformer_s12", {}),
+    ("poolformer_s12_timm", "densezoo_poolformer_s12", {}),
+    ("poolformer_s12_official_dense", "densezoo_poolformer_s12", dict(out_norms=NORMS)),
 ]
 # Deep FocalNets lose more to rounding than others: their records are up to 2e-5 from the same models in float64.
-LIMITS = {"focalnet": 5e-5}
+LIMITS = {"focalnet": 5e-5, "poolformer": 5e-6}
 
 
 @pytest.mark.parametrize("record, name, kwargs", RECORDS, ids=[r[0] for r in RECORDS])
