@@ -49,7 +49,8 @@ def shrunk(name: str, blocks: int = 2, levels: int | None = 2) -> dict:
         all_levels = len(arch["depths"])
         small |= {k: v[:levels] for k, v in arch.items() if isinstance(v, tuple) and len(v) == all_levels}
         small["depths"] = tuple(min(depth, blocks) for depth in small["depths"])
-    heads = arch.get("num_heads", 2)  # without heads, half of the width
+    # Without heads, half of the width or an eighth.
+    heads = arch.get("num_heads", 2 if "embed_dims" in arch else 8)
     divisor = heads if isinstance(heads, int) else math.gcd(*heads)
     for key in {"embed_dim", "embed_dims", "num_heads"} & arch.keys():
         value = small.get(key, arch[key])
@@ -93,7 +94,9 @@ def pooled_norm(model: nn.Module) -> nn.Module:
 
 def design(name: str) -> str:
     """Return a variant's shrunk keywords, those aside that differ in size alone."""
-    return str({k: v for k, v in (architecture(name) | shrunk(name)).items() if k not in ("depths", "window_size")})
+    arch = architecture(name) | shrunk(name)
+    sizes = {"depths", "window_size"} | (set() if "num_heads" in arch else {"embed_dim", "embed_dims"})
+    return str({k: v for k, v in arch.items() if k not in sizes})
 
 
 def first_of_each(key) -> pytest.MarkDecorator:
