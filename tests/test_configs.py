@@ -94,8 +94,8 @@ PUBLISHED = {
         "vitrpb-base": ("86.63", None, None, None),
     },
     "focalnet": {
-        # Published: Mask R-CNN 48.6, 48.8, 70.8, 72.3, 109.4 and 111.4; UPerNet, cut to 61, 61, 83, 84, 124 and 126. With
-        # the published kernels the models have these; the other detectors' agree.
+        # Published: Mask R-CNN 48.6, 48.8, 70.8, 72.3, 109.4, 111.4; UPerNet, cut, 61, 61, 83, 84, 124, 126. With the
+        # published kernels the models have these; the other detectors' agree.
         "focalnet-tiny-srf": ("28.4", "48.675", "48.675", None, None, None, "60.8"),
         "focalnet-tiny-lrf": ("28.6", "49.426", "49.426", "87.1", "37.2", "111.2", "61.6"),
         "focalnet-small-srf": ("49.9", "70.913", "70.913", None, None, None, "83.1"),
