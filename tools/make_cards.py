@@ -33,9 +33,10 @@ METRICS = {
     "mask_ap": ("mask AP", "mask AP", "instance-segmentation"),
     "miou": ("mIoU", "mIoU", "semantic-segmentation"),
     "miou_ms": ("multi-scale mIoU", "mIoU", "semantic-segmentation"),
+    "macc": ("mAcc", "mAcc", "semantic-segmentation"),
 }
 FAMILY_KEYS = ("source", "license", "weights_base", "papers", "models")
-MODEL_KEYS = ("paper", "note", "weights", "results")
+MODEL_KEYS = ("paper", "license", "note", "weights", "results")
 RESULT_KEYS = ("dataset", "method", "size", "params", "flops", "config", "weights", "status", *METRICS)
 
 
@@ -53,9 +54,11 @@ def load_facts(path: Path) -> dict:
             check_known(result, RESULT_KEYS, f"{path.name}: {name}: results")
             result.setdefault("method", "classifier")
             check_known([result.setdefault("status", "published")], STATUSES, f"{path.name}: {name}: status")
-            result["weights"] = urljoin(facts.get("weights_base", ""), result.get("weights", model["weights"]))
             result["metrics"] = [(*METRICS[key], result[key]) for key in METRICS if key in result]
-        model["weights"] = urljoin(facts.get("weights_base", ""), model["weights"])
+            result.setdefault("weights", model["weights"])
+        for place in (model, *model["results"]):
+            # Empty where none were published.
+            place["weights"] = place["weights"] and urljoin(facts.get("weights_base", ""), place["weights"])
     return facts
 
 
@@ -66,9 +69,14 @@ def check_known(found: Collection[str], known: Collection[str], place: str) -> N
 
 
 def parity_of(name: str, models: Collection[str]) -> str:
-    """Say if tests/goldens has a record of the published implementation of `name`, or of another of its family."""
+    """Say if tests/goldens has a record of the published implementation of `name`, or of another of its class."""
     stems = " ".join(path.stem for path in (ROOT / "tests" / "goldens").glob("*.json"))
-    recorded = [m for m in models if re.search(rf"(?<!\S){m}(_official|_timm)?(_dense)?(?!\S)", stems)]
+    recorded = []
+    for model in models:
+        published = model.removeprefix("densezoo_")
+        same_class = timm.model_entrypoint(model).__annotations__ == timm.model_entrypoint(name).__annotations__
+        if same_class and re.search(rf"(?<!\S){published}(_official|_timm)?(_dense)?(?!\S)", stems):
+            recorded.append(model)
     if name in recorded:
         return "golden record"
     nearest = max(recorded, key=lambda m: len(commonprefix([m, name])), default=None)
