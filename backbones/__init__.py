@@ -2,11 +2,33 @@
 
 from types import ModuleType
 
-from densezoo.backbones import agent, davit, dinat_s, flatten, maxvit, nat, nat_isotropic, quadtree
+from densezoo.backbones import (
+    agent,
+    davit,
+    dinat_s,
+    flatten,
+    focalnet,
+    maxvit,
+    nat,
+    nat_isotropic,
+    poolformer,
+    quadtree,
+)
 
 __all__ = ["FAMILIES", "VARIANTS"]
 
-FAMILIES: tuple[ModuleType, ...] = (nat, dinat_s, nat_isotropic, davit, maxvit, agent, flatten, quadtree)
+FAMILIES: tuple[ModuleType, ...] = (
+    nat,
+    dinat_s,
+    nat_isotropic,
+    davit,
+    maxvit,
+    quadtree,
+    agent,
+    flatten,
+    focalnet,
+    poolformer,
+)
 """The modules of the families; each has `VARIANTS`, `default_cfgs` and `checkpoint_filter_fn`."""
 
 VARIANTS: dict[str, ModuleType] = {name: family for family in FAMILIES for name in family.VARIANTS}

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -99,6 +99,7 @@ class StagedBackbone(nn.Module):
         out_norms: Sequence[int],
         norm_eps: float = 1e-5,
         pool_first: bool = False,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
     ) -> None:
         """Build what follows the stages: the output norms, or the final norm, pooling and classifier.
 
@@ -108,9 +109,9 @@ class StagedBackbone(nn.Module):
         check_out_norms(out_norms, self.num_stages)
         self.out_norms = tuple(sorted(set(out_norms)))
         for i in self.out_norms:
-            self.add_module(f"norm{i}", nn.LayerNorm(self.feature_info[i]["num_chs"], eps=norm_eps))
+            self.add_module(f"norm{i}", norm_layer(self.feature_info[i]["num_chs"], eps=norm_eps))
         self.num_features = self.feature_info[-1]["num_chs"]
-        self.norm = nn.Identity() if out_norms else nn.LayerNorm(self.num_features, eps=norm_eps)
+        self.norm = nn.Identity() if out_norms else norm_layer(self.num_features, eps=norm_eps)
         self.pool_first = pool_first
         self.drop_rate = drop_rate
         self.grad_checkpointing = False

@@ -271,7 +271,8 @@ def _trace(state: dict[str, Tensor], loaded: dict[str, Tensor], published: dict[
     by_storage = {tensor.untyped_storage().data_ptr(): key for key, tensor in strided}
     origins = {}
     for key, tensor in loaded.items():
-        old = key if key in state else by_identity.get(id(tensor))
+        # The same name may stand for another part in the published layout.
+        old = key if state.get(key) is tensor else by_identity.get(id(tensor), key if key in state else None)
         old = old or by_storage.get(tensor.untyped_storage().data_ptr())
         if old is not None:
             origins[key] = published[old]

@@ -29,7 +29,18 @@ from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
 from densezoo import mmcv_ops
-from densezoo.backbones import agent, davit, dinat_s, flatten, maxvit, nat, nat_isotropic, quadtree
+from densezoo.backbones import (
+    agent,
+    davit,
+    dinat_s,
+    flatten,
+    focalnet,
+    maxvit,
+    nat,
+    nat_isotropic,
+    poolformer,
+    quadtree,
+)
 from densezoo.checkpoints import load_published
 
 
@@ -307,3 +318,19 @@ class FLattenCSwin(_Backbone, flatten.FLattenCSwin, BaseModule, prefix="flatten_
 
 class QuadTree(_Backbone, quadtree.QuadTree, BaseModule, prefix="quadtree_"):
     """QuadTree (arXiv 2201.02767); arguments as for `_Backbone`."""
+
+
+class FocalNet(_Backbone, focalnet.FocalNet, BaseModule, prefix="densezoo_focalnet_"):
+    """FocalNet (arXiv 2203.11926); arguments as for `_Backbone`."""
+
+
+class PoolFormer(_Backbone, poolformer.PoolFormer, BaseModule, prefix="densezoo_poolformer_"):
+    """PoolFormer (arXiv 2111.11418); arguments as for `_Backbone`."""
+
+
+class PoolFormerV2(_Backbone, poolformer.PoolFormer, BaseModule, prefix="densezoo_poolformerv2_", version=2):
+    """PoolFormerV2 (arXiv 2210.13452); arguments as for `_Backbone`."""
+
+
+class MetaFormer(_Backbone, poolformer.PoolFormer, BaseModule, prefix="metaformer_"):
+    """MetaFormers with other token mixers (arXiv 2111.11418); arguments as for `_Backbone`."""

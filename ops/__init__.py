@@ -3,6 +3,7 @@
 from densezoo.ops.agent import agent_attention
 from densezoo.ops.backend import get_backend, set_backend
 from densezoo.ops.channel import channel_attention
+from densezoo.ops.focal import focal_modulation
 from densezoo.ops.linear import focused_linear_attention
 from densezoo.ops.neighborhood import na2d
 from densezoo.ops.quadtree import quadtree_attention
@@ -11,6 +12,7 @@ from densezoo.ops.window import window_attention
 __all__ = [
     "agent_attention",
     "channel_attention",
+    "focal_modulation",
     "focused_linear_attention",
     "get_backend",
     "na2d",

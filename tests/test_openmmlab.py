@@ -30,6 +30,7 @@ CONFIGS = Path(__file__).parents[1] / "configs" / "_base_" / "models"
 STAGED = dict(embed_dim=16, depths=[1, 2, 1, 1], num_heads=[1, 2, 4, 8], kernel_size=3)
 HALVING = dict(embed_dim=16, depths=[1, 2, 1, 1], num_heads=[1, 2, 4, 8])
 PYRAMID = dict(embed_dims=[16, 32, 64, 128], depths=[1, 2, 1, 1], num_heads=[1, 2, 4, 8])
+POOLING = dict(embed_dims=[8, 16, 24, 32], depths=[1, 2, 1, 1])
 ISOTROPIC = dict(embed_dim=16, depth=3, num_heads=2)
 # A timm name of every type, and what makes it small.
 TYPES = {
@@ -54,6 +55,10 @@ TYPES = {
         "quadtree_b0",
         dict(embed_dims=[8, 16, 24, 16], depths=[1, 2, 1, 1], num_heads=[1, 2, 3, 4], levels=[3, 3, 2, 2]),
     ),
+    "FocalNet": ("densezoo_focalnet_tiny_lrf", dict(embed_dim=16, depths=[1, 2, 1, 1])),
+    "PoolFormer": ("densezoo_poolformer_s12", POOLING),
+    "PoolFormerV2": ("densezoo_poolformerv2_s12", POOLING),
+    "MetaFormer": ("metaformer_ppaa_s12_224", POOLING | dict(embed_dims=[8, 16, 32, 64])),
 }
 # Without norms on their outputs in the published detectors and segmentors.
 NORMLESS = ("AgentPVT", "FLattenPVT")
@@ -163,10 +168,13 @@ PVT_STEM = ("patch_embed1.", "pos_embed1")
         ("NATIsotropic", parts("layers.", 1)),
         ("DaViT", parts("stages.{}.")),
         ("MaxViT", parts("stages.{}.")),
+        ("FocalNet", parts("layers.{}.")),
+        ("PoolFormer", parts("stages.{}.")),
         ("AgentSwin", parts("layers.{}.")),
         ("FLattenDeiT", parts("blocks.", 1)),
         # The stem is the first stage's embedding.
         ("AgentPVT", [PVT_STEM, *((f"patch_embed{i}.", f"pos_embed{i}", f"block{i}.") for i in range(1, 5))]),
+        ("QuadTree", [PVT_STEM, *((f"patch_embed{i}.", f"block{i}.", f"norm{i}.") for i in range(1, 5))]),
         ("FLattenPVTv2", [PVT_STEM, *((f"patch_embed{i}.", f"block{i}.", f"norm{i}.") for i in range(1, 5))]),
         (
             "AgentCSwin",

@@ -10,9 +10,10 @@ import sys
 import pytest
 import timm
 import torch
-from densezoo.backbones import VARIANTS, davit, maxvit
+from densezoo.backbones import VARIANTS, davit, maxvit, poolformer
 from densezoo.backbones.agent import AgentDeiT
 from densezoo.backbones.cswin import CSwin
+from densezoo.backbones.poolformer import PoolFormer
 from densezoo.backbones.pvt import PVT
 from densezoo.backbones.quadtree import QuadTree
 from timm.layers import DropPath
@@ -20,17 +21,18 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-# timm published the weights, on the Hub, with preprocessing of its own: test_davit.py and test_maxvit.py compare it.
-TIMMS = (davit, maxvit)
+# timm has weights on the Hub, or the same preprocessing, of its own: these families' own tests compare it.
+TIMMS = (davit, maxvit, poolformer)
 UNTRAINED = {
     *(f"densezoo_davit_{size}" for size in ("large", "large_window12_384", "huge", "giant")),
     *(f"densezoo_maxvit_{size}_256" for size in ("pico_rw", "tiny_rw", "rmlp_small_rw")),
     *(f"flatten_pvt_{size}" for size in ("small", "medium", "large", "v2_b1", "v2_b2", "v2_b3", "v2_b4")),
     "quadtree_a_b0",
+    "metaformer_random_s12_224",
     *(f"flatten_{size}" for size in ("deit_tiny", "cswin_small", "cswin_base", "cswin_base_384")),
 }
-# Parameters that only tell how positions differ.
-POSITIONS = r"\.rel_pos\.|\.a[nhw]_bias$"
+# Parameters that only tell how positions differ; PoolFormer pools those around a position less itself.
+POSITIONS = r"\.rel_pos\.|\.a[nhw]_bias$|^stages\.3\.blocks\.\d\.(norm1\.|layer_scale_1)"
 
 
 @functools.cache
@@ -51,7 +53,8 @@ def shrunk(name: str, blocks: int = 2, levels: int | None = 2) -> dict:
         all_levels = len(arch["depths"])
         small |= {k: v[:levels] for k, v in arch.items() if isinstance(v, tuple) and len(v) == all_levels}
         small["depths"] = tuple(min(depth, blocks) for depth in small["depths"])
-    heads = arch["num_heads"]
+    # Without heads, half of the width or an eighth.
+    heads = arch.get("num_heads", 2 if "embed_dims" in arch else 8)
     divisor = heads if isinstance(heads, int) else math.gcd(*heads)
     for key in {"embed_dim", "embed_dims", "num_heads"} & arch.keys():
         value = small.get(key, arch[key])
@@ -81,9 +84,9 @@ def nchw(model: nn.Module, features: torch.Tensor) -> torch.Tensor:
 
 
 def side(name: str, size: int, reduction: int) -> int:
-    """Return the side of a map: rounded up, but PVT's patches and CSwin's stem leave a rest of the image out."""
+    """Return the side of a map: rounded up, but PVT's patches and the stems of CSwin and PoolFormer leave a rest."""
     cls = architecture(name)["cls"]
-    if issubclass(cls, CSwin):
+    if issubclass(cls, (CSwin, PoolFormer)):
         size = (size + 1) // 4 * 4
     return size // reduction if issubclass(cls, PVT) and not cls.overlapping else math.ceil(size / reduction)
 
@@ -95,7 +98,9 @@ def pooled_norm(model: nn.Module) -> nn.Module:
 
 def design(name: str) -> str:
     """Return a variant's shrunk keywords, those aside that differ in size alone."""
-    return str({k: v for k, v in (architecture(name) | shrunk(name)).items() if k not in ("depths", "window_size")})
+    arch = architecture(name) | shrunk(name)
+    sizes = {"depths", "window_size"} | (set() if "num_heads" in arch else {"embed_dim", "embed_dims"})
+    return str({k: v for k, v in arch.items() if k not in sizes})
 
 
 def first_of_each(key) -> pytest.MarkDecorator:

@@ -1,4 +1,4 @@
-"""The golden records of the published implementations, at relative error 1e-5 in float32."""
+"""The golden records of the published implementations, at relative error 1e-5 in float32 for most."""
 
 from pathlib import Path
 
@@ -49,7 +49,21 @@ RECORDS = [
     ("quadtree_b1", "quadtree_b1", {}),
     ("quadtree_b0_dense", "quadtree_b0", dict(out_norms=NORMS)),
     ("quadtree_b1_dense", "quadtree_b1", dict(out_norms=NORMS)),
+    ("focalnet_tiny_srf_official", "densezoo_focalnet_tiny_srf", {}),
+    ("focalnet_tiny_lrf_official", "densezoo_focalnet_tiny_lrf", {}),
+    ("focalnet_tiny_srf_timm", "densezoo_focalnet_tiny_srf", {}),
+    ("focalnet_tiny_lrf_timm", "densezoo_focalnet_tiny_lrf", {}),
+    (
+        "focalnet_tiny_srf_official_dense",
+        "densezoo_focalnet_tiny_srf",
+        dict(out_norms=NORMS, focal_windows=(9, 9, 9, 9)),
+    ),
+    ("poolformer_s12_official", "densezoo_poolformer_s12", {}),
+    ("poolformer_s12_timm", "densezoo_poolformer_s12", {}),
+    ("poolformer_s12_official_dense", "densezoo_poolformer_s12", dict(out_norms=NORMS)),
 ]
+# Deep FocalNets lose more to rounding than others: their records are up to 2e-5 from the same models in float64.
+LIMITS = {"focalnet": 5e-5, "poolformer": 5e-6}
 
 
 @pytest.mark.parametrize("record, name, kwargs", RECORDS, ids=[r[0] for r in RECORDS])
@@ -73,7 +87,7 @@ def test_published_outputs(record, name, kwargs):
         del outputs["features0"]
     assert outputs.keys() == golden["outputs"].keys()
     errors = {key: parity.compare(expected, outputs[key]) for key, expected in golden["outputs"].items()}
-    assert max(errors.values()) < LIMIT, errors
+    assert max(errors.values()) < LIMITS.get(record.split("_")[0], LIMIT), errors
 
     # In float64 only the record's own rounding is left, a third of what a wrong norm epsilon shows.
     if "features0" in golden["outputs"]:

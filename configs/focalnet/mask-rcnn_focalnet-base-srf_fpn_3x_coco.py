@@ -1,0 +1,20 @@
+_base_ = [
+    "../_base_/models/mask-rcnn_fpn.py",
+    "../_base_/datasets/coco_instance_ms-crop.py",
+    "../_base_/schedules/schedule_3x.py",
+    "../_base_/default_runtime.py",
+]
+
+model = dict(
+    backbone=dict(
+        type="densezoo.FocalNet",
+        arch="base_srf",
+        focal_windows=(9, 9, 9, 9),
+        drop_path_rate=0.5,
+        init_cfg=dict(
+            type="Pretrained",
+            checkpoint="https://github.com/microsoft/FocalNet/releases/download/v1.0.0/focalnet_base_srf.pth",
+        ),
+    ),
+    neck=dict(in_channels=[128, 256, 512, 1024]),
+)

@@ -1,0 +1,70 @@
+"""Focal modulation: context gathered by convolutions of growing reach, and gated at every position."""
+
+from collections.abc import Sequence
+
+from densezoo.ops.focal.reference import focal_modulation_reference
+from torch import Tensor
+
+__all__ = ["focal_modulation"]
+
+
+def focal_modulation(
+    context: Tensor, gates: Tensor, weights: Sequence[Tensor], *, normalize_modulator: bool = False
+) -> Tensor:
+    """Gather the context of every position over focal levels (FocalNet, arXiv 2203.11926).
+
+    Each level convolves the one before it, channel by channel; the last context is the mean of the map. With
+    context[0] = `context` and L = len(weights),
+
+        context[l + 1] = gelu(depthwise_convolution(context[l], weights[l]))    for l in 0 .. L - 1
+        out = sum of gates[..., l] * context[l + 1] + gates[..., L] * gelu(mean of context[L] over the positions)
+
+    with the exact GELU and zero padding that keeps the size. The paper's modulator is a linear map of `out`, and its
+    product with the query is the output of focal modulation; both are left to the caller.
+
+    Args:
+        context: (B, H, W, dim), float16, bfloat16, float32 or float64, any strides.
+        gates: (B, H, W, L + 1), of `context`'s dtype: one a level, then the one of the mean. No activation is applied.
+        weights: One kernel a level, (dim, 1, size, size) with an odd size, any floating dtype.
+        normalize_modulator: Whether to divide the sum by L + 1.
+
+    Returns:
+        (B, H, W, dim), of `context`'s dtype. Convolutions and sums run in float32 for 16-bit inputs.
+
+    Raises:
+        ValueError: An argument's shape, dtype or device is wrong; the message names it.
+    """
+    _check(context, gates, weights)
+    return focal_modulation_reference(context, gates, weights, normalize_modulator)
+
+
+def _check(context, gates, weights) -> None:
+    if context.dim() != 4:
+        raise ValueError(f"context: got shape {tuple(context.shape)}, expected (B, H, W, dim)")
+    if not isinstance(weights, (list, tuple)) or not weights:
+        raise ValueError(
+            f"weights: got {type(weights).__name__}, expected a list or tuple of kernels (dim, 1, size, size), one a "
+            "level"
+        )
+    if gates.dim() != 4 or gates.shape[:3] != context.shape[:3] or gates.shape[3] != len(weights) + 1:
+        raise ValueError(
+            f"gates: got shape {tuple(gates.shape)}, expected (B, H, W, levels + 1) for {len(weights)} levels "
+            f"(context: {tuple(context.shape)})"
+        )
+    for name, t in (("context", context), ("gates", gates)):
+        if not t.is_floating_point() or t.dtype != context.dtype or t.device != context.device:
+            raise ValueError(
+                f"{name}: got {t.dtype} on {t.device}, expected one floating dtype and one device for context and "
+                f"gates (context: {context.dtype} on {context.device})"
+            )
+    for level, t in enumerate(weights):
+        fits = t.dim() == 4 and t.shape[:2] == (context.shape[3], 1) and t.shape[2] == t.shape[3] and t.shape[2] % 2
+        if not fits:
+            raise ValueError(
+                f"weights[{level}]: got shape {tuple(t.shape)}, expected (dim, 1, size, size) with dim = "
+                f"{context.shape[3]} and an odd size"
+            )
+        if not t.is_floating_point() or t.device != context.device:
+            raise ValueError(
+                f"weights[{level}]: got {t.dtype} on {t.device}, expected a floating dtype on {context.device}"
+            )
