@@ -117,6 +117,7 @@ def small_root(tmp_path, monkeypatch) -> Path:
     facts = yaml.safe_load((ROOT / "model_cards" / "facts" / "nat.yaml").read_text())
     facts["models"] = {"nat_mini": facts["models"]["nat_mini"]}
     (cards / "facts" / "nat.yaml").write_text(yaml.safe_dump(facts))
+    (cards / "parity.json").write_text('{"nat_mini": 6.4e-07}')
     (tmp_path / "tools").symlink_to(ROOT / "tools")
     (tmp_path / "README.md").write_text("Models\n<!-- models -->\nold\n<!-- /models -->\nend\n")
     monkeypatch.setattr(make_cards, "ROOT", tmp_path)
@@ -141,7 +142,9 @@ def test_check_names_what_differs_and_writing_mends_it(small_root, monkeypatch, 
     assert card.exists() and not orphan.exists()
     readme = (small_root / "README.md").read_text()
     assert readme.startswith("Models\n<!-- models -->\n| model |") and readme.endswith("|\n<!-- /models -->\nend\n")
-    assert "| 19.98 | 2.7 | 81.8 | 46.5 / 41.7 | 50.3 / 43.6 | 45.1 / 46.4 |" in readme
+    detectors = "Mask R-CNN 3x 46.5 / 41.7<br>Cascade Mask R-CNN 3x 50.3 / 43.6"
+    assert f"| 19.98 | 2.7 | 81.8 | {detectors} | UPerNet 160k 45.1 / 46.4 |" in readme
+    assert "| 6e-07 |" in readme
     assert run(monkeypatch, "--check") == 0
 
     facts = small_root / "model_cards" / "facts" / "nat.yaml"

@@ -1,5 +1,8 @@
 """Write the model cards and README.md's table of models from model_cards/facts/*.yaml and from what the code tells.
 
+Errors of the comparison with the published implementations are those in model_cards/parity.json, which
+tests/backbones/test_parity.py measures.
+
     python tools/make_cards.py            write what is out of date
     python tools/make_cards.py --check    write nothing; name what is out of date and exit with 1
 
@@ -7,6 +10,7 @@ A family joins with a facts file named as its module in backbones/.
 """
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Collection
@@ -68,22 +72,18 @@ def check_known(found: Collection[str], known: Collection[str], place: str) -> N
         raise ValueError(f"{place}: got {unknown[0]!r}, expected one of: {', '.join(known)}")
 
 
-def parity_of(name: str, models: Collection[str]) -> str:
-    """Say if tests/goldens has a record of the published implementation of `name`, or of another of its class."""
-    stems = " ".join(path.stem for path in (ROOT / "tests" / "goldens").glob("*.json"))
-    recorded = []
-    for model in models:
-        published = model.removeprefix("densezoo_")
-        same_class = timm.model_entrypoint(model).__annotations__ == timm.model_entrypoint(name).__annotations__
-        if same_class and re.search(rf"(?<!\S){published}(_official|_timm)?(_dense)?(?!\S)", stems):
-            recorded.append(model)
-    if name in recorded:
-        return "golden record"
-    nearest = max(recorded, key=lambda m: len(commonprefix([m, name])), default=None)
-    return f"same code as {nearest}" if nearest else "no record"
+def parity_of(name: str, models: Collection[str], errors: dict[str, float]) -> tuple[str | None, float | None]:
+    """Return the model of the class of `name` that was compared with the published implementation, and its error.
+
+    `name` itself where it was compared, else that of the most alike name; None where there is none.
+    """
+    cls = timm.model_entrypoint(name).__annotations__["return"]
+    compared = [m for m in models if m in errors and timm.model_entrypoint(m).__annotations__["return"] is cls]
+    nearest = max(compared, key=lambda m: (m == name, len(commonprefix([m, name]))), default=None)
+    return nearest, errors.get(nearest)
 
 
-def describe(name: str, facts: dict) -> dict:
+def describe(name: str, facts: dict, errors: dict[str, float]) -> dict:
     """Return what the templates say of a model."""
     model = facts["models"][name]
     with torch.device("meta"):
@@ -96,7 +96,7 @@ def describe(name: str, facts: dict) -> dict:
         config=config_for(name),
         millions=f"{sum(p.numel() for p in built.parameters()) / 1e6:.2f}",
         features=[(info["num_chs"], info["reduction"]) for info in built.feature_info],
-        parity=parity_of(name, facts["models"]),
+        parity=parity_of(name, facts["models"], errors),
         state=", ".join(status for status in STATUSES if status in statuses) or "none published",
     )  # fmt: skip
 
@@ -105,10 +105,11 @@ def generate() -> tuple[dict[Path, str], str]:
     """Return the text of every card, by path, and README.md's table."""
     loader = jinja2.FileSystemLoader(ROOT / "tools")
     templates = jinja2.Environment(loader=loader, trim_blocks=True, keep_trailing_newline=True)
+    errors = json.loads((CARDS / "parity.json").read_text())
     models = []
     for path in sorted((CARDS / "facts").glob("*.yaml")):
         facts = load_facts(path)
-        models += [describe(name, facts) for name in facts["models"]]
+        models += [describe(name, facts, errors) for name in facts["models"]]
     card = templates.get_template("card.md.j2")
     cards = {CARDS / f"{model['name']}.md": card.render(model) for model in models}
     return cards, templates.get_template("models.md.j2").render(models=models)

@@ -1,5 +1,6 @@
 """The golden records of the published implementations, at relative error 1e-5 in float32 for most."""
 
+import json
 from pathlib import Path
 
 import parity
@@ -66,9 +67,12 @@ RECORDS = [
 LIMITS = {"focalnet": 5e-5, "poolformer": 5e-6}
 
 
-@pytest.mark.parametrize("record, name, kwargs", RECORDS, ids=[r[0] for r in RECORDS])
+STATED = Path(__file__).parents[2] / "model_cards" / "parity.json"
+
+
 @torch.no_grad()
-def test_published_outputs(record, name, kwargs):
+def measure(record: str, name: str, kwargs: dict) -> tuple[torch.nn.Module, dict, float]:
+    """Return the model with a record's weights, the record, and the largest error of an output."""
     golden = parity.load(GOLDENS / f"{record}.json")
     with torch.device("meta"):
         model = timm.create_model(name, **kwargs).eval()
@@ -86,8 +90,16 @@ def test_published_outputs(record, name, kwargs):
     if name.startswith("agent_deit"):  # its record has the logits alone
         del outputs["features0"]
     assert outputs.keys() == golden["outputs"].keys()
-    errors = {key: parity.compare(expected, outputs[key]) for key, expected in golden["outputs"].items()}
-    assert max(errors.values()) < LIMITS.get(record.split("_")[0], LIMIT), errors
+    return model, golden, max(parity.compare(expected, outputs[key]) for key, expected in golden["outputs"].items())
+
+
+@pytest.mark.parametrize("record, name, kwargs", RECORDS, ids=[r[0] for r in RECORDS])
+@torch.no_grad()
+def test_published_outputs(record, name, kwargs):
+    model, golden, error = measure(record, name, kwargs)
+    assert error < LIMITS.get(record.split("_")[0], LIMIT)
+    # Other CPUs round otherwise.
+    assert error < 3 * json.loads(STATED.read_text())[name], f"to state it, run {Path(__file__).name} by python"
 
     # In float64 only the record's own rounding is left, a third of what a wrong norm epsilon shows.
     if "features0" in golden["outputs"]:
@@ -122,3 +134,14 @@ def test_quadtree_attention():
             size = [int(side) for side in key.removeprefix("map_").split("x")]
             out = attention(parity.fixed_input(key, tuple(shape)).unflatten(1, size)).flatten(1, 2)
             assert parity.compare(golden["outputs"][f"{module}_{key}"], out) < LIMIT, (module, key)
+
+
+def test_errors_are_stated_of_every_model_with_a_record():
+    assert json.loads(STATED.read_text()).keys() == {name for _, name, _ in RECORDS}
+
+
+if __name__ == "__main__":
+    errors = {}
+    for record, name, kwargs in RECORDS:
+        errors[name] = max(errors.get(name, 0), float(f"{measure(record, name, kwargs)[2]:.1e}"))
+    STATED.write_text(json.dumps(errors, indent=1) + "\n")
