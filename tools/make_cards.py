@@ -1,10 +1,12 @@
 """Write the model cards and README.md's table of models from model_cards/facts/*.yaml and from what the code tells.
 
+FLOPs are those in model_cards/flops.json, G multiply-adds at the size of training, as tools/get_flops.py counts them.
 Errors of the comparison with the published implementations are those in model_cards/parity.json, which
 tests/backbones/test_parity.py measures.
 
     python tools/make_cards.py            write what is out of date
     python tools/make_cards.py --check    write nothing; name what is out of date and exit with 1
+    python tools/make_cards.py --count    first count every model's FLOPs anew, into model_cards/flops.json
 
 A family joins with a facts file named as its module in backbones/.
 """
@@ -22,6 +24,10 @@ import jinja2
 import timm
 import torch
 import yaml
+from _common import replacing
+from densezoo.backbones import VARIANTS
+from get_flops import count_multiply_adds
+from tqdm import tqdm
 
 from densezoo.openmmlab import config_for
 
@@ -83,7 +89,25 @@ def parity_of(name: str, models: Collection[str], errors: dict[str, float]) -> t
     return nearest, errors.get(nearest)
 
 
-def describe(name: str, facts: dict, errors: dict[str, float]) -> dict:
+def published_flops(model: dict) -> float | None:
+    """Return what the authors published of the FLOPs of the classifier, in G."""
+    return next((r["flops"] for r in model["results"] if r["method"] == "classifier" and "flops" in r), None)
+
+
+def flops_differ(counted: float, published: float) -> bool:
+    """Return whether a published number is more than 1 % off, beyond its rounding."""
+    unit = 10.0 ** -len(str(published).partition(".")[2])
+    return abs(counted - published) > max(0.01 * published, unit / 2)
+
+
+def count_flops(name: str) -> float:
+    """Return the G multiply-adds of a model at its size of training, in three digits."""
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+    return float(f"{count_multiply_adds(model, model.default_cfg['input_size']) / 1e9:.3g}")
+
+
+def describe(name: str, facts: dict, flops: dict[str, float], errors: dict[str, float]) -> dict:
     """Return what the templates say of a model."""
     model = facts["models"][name]
     with torch.device("meta"):
@@ -95,6 +119,10 @@ def describe(name: str, facts: dict, errors: dict[str, float]) -> dict:
         note=model.get("note"),
         config=config_for(name),
         millions=f"{sum(p.numel() for p in built.parameters()) / 1e6:.2f}",
+        size="x".join(map(str, built.default_cfg["input_size"][1:])),
+        flops=flops[name],
+        published_flops=(published := published_flops(model)),
+        flops_differ=published is not None and flops_differ(flops[name], published),
         features=[(info["num_chs"], info["reduction"]) for info in built.feature_info],
         parity=parity_of(name, facts["models"], errors),
         state=", ".join(status for status in STATUSES if status in statuses) or "none published",
@@ -105,11 +133,11 @@ def generate() -> tuple[dict[Path, str], str]:
     """Return the text of every card, by path, and README.md's table."""
     loader = jinja2.FileSystemLoader(ROOT / "tools")
     templates = jinja2.Environment(loader=loader, trim_blocks=True, keep_trailing_newline=True)
-    errors = json.loads((CARDS / "parity.json").read_text())
+    flops, errors = (json.loads((CARDS / name).read_text()) for name in ("flops.json", "parity.json"))
     models = []
     for path in sorted((CARDS / "facts").glob("*.yaml")):
         facts = load_facts(path)
-        models += [describe(name, facts, errors) for name in facts["models"]]
+        models += [describe(name, facts, flops, errors) for name in facts["models"]]
     card = templates.get_template("card.md.j2")
     cards = {CARDS / f"{model['name']}.md": card.render(model) for model in models}
     return cards, templates.get_template("models.md.j2").render(models=models)
@@ -127,7 +155,12 @@ def main() -> int:
     """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; name what is out of date")
+    parser.add_argument("--count", action="store_true", help="first count every model's FLOPs anew; takes minutes")
     args = parser.parse_args()
+    if args.count:
+        counted = {name: count_flops(name) for name in tqdm(VARIANTS)}
+        with replacing(CARDS / "flops.json") as file:
+            file.write_text(json.dumps(counted, indent=1) + "\n")
     readme = ROOT / "README.md"
     try:
         texts, table = generate()

@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 LOG2E = 1.4426950408889634
 
@@ -479,6 +480,13 @@ def _na2d(
     return _forward_launch(query, key, value, rpb, kernel_size, stride, dilation, is_causal, scale)
 
 
+@register_flop_formula(torch.ops.densezoo.na2d)
+def _(query, key, value, rpb, kernel_size, *args, **kwargs) -> int:
+    batch, height, width, heads, dim = query
+    # The products with the keys and with the values, each a multiplication and an addition.
+    return 4 * batch * height * width * heads * dim * kernel_size[0] * kernel_size[1]
+
+
 @_na2d.register_fake
 def _(query, key, value, rpb, kernel_size, stride, dilation, is_causal, scale):
     return query.new_empty(query.shape), query.new_empty(query.shape[:4], dtype=torch.float32)
@@ -492,6 +500,13 @@ def _na2d_backward(
     return _backward_launch(
         grad_out, query, key, value, rpb, out, lse, kernel_size, stride, dilation, is_causal, scale
     )
+
+
+@register_flop_formula(torch.ops.densezoo.na2d_backward)
+def _(grad_out, query, key, value, rpb, out, lse, kernel_size, *args, **kwargs) -> int:
+    batch, height, width, heads, dim = query
+    # Five products: the scores once more, and the gradients of query, key, value and weights.
+    return 10 * batch * height * width * heads * dim * kernel_size[0] * kernel_size[1]
 
 
 @_na2d_backward.register_fake
