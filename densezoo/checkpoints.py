@@ -97,13 +97,15 @@ def load_published(model: nn.Module, source: str | Path | Mapping) -> LoadReport
 
     missing, foreign = _verify(model, state, converted, name)
     loaded = {key: tensor for key, tensor in converted.items() if key not in foreign}
-    origins = _trace(state, loaded, {new: old for old, new in stripped.items()})
+    names = {new: old for old, new in stripped.items()}
+    origins = _trace(state, loaded, names)
+    same = [key for key in loaded if key in state and origins[key] == names[key]]
     report = LoadReport(
         matched=len(loaded),
         renamed={origins[key]: key for key in loaded if origins.get(key, key) != key},
         dropped=[key for key in published if key not in origins.values()],
         missing=missing,
-        resized=[key for key, tensor in loaded.items() if key in state and tensor.numel() != state[key].numel()],
+        resized=[key for key in same if loaded[key].numel() != state[key].numel()],
     )
     model.load_state_dict(loaded, strict=False)
     _log.info("%s: %s", name, report)

@@ -179,7 +179,8 @@ def test_official_dense_file_with_fewer_norms():
     state = official(source)
     assert {key.split(".")[0] for key in state if key.startswith("norm")} == {"norm2", "norm4", "norm6"}
     model = build("densezoo_poolformer_s12", out_norms=(1, 2, 3))
-    load_published(model, {f"backbone.{name}": value for name, value in state.items()})
+    report = load_published(model, {f"backbone.{name}": value for name, value in state.items()})
+    assert report.renamed["backbone.norm4.weight"] == "norm2.weight" and not report.resized and not report.dropped
     for got, expected in zip(model.state_dict().values(), source.state_dict().values(), strict=True):
         assert torch.equal(got, expected)
 
