@@ -45,21 +45,35 @@ class GroupNorm1(nn.Module):
 
 
 class FinalNorm(GroupNorm1):
-    """The norm of the last map or, with `pool_first`, of the pooled vector; the state dict holds which it is."""
+    """The norm of the last map or, with `pool_first`, of the pooled vector.
 
-    pool_first = False
+    The state dict holds which it is, as a count, which all that save, average and broadcast models leave alone.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__(dim)
+        self.register_buffer("order", torch.tensor(0))
+        # What the buffer says, known without asking a device.
+        self._pool_first = False
+
+    @property
+    def pool_first(self) -> bool:
+        """Whether the norm comes after the pooling."""
+        return self._pool_first
+
+    @pool_first.setter
+    def pool_first(self, value: bool) -> None:
+        self._pool_first = value
+        self.order.fill_(int(value))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a tensor of the shape of `x`, a map (B, H, W, dim) or vectors (..., dim)."""
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, 1e-6) if self.pool_first else super().forward(x)
 
-    def get_extra_state(self) -> Tensor:
-        """Return the order, for the state dict."""
-        return torch.tensor(self.pool_first, device="cpu")
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Take the order from a state dict."""
-        self.pool_first = bool(state)
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if f"{prefix}order" in state_dict:
+            self._pool_first = bool(state_dict[f"{prefix}order"])
 
 
 class Pooling(nn.Module):
@@ -375,7 +389,7 @@ _FROM_TIMM = {
     r"^head\.norm\.": "norm.",
     r"^head\.fc\.": "head.",
 }
-_ORDER = "norm._extra_state"
+_ORDER = "norm.order"
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -391,7 +405,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
         elif name.endswith(".pos_embed") and value.dim() == 4:
             converted[name] = value.flatten(2).mT
     if "norm.weight" in converted and isinstance(getattr(model, "norm", None), FinalNorm):
-        converted.setdefault(_ORDER, torch.tensor(pool_first, device="cpu"))
+        converted.setdefault(_ORDER, torch.tensor(int(pool_first), device="cpu"))
     return converted
 
 
