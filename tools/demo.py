@@ -9,7 +9,6 @@ stays as it is: the new one goes to the next free name (work_dirs/demo-2, ...).
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from itertools import count
@@ -108,9 +107,7 @@ def choose_work_dir(first: Path, options: list[str]) -> Path:
 
 def run(tool: str, *args: str | Path) -> None:
     """Run a tool, and exit as it does if it fails."""
-    # Threads that wait for one another without a core to run on would burn the time of those that have one.
-    environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
-    result = subprocess.run([sys.executable, TOOLS / tool, *args], env=environment)
+    result = subprocess.run([sys.executable, TOOLS / tool, *args])
     if result.returncode:
         sys.exit(result.returncode)
 
