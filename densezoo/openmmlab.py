@@ -1,8 +1,12 @@
-"""The zoo in OpenMMLab: importing this module registers every backbone with mmengine, under the scope `densezoo`.
+"""The zoo in OpenMMLab: importing this registers every backbone and plugin with mmengine, under the scope `densezoo`.
 
 A config says `custom_imports = dict(imports=["densezoo.openmmlab"])`, and in a model of mmdet, mmseg or mmpretrain
 
     backbone=dict(type="densezoo.NAT", arch="tiny", init_cfg=dict(type="Pretrained", checkpoint=...))
+
+and in a ResNet of theirs, with any module of `densezoo.ops.plugins`,
+
+    plugins=[dict(cfg=dict(type="densezoo.CBAM"), stages=(True, True, True, True), position="after_conv3")]
 
 Importing it again or reloading it is harmless. mmcv's operators need no compiler after it (see `densezoo.mmcv_ops`).
 """
@@ -42,6 +46,7 @@ from densezoo.backbones import (
     quadtree,
 )
 from densezoo.checkpoints import load_published
+from densezoo.ops import plugins
 
 
 def _leave_out_language_models() -> None:
@@ -334,3 +339,37 @@ class PoolFormerV2(_Backbone, poolformer.PoolFormer, BaseModule, prefix="densezo
 
 class MetaFormer(_Backbone, poolformer.PoolFormer, BaseModule, prefix="metaformer_"):
     """MetaFormers with other token mixers (arXiv 2111.11418); arguments as for `_Backbone`."""
+
+
+class _Plugin:
+    """What turns an attention module, the second base, into a plugin layer of mmcv, which says `in_channels`."""
+
+    def __init_subclass__(cls):
+        MODELS.register_module(module=cls, force=True)
+
+    def __init__(self, in_channels: int, **kwargs):
+        super().__init__(in_channels, **kwargs)
+
+
+class BAM(_Plugin, plugins.BAM):
+    """BAM (arXiv 1807.06514); arguments as for `densezoo.ops.plugins.BAM`."""
+
+
+class CBAM(_Plugin, plugins.CBAM):
+    """CBAM (arXiv 1807.06521); arguments as for `densezoo.ops.plugins.CBAM`."""
+
+
+class ECA(_Plugin, plugins.ECA):
+    """ECA (arXiv 1910.03151); arguments as for `densezoo.ops.plugins.ECA`."""
+
+
+class FCA(_Plugin, plugins.FCA):
+    """FcaNet's attention (arXiv 2012.11879); arguments as for `densezoo.ops.plugins.FCA`."""
+
+
+class SE(_Plugin, plugins.SE):
+    """Squeeze-and-Excitation (arXiv 1709.01507); arguments as for `densezoo.ops.plugins.SE`."""
+
+
+class Triplet(_Plugin, plugins.Triplet):
+    """Triplet attention (arXiv 2010.03045); arguments as for `densezoo.ops.plugins.Triplet`."""

@@ -1,0 +1,59 @@
+"""What several attention modules share."""
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+
+def positive(name: str, value: int) -> int:
+    """Return `value`, or raise ValueError, starting with `name`, where it is no positive integer."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: got {value!r}, expected a positive integer")
+    return value
+
+
+def odd(name: str, value: int) -> int:
+    """Return `value`, or raise ValueError, starting with `name`, where it is no positive odd integer."""
+    if positive(name, value) % 2 == 0:
+        raise ValueError(f"{name}: got {value}, expected an odd number, so that the map keeps its size")
+    return value
+
+
+def reduced(channels: int, reduction: int) -> int:
+    """Return the width of a bottleneck, `channels` / `reduction`; ValueError where that is no integer."""
+    if positive("channels", channels) % positive("reduction", reduction):
+        divisors = [d for d in range(1, channels + 1) if channels % d == 0]
+        raise ValueError(f"reduction: got {reduction} for {channels} channels, expected one of {divisors}")
+    return channels // reduction
+
+
+def squeeze_mlp(channels: int, reduction: int, **factory) -> nn.Sequential:
+    """Return SE's excitation, (B, C) to weights (B, C) between 0 and 1, without biases."""
+    hidden = reduced(channels, reduction)
+    return nn.Sequential(
+        nn.Linear(channels, hidden, bias=False, **factory),
+        nn.ReLU(),
+        nn.Linear(hidden, channels, bias=False, **factory),
+        nn.Sigmoid(),
+    )
+
+
+def max_mean(x: Tensor, dim: int) -> Tensor:
+    """Reduce one axis of a map (B, C, H, W) to (B, 2, ...): its maximum, then its mean."""
+    return torch.stack([x.amax(dim), x.mean(dim)], 1)
+
+
+def map_conv(kernel_size: int, **factory) -> nn.Sequential:
+    """Return the convolution `conv` and norm `bn` that make one map (B, 1, H, W) of the two of `max_mean`."""
+    conv = nn.Conv2d(2, 1, odd("kernel_size", kernel_size), padding=kernel_size // 2, bias=False, **factory)
+    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(1, momentum=0.01, **factory)))
+
+
+def init_as_published(module: nn.Module) -> None:
+    """Start as CBAM's and BAM's networks do: Kaiming normal convolutions of the outputs' number, biases 0."""
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out")
+        if getattr(m, "bias", None) is not None:
+            nn.init.zeros_(m.bias)

@@ -1,0 +1,251 @@
+"""The attention modules: the published outputs, their definitions, and their places in other networks."""
+
+import copy
+import functools
+import io
+from pathlib import Path
+
+import parity
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from densezoo.ops import plugins
+from densezoo.ops.plugins import BAM, CBAM, ECA, FCA, SE, Triplet
+
+GOLDENS = Path(parity.__file__).parent / "goldens"
+MODULES = [getattr(plugins, name) for name in plugins.__all__]
+# What leaves a bottleneck more than one or two channels in small networks.
+NARROW = {kind: {} if kind in (ECA, Triplet) else dict(reduction=4) for kind in MODULES}
+each = pytest.mark.parametrize("kind", MODULES, ids=plugins.__all__)
+
+
+def build(kind: type, channels: int = 32, **options) -> torch.nn.Module:
+    """Return a module in which every parameter counts: some start at 0."""
+    module = kind(channels, **options)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("bam", BAM(64)),
+        ("cbam", CBAM(64)),
+        ("eca", ECA(64)),
+        ("fca", FCA(64, dct_size=56)),
+        ("fca_28", FCA(64, dct_size=28)),
+        ("se", SE(64)),
+        ("triplet_attention", Triplet(64)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_parity(name, module):
+    golden = parity.load(GOLDENS / f"{name}.json")
+    module.load_state_dict(parity.state_dict_from(golden))
+    with torch.no_grad():
+        out = module.eval()(parity.fixed_input("x", golden["inputs"]["x"]))
+    assert parity.compare(golden["outputs"]["y"], out) < 2e-6
+
+
+@each
+@pytest.mark.parametrize("size", [(12, 16), (7, 5), (1, 9), (13, 1), (1, 1)], ids=str)
+def test_forward_and_backward(kind, size):
+    module = build(kind, **NARROW[kind])
+    for train in (True, False):
+        module.train(train).zero_grad()
+        x = torch.randn(3, 32, *size, requires_grad=True)
+        out = module(x)
+        assert out.shape == x.shape and out.dtype == x.dtype
+        (out * torch.randn(out.shape)).sum().backward()
+        assert x.grad.isfinite().all() and x.grad.any()
+        for name, parameter in module.named_parameters():
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+            # A batch norm in training takes away what a bias before it adds.
+            assert train or parameter.grad.any(), name
+
+
+@each
+def test_gradients(kind):
+    module = build(kind, channels=16, **NARROW[kind])
+    x = torch.randn(2, 16, 3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(module.eval().double(), x, fast_mode=True)
+
+
+@each
+def test_images_are_independent_and_memory_layout_is_free(kind):
+    module, x = build(kind).eval(), torch.randn(3, 32, 9, 6)
+    out = module(x)
+    torch.testing.assert_close(module(x[1:2]), out[1:2])
+    torch.testing.assert_close(module(x.to(memory_format=torch.channels_last)), out)
+    torch.testing.assert_close(module(x.transpose(2, 3).contiguous().transpose(2, 3)), out)
+
+
+@each
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_autocast(kind, train):
+    module, x = build(kind).train(train), torch.randn(2, 32, 9, 11)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, narrow = module(x), module(x.bfloat16())
+    out.float().sum().backward()
+    assert out.isfinite().all() and narrow.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in module.parameters())
+    torch.testing.assert_close(narrow.float(), out.float(), atol=0.1, rtol=0.1)
+
+
+@each
+def test_whole_module_in_bfloat16(kind):
+    module, x = build(kind).eval(), torch.randn(2, 32, 9, 11)
+    out = copy.deepcopy(module).bfloat16()(x.bfloat16())
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), module(x), atol=0.1, rtol=0.1)
+
+
+@each
+def test_compile(kind):
+    module, x = build(kind), torch.randn(2, 32, 9, 11)
+    compiled = torch.compile(copy.deepcopy(module), fullgraph=True, backend="aot_eager")
+    for net in (module, compiled):
+        net(x).square().sum().backward()
+    torch.testing.assert_close(compiled(x), module(x))
+    for (name, a), b in zip(module.named_parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, atol=1e-4, rtol=1e-4, msg=name)
+
+
+@each
+def test_export_with_free_height_and_width(kind):
+    module, free = build(kind).eval(), torch.export.Dim.DYNAMIC
+    program = torch.export.export(module, (torch.randn(2, 32, 14, 21),), dynamic_shapes=({2: free, 3: free},)).module()
+    for size in ((14, 21), (7, 7), (5, 30)):
+        x = torch.randn(2, 32, *size)
+        torch.testing.assert_close(program(x), module(x))
+
+
+@each
+def test_state_dict_and_factory_arguments(kind):
+    module = build(kind).eval()
+    again = kind(32, device="cpu", dtype=torch.float64).eval()
+    assert all(t.dtype == torch.float64 for t in again.state_dict().values() if t.is_floating_point())
+    again.load_state_dict(module.state_dict())
+    x = torch.randn(2, 32, 6, 7, dtype=torch.float64)
+    torch.testing.assert_close(again(x), module.double()(x), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SE(24), r"reduction: got 16 for 24 channels, expected one of \[1, 2, 3, 4, 6, 8, 12, 24\]"),
+        (lambda: CBAM(8), "reduction: got 16 for 8 channels, expected one of"),
+        (lambda: BAM(32, reduction=0), "reduction: got 0, expected a positive integer"),
+        (lambda: SE(0), "channels: got 0, expected a positive integer"),
+        (lambda: SE(32.0), "channels: got 32.0, expected a positive integer"),
+        (lambda: ECA(-1), "channels: got -1, expected a positive integer"),
+        (lambda: Triplet(None), "channels: got None, expected a positive integer"),
+        (lambda: BAM(32, dilation=0), "dilation: got 0, expected a positive integer"),
+        (lambda: CBAM(32, kernel_size=6), "kernel_size: got 6, expected an odd number"),
+        (lambda: ECA(32, kernel_size=4), "kernel_size: got 4, expected an odd number"),
+        (lambda: Triplet(32, kernel_size=0), "kernel_size: got 0, expected a positive integer"),
+        (lambda: FCA(40), "channels: got 40, expected a multiple of 16, as in 'top16'"),
+        (lambda: FCA(32, dct_size=6), "dct_size: got 6, expected 7 at least"),
+        (lambda: FCA(32, dct_size=(7, 8, 9)), r"dct_size: got \(7, 8, 9\), expected int or \(rows, columns\)"),
+        (lambda: FCA(32, frequencies="top3"), "frequencies: got 'top3', expected one of top1, top2, top4, top8, top16"),
+        (lambda: FCA(32, reduction=5), "reduction: got 5 for 32 channels, expected one of"),
+    ],
+)
+def test_bad_options(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(("channels", "size"), [(1, 1), (8, 3), (64, 3), (128, 5), (256, 5), (1024, 5), (2048, 7)])
+def test_eca_kernel_size(channels, size):
+    assert ECA(channels).conv.kernel_size == (size,)
+
+
+@pytest.mark.parametrize("dct_size", [7, 14, (14, 7), (20, 9)], ids=str)
+@pytest.mark.parametrize("size", [(7, 7), (14, 14), (5, 23), (31, 8)], ids=str)
+def test_fca_is_the_pooled_dct(dct_size, size):
+    module, x = build(FCA, dct_size=dct_size, frequencies="low8").double(), torch.randn(2, 32, *size).double()
+    height, width = (dct_size, dct_size) if isinstance(dct_size, int) else dct_size
+    pooled, numbers = F.adaptive_avg_pool2d(x, (height, width)), []
+    for c in range(32):
+        u, v = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0), (2, 1), (1, 2))[c // 4]
+        h, w = torch.arange(height).double(), torch.arange(width).double()
+        rows = torch.cos(torch.pi * u * (height // 7) * (h + 0.5) / height) * (2 if u else 1) ** 0.5
+        columns = torch.cos(torch.pi * v * (width // 7) * (w + 0.5) / width) * (2 if v else 1) ** 0.5
+        numbers.append((pooled[:, c] * torch.outer(rows, columns)).sum((1, 2)) / (height * width) ** 0.5)
+    expected = x * module.fc(torch.stack(numbers, 1))[..., None, None]
+    torch.testing.assert_close(module(x), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_fca_takes_published_files_of_its_own_frequencies():
+    module = FCA(32, dct_size=14)
+    basis = (module.rows[:, :, None] * module.columns[:, None]).repeat_interleave(2, 0)
+    published = torch.nn.Sequential(copy.deepcopy(module)).state_dict() | {"0.dct_layer.weight": basis}
+    assert torch.nn.Sequential(module).load_state_dict(published).unexpected_keys == []
+    for other in (FCA(32, dct_size=14, frequencies="bot16"), FCA(32, dct_size=28)):
+        with pytest.raises(RuntimeError, match="0.dct_layer.weight: .* another dct_size or other frequencies"):
+            torch.nn.Sequential(other).load_state_dict(published)
+
+
+def test_triplet_rotates_the_map():
+    module, x = build(Triplet).eval(), torch.randn(2, 32, 6, 9)
+    expected = 0
+    for gate, axis in ((module.cw, 2), (module.hc, 3), (module.hw, 1)):
+        rotated = x.transpose(1, axis)
+        scale = gate(torch.stack([rotated.amax(1), rotated.mean(1)], 1)).sigmoid()
+        expected = expected + (rotated * scale).transpose(1, axis) / 3
+    torch.testing.assert_close(module(x), expected)
+
+
+def test_cbam_starts_with_a_flat_spatial_gate():
+    module, x = CBAM(32), torch.randn(2, 32, 6, 9)
+    channel = (module.ChannelGate(x.mean((2, 3))) + module.ChannelGate(x.amax((2, 3)))).sigmoid()
+    torch.testing.assert_close(module(x), x * channel[..., None, None] / 2)
+
+
+@each
+def test_timm_resnet(kind):
+    model = timm.create_model("resnet18", num_classes=3, channels=(16, 16, 32, 32), block_args=dict(attn_layer=kind))
+    assert sum(isinstance(m, kind) for m in model.modules()) == 8
+    # The residual branches start at 0.
+    for m in model.modules():
+        if isinstance(m, kind | torch.nn.BatchNorm2d):
+            for p in m.parameters():
+                torch.nn.init.normal_(p, mean=0.5, std=0.2)
+    model(torch.randn(2, 3, 64, 96)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert all(any(p.grad.any() for p in m.parameters()) for m in model.modules() if isinstance(m, kind))
+
+
+def test_timm_resnet_with_options():
+    model = timm.create_model("resnet18", block_args=dict(attn_layer=functools.partial(SE, reduction=4)))
+    assert model.layer2[0].se.fc[0].out_features == 32
+    features = timm.create_model("resnet18", features_only=True, block_args=dict(attn_layer=Triplet))
+    assert [f.shape[1] for f in features(torch.randn(1, 3, 64, 64))] == [64, 64, 128, 256, 512]
+
+
+@each
+@pytest.mark.parametrize("library", ["mmdet", "mmseg"])
+def test_mmcv_plugin_layer(kind, library):
+    pytest.importorskip(library)
+    from mmengine.registry import MODELS, init_default_scope
+
+    import densezoo.openmmlab  # noqa: F401
+
+    init_default_scope(library)
+    plugin = dict(cfg=dict(type=f"densezoo.{kind.__name__}", **NARROW[kind]), position="after_conv3")
+    plugins = [plugin | dict(stages=(False, True, True, True))]
+    model = MODELS.build(dict(type="ResNet", depth=50, base_channels=8, plugins=plugins))
+    model.init_weights()
+    name = kind.__name__.lower()
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, kind)}
+    assert list(layers) == [f"layer{i}.{j}.{name}" for i, depth in ((2, 4), (3, 6), (4, 3)) for j in range(depth)]
+    if kind is CBAM:
+        assert all(not m.SpatialGate.spatial.bn.weight.any() for m in layers.values())
+    outs = model(torch.randn(2, 3, 64, 96))
+    assert [tuple(out.shape[1:]) for out in outs] == [(32, 16, 24), (64, 8, 12), (128, 4, 6), (256, 2, 3)]
+    sum(out.square().sum() for out in outs).backward()
+    assert all(p.grad is not None for m in layers.values() for p in m.parameters())
+    torch.save(model, io.BytesIO())
