@@ -32,7 +32,7 @@ from timm.models import group_parameters
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
-from densezoo import mmcv_ops
+from densezoo import mmcv_ops, panoptic
 from densezoo.backbones import (
     agent,
     davit,
@@ -68,8 +68,9 @@ def _leave_out_language_models() -> None:
         module.WITH_MULTIMODAL = False
 
 
-# Before anything imports mmcv.ops or mmpretrain, where that is possible.
+# Before anything imports mmcv.ops, mmdet or mmpretrain, where that is possible.
 mmcv_ops.install()
+panoptic.install()
 _leave_out_language_models()
 
 

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+from pycocotools import mask as coco_mask
 
 # before mmdet, which looks for mmcv's operators when it is imported
 import densezoo.openmmlab  # noqa: F401
+from densezoo.panoptic import id2rgb
 
 # The 80 categories of COCO 2017 keep the ids of a list of 90; these were never used.
 COCO_UNUSED_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
@@ -52,6 +54,48 @@ def make_coco(root: Path, num_images: int = 2, size: tuple[int, int] = (96, 128)
                 }
             )
         )
+    return root
+
+
+def make_coco_panoptic(root: Path) -> Path:
+    """Add annotations/panoptic_{train2017,val2017} to what `make_coco` wrote under `root`; return `root`.
+
+    Its objects lie on two kinds of stuff, above and below; later ones cover earlier ones.
+    """
+    from mmdet.datasets import CocoPanopticDataset
+
+    stuff = CocoPanopticDataset.METAINFO["stuff_classes"]
+    for split in ("train2017", "val2017"):
+        folder = root / "annotations" / f"panoptic_{split}"
+        folder.mkdir()
+        data = json.loads((root / "annotations" / f"instances_{split}.json").read_text())
+        objects, data["annotations"] = data["annotations"], []
+        categories = [dict(category, isthing=1) for category in data["categories"]]
+        categories += [{"supercategory": "stuff", "id": i, "name": n, "isthing": 0} for i, n in enumerate(stuff, 92)]
+        data["categories"] = categories
+        for image in data["images"]:
+            height, width = image["height"], image["width"]
+            ids = np.zeros((height, width), np.int32)
+            ids[: height // 2], ids[height // 2 :] = 1001, 1002
+            segments = {1001: (92, 0), 1002: (93, 0)}
+            for item in objects:
+                if item["image_id"] == image["id"]:
+                    rle = coco_mask.frPyObjects(item["segmentation"], height, width)
+                    rle = coco_mask.merge(rle) if isinstance(rle, list) else rle
+                    ids[coco_mask.decode(rle) > 0] = item["id"]
+                    segments[item["id"]] = item["category_id"], item["iscrowd"]
+            infos = []
+            for segment, (category, crowd) in segments.items():
+                rows, columns = np.nonzero(ids == segment)
+                if len(rows):
+                    x, y = int(columns.min()), int(rows.min())
+                    box = [x, y, int(columns.max()) - x + 1, int(rows.max()) - y + 1]
+                    info = {"id": segment, "category_id": category, "area": len(rows), "bbox": box, "iscrowd": crowd}
+                    infos.append(info)
+            file_name = image["file_name"].replace(".jpg", ".png")
+            Image.fromarray(id2rgb(ids)).save(folder / file_name)
+            data["annotations"].append({"image_id": image["id"], "file_name": file_name, "segments_info": infos})
+        (root / "annotations" / f"panoptic_{split}.json").write_text(json.dumps(data))
     return root
 
 
