@@ -1,4 +1,4 @@
-"""What mmdet takes from panopticapi, which is on no package index: ids in colours, and panoptic quality.
+"""What mmdet takes from panopticapi, which installs from its repository alone: ids in colours, and panoptic quality.
 
 Panoptic quality is that of arXiv 1801.00868. Where panopticapi is installed, it is left alone.
 """
