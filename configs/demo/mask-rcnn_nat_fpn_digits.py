@@ -20,7 +20,8 @@ model = dict(
         anchor_generator=dict(scales=[5], ratios=[1.0, 1.8], strides=strides),
     ),
     roi_head=dict(
-        bbox_roi_extractor=dict(out_channels=channels, featmap_strides=strides[:1]),
+        # One sample a bin, a cell or two wide, is a ninth faster than adaptive sampling.
+        bbox_roi_extractor=dict(roi_layer=dict(sampling_ratio=1), out_channels=channels, featmap_strides=strides[:1]),
         bbox_head=dict(in_channels=channels, fc_out_channels=256, num_classes=10, reg_class_agnostic=True),
         mask_roi_extractor=dict(out_channels=channels, featmap_strides=strides[:1]),
         mask_head=dict(
@@ -88,7 +89,7 @@ val_evaluator = dict(
 )
 test_evaluator = val_evaluator
 
-max_epochs = 4
+max_epochs = 5
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=max_epochs, val_interval=1)
 val_cfg = dict()
 test_cfg = dict()
