@@ -12,95 +12,13 @@ import json
 import platform
 import statistics
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from densezoo.ops import na2d, set_backend
-from torch import Tensor
+from _benchmark_ops import OPERATORS, TOLERANCE, Case
 
 from densezoo import __version__
-
-# Relative RMS error that a kernel may have against its reference, by dtype.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-
-
-@dataclass
-class Case:
-    """One operator at one shape: inputs that need gradients, and the ways to compute it, ours first."""
-
-    name: str
-    inputs: tuple[Tensor, ...]
-    ways: dict[str, Callable[..., Tensor]]
-    check: Callable[[], float]
-
-
-def na2d_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
-    """Neighbourhood attention, kernel 7 with bias: NAT-T's stages at 224 and 800x1216, and dilated ones of DiNAT-T."""
-    shapes = [(128, 56, 56, 2, 1), (128, 28, 28, 4, 1), (128, 14, 14, 8, 1), (128, 56, 56, 2, 8)]
-    shapes += [(2, 200, 304, 2, 1), (2, 100, 152, 4, 1), (2, 200, 304, 2, 28)]
-    for batch, height, width, heads, dilation in shapes:
-        qkv = torch.randn(batch, height, width, 3, heads, 32, device=device, dtype=dtype)
-        inputs = (*qkv.unbind(3), torch.randn(heads, 13, 13, device=device))
-
-        def run(q, k, v, rpb, dilation=dilation):
-            return na2d(q, k, v, 7, dilation=dilation, rpb=rpb)
-
-        def check(inputs=inputs, run=run) -> float:
-            return worst_error(run, [t[:1] if t.dim() == 5 else t for t in inputs])
-
-        ways = {"densezoo": run, **flex_ways(height, width, heads, dilation, device)}
-        yield Case(f"na2d {batch}, {height}x{width}, {heads}x32, dilation {dilation}", inputs, ways, check)
-
-
-def flex_ways(height: int, width: int, heads: int, dilation: int, device: str) -> dict[str, Callable[..., Tensor]]:
-    """Return FlexAttention's way to neighbourhood attention of kernel 7 with the bias."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    def window(position, size):
-        length = (size - position % dilation + dilation - 1) // dilation
-        return torch.minimum((position // dilation - 3).clamp(min=0), length - 7)
-
-    rows, cols = torch.arange(height, device=device), torch.arange(width, device=device)
-    start_h, start_w = window(rows, height), window(cols, width)
-
-    def near(q, k, start):
-        return (q % dilation == k % dilation) & (k // dilation >= start[q]) & (k // dilation < start[q] + 7)
-
-    def mask(b, h, q, k):
-        return near(q // width, k // width, start_h) & near(q % width, k % width, start_w)
-
-    blocks = create_block_mask(mask, None, None, height * width, height * width, device=device, _compile=True)
-    compiled = torch.compile(flex_attention, dynamic=False)
-
-    def flex(q, k, v, rpb):
-        def bias(score, b, h, i, j):
-            row = (j // width) // dilation - (i // width) // dilation + 6
-            col = (j % width) // dilation - (i % width) // dilation + 6
-            return score + rpb[h, row.clamp(0, 12), col.clamp(0, 12)]
-
-        q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
-        return compiled(q, k, v, score_mod=bias, block_mask=blocks).transpose(1, 2)
-
-    return {"FlexAttention": flex}
-
-
-OPERATORS = {"na2d": na2d_cases}
-
-
-def worst_error(run: Callable[..., Tensor], inputs: list[Tensor]) -> float:
-    """Return the worst relative RMS error of the output and of every gradient against the float64 reference."""
-    results = []
-    grad = None
-    for backend, dtype in (("triton", None), ("reference", torch.float64)):
-        set_backend(backend)
-        leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in inputs]
-        out = run(*leaves)
-        grad = torch.randn_like(out) if grad is None else grad
-        results.append([out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))])
-    set_backend("auto")
-    return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True))
 
 
 def median_us(function: Callable[[], object]) -> float:
