@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from densezoo.ops import na2d, set_backend
+import torch.nn.functional as F
+from densezoo.ops import na2d, set_backend, window_attention
+from densezoo.ops.window.reference import window_attention_reference
 from torch import Tensor
 
 # Relative RMS error that a kernel may have against its reference, by dtype.
@@ -71,6 +73,63 @@ def flex_ways(height: int, width: int, heads: int, dilation: int, device: str) -
     return {"FlexAttention": flex}
 
 
+def window_attention_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """Window attention with bias, with and without shift: Swin-T's stages at 224 and 800x1216, and windows of 8x8."""
+    shapes = [(128, 56, 56, 3, 7), (128, 28, 28, 6, 7), (128, 14, 14, 12, 7), (2, 203, 308, 3, 7), (64, 64, 64, 3, 8)]
+    for batch, height, width, heads, window in shapes:
+        for shift in (0, window // 2):
+            qkv = torch.randn(batch, height, width, 3 * heads * 32, device=device, dtype=dtype)
+            inputs = (qkv, torch.randn(heads, 2 * window - 1, 2 * window - 1, device=device))
+
+            def run(qkv, bias, heads=heads, window=window, shift=shift):
+                return window_attention(qkv, bias, num_heads=heads, window_size=window, shift=shift)
+
+            def reference(qkv, bias, heads=heads, window=window, shift=shift):
+                pairs = ((window, window), (shift, shift))
+                return window_attention_reference(qkv, bias, heads, *pairs, False, 32**-0.5)
+
+            def check(inputs=inputs, run=run) -> float:
+                return worst_error(run, [inputs[0][:2], inputs[1]])
+
+            ways = {
+                "densezoo": run,
+                **reference_ways(reference),
+                **sdpa_ways(height, width, heads, window, shift, device),
+            }
+            name = f"window_attention {batch}, {height}x{width}, {heads}x32, window {window}, shift {shift}"
+            yield Case(name, inputs, ways, check)
+
+
+def sdpa_ways(
+    height: int, width: int, heads: int, window: int, shift: int, device: str
+) -> dict[str, Callable[..., Tensor]]:
+    """Return window attention as Swin's users compile it: cyclic shift, partition, SDPA with bias and mask, merge."""
+    place = torch.arange(window, device=device)
+    entry = place[None, :] - place[:, None] + window - 1
+    rows, cols = (
+        torch.arange(size, device=device).roll(-shift) < shift for size in (height, width)
+    )  # positions that the shift brought round
+    run = 2 * rows[:, None].int() + cols[None, :].int()
+    n, m = height // window, width // window
+    run = run.view(n, window, m, window).transpose(1, 2).reshape(n * m, 1, window * window)
+    mask = torch.where(run == run.mT, 0.0, -100.0)
+
+    def sdpa(qkv, bias):
+        batch = qkv.shape[0]
+        x = qkv.roll((-shift, -shift), (1, 2)) if shift else qkv
+        x = x.view(batch, n, window, m, window, 3, heads, 32).permute(5, 0, 1, 3, 6, 2, 4, 7)
+        q, k, v = x.reshape(3, batch * n * m, heads, window * window, 32).unbind()
+        attn_mask = bias[:, entry[:, None, :, None], entry[None, :, None, :]].flatten(3).flatten(1, 2)
+        if shift:
+            attn_mask = (attn_mask + mask[:, None]).repeat(batch, 1, 1, 1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask.to(q.dtype))
+        out = out.view(batch, n, m, heads, window, window, 32).permute(0, 1, 4, 2, 5, 3, 6)
+        out = out.reshape(batch, height, width, heads * 32)
+        return out.roll((shift, shift), (1, 2)) if shift else out
+
+    return {"compiled SDPA": torch.compile(sdpa, dynamic=False)}
+
+
 def worst_error(run: Callable[..., Tensor], inputs: list[Tensor]) -> float:
     """Return the worst relative RMS error of the output and of every gradient against the float64 reference."""
     results = []
@@ -90,4 +149,7 @@ def reference_ways(reference: Callable[..., Tensor]) -> dict[str, Callable[..., 
     return {"eager": reference, "compiled": torch.compile(reference, dynamic=False)}
 
 
-OPERATORS: dict[str, Callable[[torch.dtype, str], Iterator[Case]]] = {"na2d": na2d_cases}
+OPERATORS: dict[str, Callable[[torch.dtype, str], Iterator[Case]]] = {
+    "na2d": na2d_cases,
+    "window_attention": window_attention_cases,
+}
