@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 import timm
 import torch
 from torch import Tensor, nn
+from triton.testing import do_bench
 
 import densezoo  # noqa: F401  (registers the models)
 
@@ -29,8 +30,6 @@ MODELS = (*dict.fromkeys(("swin_tiny_patch4_window7_224", "convnext_tiny", *RIVA
 
 def per_second(step: Callable[[], object], images: int) -> float:
     """Return the images per second of a step over `images`, by its median time."""
-    from triton.testing import do_bench
-
     return images / do_bench(step, warmup=200, rep=1000, return_mode="median") * 1e3
 
 

@@ -23,6 +23,7 @@ import timm
 import torch
 from _benchmark_models import MODELS, model_rows, model_table
 from _benchmark_ops import OPERATORS, TOLERANCE, Case
+from triton.testing import do_bench
 
 from densezoo import __version__
 
@@ -32,8 +33,6 @@ def median_us(function: Callable[[], object]) -> float:
 
     It is replayed as a CUDA graph, so that what Python takes to launch kernels is left out; the L2 cache is cold.
     """
-    from triton.testing import do_bench
-
     function()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -46,7 +45,7 @@ def copy_bandwidth() -> float:
     """Return the device's copy bandwidth in bytes per microsecond, counting bytes read and bytes written."""
     source = torch.randn(2**29, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.nbytes / median_us(lambda: target.copy_(source))
+    return 2 * source.nbytes / (do_bench(lambda: target.copy_(source), return_mode="median") * 1e3)
 
 
 def measure(case: Case, bandwidth: float, dtype: torch.dtype) -> list[dict]:
@@ -61,16 +60,13 @@ def measure(case: Case, bandwidth: float, dtype: torch.dtype) -> list[dict]:
         try:
             out = run(*inputs)
             grad = torch.randn_like(out)
-            wanted = [
-                t
-                for t, g in zip(inputs, torch.autograd.grad(out, inputs, grad, allow_unused=True), strict=True)
-                if g is not None
-            ]
+            grads = torch.autograd.grad(out, inputs, grad, allow_unused=True, retain_graph=True)
+            wanted = [t for t, g in zip(inputs, grads, strict=True) if g is not None]
             rows[0]["us"][way] = median_us(lambda run=run: run(*inputs))
             rows[1]["us"][way] = median_us(
                 lambda out=out, wanted=wanted, grad=grad: torch.autograd.grad(out, wanted, grad, retain_graph=True)
             )
-            del out
+            del out, grads
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             torch.autograd.grad(run(*inputs), wanted, grad)
