@@ -111,13 +111,14 @@ def time_operators(names: list[str], dtype: torch.dtype) -> tuple[list[dict], st
     return rows, f"copy bandwidth {bandwidth / 1e6:.2f} TB/s; median over the floor {median:.2f}\n\n{table(rows)}"
 
 
-def time_models(names: list[str], dense: bool) -> tuple[list[dict], str]:
+def time_models(names: list[str], dense: bool, mode: str) -> tuple[list[dict], str]:
     """Time models; return a row for each, and what to print of them."""
     rows = []
-    for row in model_rows(names, dense):
+    for row in model_rows(names, dense, mode):
         rows.append(row)
         print(row, file=sys.stderr, flush=True)
-    return rows, f"images per second, {'800x1216, batch 2' if dense else '224x224, batch 128'}\n\n{model_table(rows)}"
+    size = "800x1216, batch 2" if dense else "224x224, batch 128"
+    return rows, f"images per second, {size}, torch.compile mode {mode}\n\n{model_table(rows)}"
 
 
 def main() -> None:
@@ -134,6 +135,12 @@ def main() -> None:
         help="of operators (%(default)s); models run in bfloat16 autocast",
     )
     parser.add_argument("--dense", action="store_true", help="models as dense backbones at 800x1216, batch 2")
+    parser.add_argument(
+        "--mode",
+        default="default",
+        choices=["default", "reduce-overhead", "max-autotune"],
+        help="how models are compiled; reduce-overhead: as CUDA graphs (%(default)s)",
+    )
     parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args()
     known = OPERATORS if args.what == "ops" else timm.list_models()
@@ -146,7 +153,7 @@ def main() -> None:
     if args.what == "ops":
         rows, report = time_operators(args.names or list(OPERATORS), getattr(torch, args.dtype))
     else:
-        rows, report = time_models(args.names or list(MODELS), args.dense)
+        rows, report = time_models(args.names or list(MODELS), args.dense, args.mode)
     machine = (
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {version('triton')}, "
         f"timm {timm.__version__}, "
