@@ -94,4 +94,16 @@ for setting in ((2, 28, 28, 4, 14, 7), (2, 48, 48, 2, 12, 12), (2, 40, 56, 2, 40
     qkv = torch.randn(B, H, W, 96 * h, device="cuda", dtype=torch.bfloat16)
     bias = torch.randn(h, 2 * win[0] - 1, 2 * win[1] - 1, device="cuda")
     check(f"tiles {setting}", qkv, bias, (h, tuple(win), (0, 0), False, 32**-0.5))
+init = K._Problem.__init__
+for precision in ("tf32x3", "tf32", "ieee"):  # of float32: accuracy, and seconds to compile
+    def patched(self, *a):
+        init(self, *a)
+        self.constants["PRECISION"] = precision
+    K._Problem.__init__ = patched
+    t = time.time()
+    if precision == "ieee" and t - T0 > 75:
+        print("  float32 ieee left out: late"); break
+    check(f"float32 {precision}", torch.randn(2, 14, 14, 192, device="cuda"), torch.randn(2, 13, 13, device="cuda"),
+          (2, (7, 7), (3, 3), False, 32**-0.5))
+    print(f"  {time.time() - t:.1f}s", flush=True)
 print(f"total {time.time() - T0:.0f}s")

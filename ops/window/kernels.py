@@ -474,7 +474,7 @@ class _Launch(NamedTuple):
 # 3.6 then leaves out the barrier after an asynchronous copy, and the warp reads what has not arrived.
 LAUNCH = {
     "forward_whole": _Launch(4, 2, 8, 128),
-    "backward_whole": _Launch(4, 2, 6),
+    "backward_whole": _Launch(4, 2, 6, 168),
     "tiles": _Launch(4, 2),
     "backward_bias": _Launch(4, 2, 3),
 }
@@ -542,7 +542,8 @@ class _Problem:
             "BLOCK" if self.is_whole else "TILE": self.tile,
             "num_warps": launch.warps * 2 if self.tile > 64 else launch.warps,
             "num_stages": min(launch.stages, fit),
-            "maxnreg": launch.registers,
+            # Settled for small tiles; larger ones need what there is.
+            "maxnreg": launch.registers if fit >= 4 else None,
         }
 
     def groups(self, name: str, owners: int) -> int:
