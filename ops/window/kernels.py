@@ -489,12 +489,12 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _tile(qkv: Tensor, rel_pos_bias: Tensor | None, num_heads: int, window_size: list[int]) -> tuple[int, bool]:
-    """Return the positions of a tile, and whether it holds a whole window."""
-    most = TILE_BYTES // (_block_dim(qkv.shape[-1] // (3 * num_heads)) * qkv.itemsize)
+def _tile(dim: int, dtype: torch.dtype, has_bias: bool, rows: int, cols: int) -> tuple[int, bool]:
+    """Return the positions of a tile, and whether it holds a whole window of `rows` x `cols`."""
+    most = TILE_BYTES // (_block_dim(dim) * dtype.itemsize)
     # The bias and its gradient take the place of scores on the chip.
-    for block in (16, 32, 64, 128) if rel_pos_bias is None else (16, 32, 64):
-        if window_size[0] * window_size[1] <= block <= most:
+    for block in (16, 32, 64) if has_bias else (16, 32, 64, 128):
+        if rows * cols <= block <= most:
             return block, True
     return min(64, most), False
 
@@ -506,24 +506,22 @@ def _block_dim(dim: int) -> int:
 class _Problem:
     """Arguments that the kernels share."""
 
-    def __init__(self, qkv: Tensor, rel_pos_bias: Tensor | None, num_heads, window_size, shift, grid, scale):
-        self.qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
-        batch, height, width, channels = qkv.shape
-        self.heads, dim = num_heads, channels // (3 * num_heads)
+    def __init__(
+        self, shape, strides, dtype, device, table_strides, num_heads, window_size, shift, grid, scale, tf32: bool
+    ):
+        batch, height, width, channels = shape
+        dim = channels // (3 * num_heads)
         windows = [-(-size // window) for size, window in zip((height, width), window_size, strict=True)]
-        self.items = batch * windows[0] * windows[1]
-        self.device, self.itemsize = qkv.device, qkv.itemsize
-        self.tile, self.is_whole = _tile(qkv, rel_pos_bias, num_heads, window_size)
+        self.items, self.device, self.itemsize = batch * windows[0] * windows[1], device, dtype.itemsize
+        self.tile, self.is_whole = _tile(dim, dtype, table_strides is not None, *window_size)
         self.tiles = -(-window_size[0] * window_size[1] // self.tile)
-        strides = self.qkv.stride()[:3]
         self.arguments = (
-            batch, height, width, num_heads, *windows, *window_size, *shift,
-            *((0, 0, 0) if rel_pos_bias is None else rel_pos_bias.stride()), scale, *strides,
+            batch, height, width, num_heads, *windows, *window_size, *shift, *(table_strides or (0, 0, 0)),
+            scale, *strides[:3],
         )  # fmt: skip
         extent = (height - 1) * strides[1] + (width - 1) * strides[2] + channels
-        tf32 = qkv.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
         self.constants = {
-            "HAS_BIAS": rel_pos_bias is not None,
+            "HAS_BIAS": table_strides is not None,
             "GRID": grid,
             "MASKED": any(shift) or (windows[0] * window_size[0], windows[1] * window_size[1]) != (height, width),
             "DIM": dim,
@@ -552,13 +550,31 @@ class _Problem:
         return -(-self.items // -(-self.items // most))
 
 
+@cache
+def _problem(*key) -> _Problem:
+    return _Problem(*key)
+
+
+def _problem_of(
+    qkv: Tensor, rel_pos_bias: Tensor | None, num_heads: int, window_size, shift, grid: bool, scale: float
+) -> tuple[Tensor, _Problem]:
+    """Return qkv with its channels side by side, and the arguments of its kernels, worked out once for its layout."""
+    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    tf32 = qkv.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    strides = None if rel_pos_bias is None else rel_pos_bias.stride()
+    return qkv, _problem(
+        qkv.shape, qkv.stride(), qkv.dtype, qkv.device, strides,
+        num_heads, tuple(window_size), tuple(shift), grid, scale, tf32,
+    )  # fmt: skip
+
+
 def _window_attention(
     qkv: Tensor, rel_pos_bias: Tensor | None,
     num_heads: int, window_size: list[int], shift: list[int], grid: bool, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    problem = _Problem(qkv, rel_pos_bias, num_heads, window_size, shift, grid, scale)
     out, lse = _fake(qkv, rel_pos_bias, num_heads, window_size)
-    inputs = (problem.qkv, qkv if rel_pos_bias is None else rel_pos_bias, out)
+    qkv, problem = _problem_of(qkv, rel_pos_bias, num_heads, window_size, shift, grid, scale)
+    inputs = (qkv, qkv if rel_pos_bias is None else rel_pos_bias, out)
     if problem.is_whole:
         programs = problem.groups("forward_whole", num_heads) * num_heads
         _forward_whole[(programs,)](*inputs, *problem.arguments, **problem.launch("forward_whole"))
@@ -572,10 +588,10 @@ def _window_attention_backward(
     grad_out: Tensor, qkv: Tensor, rel_pos_bias: Tensor | None, out: Tensor, lse: Tensor,
     num_heads: int, window_size: list[int], shift: list[int], grid: bool, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    problem = _Problem(qkv, rel_pos_bias, num_heads, window_size, shift, grid, scale)
+    qkv, problem = _problem_of(qkv, rel_pos_bias, num_heads, window_size, shift, grid, scale)
     grad_out = grad_out.contiguous()
     grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    inputs = (problem.qkv, qkv if rel_pos_bias is None else rel_pos_bias)
+    inputs = (qkv, qkv if rel_pos_bias is None else rel_pos_bias)
     name, owners = ("backward_whole", 1) if problem.is_whole else ("backward_bias", problem.tiles**2)
     groups = problem.groups(name, owners * num_heads)
     partial = torch.empty(0, dtype=torch.float32, device=qkv.device)
@@ -599,7 +615,7 @@ def _window_attention_backward(
 
 
 def _fake(qkv, rel_pos_bias, num_heads, window_size, *options):
-    _, is_whole = _tile(qkv, rel_pos_bias, num_heads, window_size)
+    _, is_whole = _tile(qkv.shape[3] // (3 * num_heads), qkv.dtype, rel_pos_bias is not None, *window_size)
     lse = qkv.new_empty(0 if is_whole else (*qkv.shape[:3], num_heads), dtype=torch.float32)
     return qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3)), lse
 
