@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from densezoo.ops import na2d, set_backend
+from densezoo.ops import channel_attention, na2d, set_backend
+from densezoo.ops.channel.reference import channel_attention_reference
 from torch import Tensor
 
 # Relative RMS error that a kernel may have against its reference, by dtype.
@@ -71,6 +72,23 @@ def flex_ways(height: int, width: int, heads: int, dilation: int, device: str) -
     return {"FlexAttention": flex}
 
 
+def channel_attention_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """Channel attention: DaViT-T's stages at 224, and the first two at 800x1216."""
+    shapes = [(128, 56, 56, 3), (128, 28, 28, 6), (128, 14, 14, 12), (128, 7, 7, 24)]
+    shapes += [(2, 200, 304, 3), (2, 100, 152, 6)]
+    for batch, height, width, heads in shapes:
+        inputs = torch.randn(batch, height, width, 3, heads, 32, device=device, dtype=dtype).unbind(3)
+
+        def check(inputs=inputs) -> float:
+            return worst_error(channel_attention, [t[:1] for t in inputs])
+
+        def reference(q, k, v):
+            return channel_attention_reference(q, k, v, 32**-0.5)
+
+        ways = {"densezoo": channel_attention, **reference_ways(reference)}
+        yield Case(f"channel_attention {batch}, {height}x{width}, {heads}x32", inputs, ways, check)
+
+
 def worst_error(run: Callable[..., Tensor], inputs: list[Tensor]) -> float:
     """Return the worst relative RMS error of the output and of every gradient against the float64 reference."""
     results = []
@@ -90,4 +108,7 @@ def reference_ways(reference: Callable[..., Tensor]) -> dict[str, Callable[..., 
     return {"eager": reference, "compiled": torch.compile(reference, dynamic=False)}
 
 
-OPERATORS: dict[str, Callable[[torch.dtype, str], Iterator[Case]]] = {"na2d": na2d_cases}
+OPERATORS: dict[str, Callable[[torch.dtype, str], Iterator[Case]]] = {
+    "na2d": na2d_cases,
+    "channel_attention": channel_attention_cases,
+}
