@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from densezoo.ops import na2d, set_backend, window_attention
+from densezoo.ops import channel_attention, focal_modulation, na2d, set_backend, window_attention
+from densezoo.ops.channel.reference import channel_attention_reference
+from densezoo.ops.focal.reference import focal_modulation_reference
 from densezoo.ops.window.reference import window_attention_reference
 from torch import Tensor
 
@@ -130,6 +132,46 @@ def sdpa_ways(
     return {"compiled SDPA": torch.compile(sdpa, dynamic=False)}
 
 
+def channel_attention_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """Channel attention: DaViT-T's stages at 224, and the first two at 800x1216."""
+    shapes = [(128, 56, 56, 3), (128, 28, 28, 6), (128, 14, 14, 12), (128, 7, 7, 24)]
+    shapes += [(2, 200, 304, 3), (2, 100, 152, 6)]
+    for batch, height, width, heads in shapes:
+        inputs = torch.randn(batch, height, width, 3, heads, 32, device=device, dtype=dtype).unbind(3)
+
+        def check(inputs=inputs) -> float:
+            return worst_error(channel_attention, [t[:1] for t in inputs])
+
+        def reference(q, k, v):
+            return channel_attention_reference(q, k, v, 32**-0.5)
+
+        ways = {"densezoo": channel_attention, **reference_ways(reference)}
+        yield Case(f"channel_attention {batch}, {height}x{width}, {heads}x32", inputs, ways, check)
+
+
+def focal_modulation_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """Focal modulation: the stages of FocalNet-T, srf and lrf, at 224, and their first at 800x1216."""
+    shapes = [(128, 56, 56, 96), (128, 28, 28, 192), (128, 14, 14, 384), (128, 7, 7, 768), (2, 200, 304, 96)]
+    for sizes in ((3, 5), (3, 5, 7)):
+        for batch, height, width, dim in shapes:
+            split = (dim, dim, len(sizes) + 1)
+            projected = torch.randn(batch, height, width, sum(split), device=device, dtype=dtype)
+            inputs = projected.split(split, dim=-1)[1:]
+            inputs += tuple(torch.randn(dim, 1, size, size, device=device) / size for size in sizes)
+
+            def run(context, gates, *weights):
+                return focal_modulation(context, gates, weights)
+
+            def check(inputs=inputs, run=run) -> float:
+                return worst_error(run, [t[:1] if i < 2 else t for i, t in enumerate(inputs)])
+
+            def reference(context, gates, *weights):
+                return focal_modulation_reference(context, gates, weights, False)
+
+            ways = {"densezoo": run, **reference_ways(reference)}
+            yield Case(f"focal_modulation {batch}, {height}x{width}x{dim}, kernels {sizes}", inputs, ways, check)
+
+
 def worst_error(run: Callable[..., Tensor], inputs: list[Tensor]) -> float:
     """Return the worst relative RMS error of the output and of every gradient against the float64 reference."""
     results = []
@@ -152,4 +194,6 @@ def reference_ways(reference: Callable[..., Tensor]) -> dict[str, Callable[..., 
 OPERATORS: dict[str, Callable[[torch.dtype, str], Iterator[Case]]] = {
     "na2d": na2d_cases,
     "window_attention": window_attention_cases,
+    "channel_attention": channel_attention_cases,
+    "focal_modulation": focal_modulation_cases,
 }
