@@ -5,9 +5,19 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from densezoo.ops import channel_attention, focal_modulation, na2d, set_backend, window_attention
+from densezoo.ops import (
+    agent_attention,
+    channel_attention,
+    focal_modulation,
+    focused_linear_attention,
+    na2d,
+    set_backend,
+    window_attention,
+)
+from densezoo.ops.agent.reference import agent_attention_reference
 from densezoo.ops.channel.reference import channel_attention_reference
 from densezoo.ops.focal.reference import focal_modulation_reference
+from densezoo.ops.linear.reference import focused_linear_attention_reference
 from densezoo.ops.window.reference import window_attention_reference
 from torch import Tensor
 
@@ -172,6 +182,59 @@ def focal_modulation_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
             yield Case(f"focal_modulation {batch}, {height}x{width}x{dim}, kernels {sizes}", inputs, ways, check)
 
 
+# Tokens, heads, dim and agents of the stages of PVT and Swin at 224 whose attention FLatten and Agent replace.
+PVT_STAGES = [(3136, 1, 64, 9), (784, 2, 64, 16), (196, 5, 64, 49), (49, 8, 64, 49)]
+SWIN_STAGES = [(3136, 3, 32, 9), (784, 6, 32, 16), (196, 12, 32, 49)]
+
+
+def focused_linear_attention_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """Focused linear attention: the stages of FLatten-PVT and FLatten-Swin-T at 224."""
+    for tokens, heads, dim, _ in PVT_STAGES + SWIN_STAGES[:2]:
+        qkv = torch.randn(128, tokens, 3, heads, dim, device=device, dtype=dtype)
+        scale, encoding = torch.rand(heads, dim, device=device) + 0.5, torch.randn(tokens, heads, dim, device=device)
+        inputs = (*qkv.unbind(2), scale, encoding)
+
+        def run(q, k, v, scale, encoding):
+            return focused_linear_attention(q, k, v, scale, positional_encoding=encoding)
+
+        def reference(*tensors):
+            return focused_linear_attention_reference(*tensors, 3.0)
+
+        def check(inputs=inputs, run=run) -> float:
+            return worst_error(run, [t[:2] if t.dim() == 4 else t for t in inputs])
+
+        ways = {"densezoo": run, **reference_ways(reference)}
+        yield Case(f"focused_linear_attention 128, {tokens}, {heads}x{dim}", inputs, ways, check)
+
+
+def agent_attention_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """Agent attention with its biases: the stages of Agent-PVT and Agent-Swin-T at 224."""
+    for tokens, heads, dim, agents in PVT_STAGES + SWIN_STAGES:
+        qkv = torch.randn(128, tokens, 3, heads, dim, device=device, dtype=dtype)
+        agent = torch.randn(128, agents, heads, dim, device=device, dtype=dtype)
+        # As the backbones make them: both with the tokens innermost.
+        biases = torch.randn(2, heads, agents, tokens, device=device)
+        inputs = (*qkv.unbind(2), agent, biases[0], biases[1].mT)
+
+        def run(q, k, v, agent, aggregation, broadcast):
+            return agent_attention(q, k, v, agent, aggregation_bias=aggregation, broadcast_bias=broadcast)
+
+        def reference(*tensors, scale=dim**-0.5):
+            return agent_attention_reference(*tensors, scale)
+
+        def sdpa(q, k, v, agent, aggregation, broadcast):
+            q, k, v, agent = (t.transpose(1, 2) for t in (q, k, v, agent))
+            attend = torch.nn.functional.scaled_dot_product_attention
+            gathered = attend(agent, k, v, attn_mask=aggregation.to(q.dtype))
+            return attend(q, agent, gathered, attn_mask=broadcast.to(q.dtype)).transpose(1, 2)
+
+        def check(inputs=inputs, run=run) -> float:
+            return worst_error(run, [t[:2] if t.dim() == 4 else t for t in inputs])
+
+        ways = {"densezoo": run, **reference_ways(reference), "compiled SDPA": torch.compile(sdpa, dynamic=False)}
+        yield Case(f"agent_attention 128, {tokens}, {heads}x{dim}, {agents} agents", inputs, ways, check)
+
+
 def worst_error(run: Callable[..., Tensor], inputs: list[Tensor]) -> float:
     """Return the worst relative RMS error of the output and of every gradient against the float64 reference."""
     results = []
@@ -196,4 +259,6 @@ OPERATORS: dict[str, Callable[[torch.dtype, str], Iterator[Case]]] = {
     "window_attention": window_attention_cases,
     "channel_attention": channel_attention_cases,
     "focal_modulation": focal_modulation_cases,
+    "focused_linear_attention": focused_linear_attention_cases,
+    "agent_attention": agent_attention_cases,
 }
