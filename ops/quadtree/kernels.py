@@ -11,7 +11,7 @@ the forward leaves for the backward, beside the normalisers: 4 bytes a kept key,
   A parent has 4 queries and its own 4 * topk candidates, too few for the tensor cores: the products take 16 queries
   against the candidates of all parents, and what belongs to another parent is masked. The candidates are gathered from
   the maps as they are; nothing gathered is stored.
-- `_keep` chooses the topk keys of every query, from scores that the forward kernels left in float32: one tile of rows a program.
+- `_keep` chooses the topk keys of every query, from scores that the forward kernels left in float32.
 - `_children_backward_key`: a program owns the four children of a key, and visits the parents that kept it: those lie
   next to each other once the kept keys are sorted by number, stably, and so are summed in one order. 4 queries of each.
 
@@ -49,7 +49,7 @@ def _quads(
     x, out, row, column, out_at, height, width, stride_h, stride_w, mask, d,
     SUM: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Write the means of quads, in which the last positions of an odd side stand twice, or the sums of what is there."""
+    """Write the means of quads, where the last positions of an odd side stand twice, or the sums of what is there."""
     acc = tl.zeros(mask.shape, tl.float32)
     for i in tl.static_range(4):
         child_row = 2 * row + i // 2
