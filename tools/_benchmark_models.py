@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 import timm
 import torch
 from torch import Tensor, nn
+from triton.testing import do_bench
 
 import densezoo  # noqa: F401  (registers the models)
 
@@ -29,8 +30,6 @@ MODELS = (*dict.fromkeys(("swin_tiny_patch4_window7_224", "convnext_tiny", *RIVA
 
 def per_second(step: Callable[[], object], images: int) -> float:
     """Return the images per second of a step over `images`, by its median time."""
-    from triton.testing import do_bench
-
     return images / do_bench(step, warmup=200, rep=1000, return_mode="median") * 1e3
 
 
@@ -44,8 +43,10 @@ def build(name: str, dense: bool, size: tuple[int, int]) -> nn.Module:
     return model.cuda().to(memory_format=torch.channels_last)
 
 
-def model_rows(names: Iterable[str], dense: bool) -> Iterator[dict]:
+def model_rows(names: Iterable[str], dense: bool, mode: str) -> Iterator[dict]:
     """Time each model in bfloat16 autocast, channels last: 128 images of 224x224, or a dense backbone on 2 of 800x1216.
+
+    Compiled with torch.compile's `mode`.
 
     Yields:
         The model's name and images per second, and the peak memory of training in MiB, of each way.
@@ -58,7 +59,7 @@ def model_rows(names: Iterable[str], dense: bool) -> Iterator[dict]:
             torch._dynamo.reset()
             try:
                 model = build(name, dense, size)
-                forward = torch.compile(model, dynamic=False) if way == "compiled" else model
+                forward = torch.compile(model, dynamic=False, mode=mode) if way == "compiled" else model
 
                 def infer(model=model, forward=forward) -> None:
                     with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):

@@ -23,6 +23,7 @@ import timm
 import torch
 from _benchmark_models import MODELS, model_rows, model_table
 from _benchmark_ops import OPERATORS, TOLERANCE, Case
+from triton.testing import do_bench
 
 from densezoo import __version__
 
@@ -32,8 +33,6 @@ def median_us(function: Callable[[], object]) -> float:
 
     It is replayed as a CUDA graph, so that what Python takes to launch kernels is left out; the L2 cache is cold.
     """
-    from triton.testing import do_bench
-
     function()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -46,7 +45,7 @@ def copy_bandwidth() -> float:
     """Return the device's copy bandwidth in bytes per microsecond, counting bytes read and bytes written."""
     source = torch.randn(2**29, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.nbytes / median_us(lambda: target.copy_(source))
+    return 2 * source.nbytes / (do_bench(lambda: target.copy_(source), return_mode="median") * 1e3)
 
 
 def measure(case: Case, bandwidth: float, dtype: torch.dtype) -> list[dict]:
@@ -61,16 +60,13 @@ def measure(case: Case, bandwidth: float, dtype: torch.dtype) -> list[dict]:
         try:
             out = run(*inputs)
             grad = torch.randn_like(out)
-            wanted = [
-                t
-                for t, g in zip(inputs, torch.autograd.grad(out, inputs, grad, allow_unused=True), strict=True)
-                if g is not None
-            ]
+            grads = torch.autograd.grad(out, inputs, grad, allow_unused=True, retain_graph=True)
+            wanted = [t for t, g in zip(inputs, grads, strict=True) if g is not None]
             rows[0]["us"][way] = median_us(lambda run=run: run(*inputs))
             rows[1]["us"][way] = median_us(
                 lambda out=out, wanted=wanted, grad=grad: torch.autograd.grad(out, wanted, grad, retain_graph=True)
             )
-            del out
+            del out, grads
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             torch.autograd.grad(run(*inputs), wanted, grad)
@@ -115,13 +111,14 @@ def time_operators(names: list[str], dtype: torch.dtype) -> tuple[list[dict], st
     return rows, f"copy bandwidth {bandwidth / 1e6:.2f} TB/s; median over the floor {median:.2f}\n\n{table(rows)}"
 
 
-def time_models(names: list[str], dense: bool) -> tuple[list[dict], str]:
+def time_models(names: list[str], dense: bool, mode: str) -> tuple[list[dict], str]:
     """Time models; return a row for each, and what to print of them."""
     rows = []
-    for row in model_rows(names, dense):
+    for row in model_rows(names, dense, mode):
         rows.append(row)
         print(row, file=sys.stderr, flush=True)
-    return rows, f"images per second, {'800x1216, batch 2' if dense else '224x224, batch 128'}\n\n{model_table(rows)}"
+    size = "800x1216, batch 2" if dense else "224x224, batch 128"
+    return rows, f"images per second, {size}, torch.compile mode {mode}\n\n{model_table(rows)}"
 
 
 def main() -> None:
@@ -138,6 +135,12 @@ def main() -> None:
         help="of operators (%(default)s); models run in bfloat16 autocast",
     )
     parser.add_argument("--dense", action="store_true", help="models as dense backbones at 800x1216, batch 2")
+    parser.add_argument(
+        "--mode",
+        default="default",
+        choices=["default", "reduce-overhead", "max-autotune"],
+        help="how models are compiled; reduce-overhead: as CUDA graphs (%(default)s)",
+    )
     parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args()
     known = OPERATORS if args.what == "ops" else timm.list_models()
@@ -150,7 +153,7 @@ def main() -> None:
     if args.what == "ops":
         rows, report = time_operators(args.names or list(OPERATORS), getattr(torch, args.dtype))
     else:
-        rows, report = time_models(args.names or list(MODELS), args.dense)
+        rows, report = time_models(args.names or list(MODELS), args.dense, args.mode)
     machine = (
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {version('triton')}, "
         f"timm {timm.__version__}, "
