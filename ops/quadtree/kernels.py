@@ -468,10 +468,10 @@ class _Launch(NamedTuple):
 LAUNCH = {
     "coarsen": (_Launch(32, 0, 4, 1), _Launch(32, 0, 4, 1)),
     "all_forward": (_Launch(64, 64, 4, 2), _Launch(32, 64, 4, 2)),
-    "all_backward_query": (_Launch(64, 64, 4, 2), _Launch(32, 64, 4, 2)),
-    "all_backward_key": (_Launch(64, 64, 4, 2), _Launch(32, 64, 4, 2)),
-    "children_forward": (_Launch(0, 128, 4, 1), _Launch(0, 128, 4, 1)),
-    "children_backward_query": (_Launch(0, 128, 4, 1), _Launch(0, 128, 4, 1)),
+    "all_backward_query": (_Launch(64, 64, 4, 2), _Launch(16, 32, 4, 1)),
+    "all_backward_key": (_Launch(64, 64, 4, 2), _Launch(16, 32, 4, 1)),
+    "children_forward": (_Launch(0, 128, 4, 1), _Launch(0, 128, 8, 1)),
+    "children_backward_query": (_Launch(0, 128, 4, 1), _Launch(0, 128, 8, 1)),
     "children_backward_key": (_Launch(0, 8, 1, 1), _Launch(0, 8, 2, 1)),
 }
 # Scores that a program of `_keep` holds.
@@ -565,8 +565,9 @@ class _Problem:
     def all(self, kernel: str, level: int) -> tuple[tuple[int, int], dict]:
         """Return the grid and the constants of a kernel over all pairs."""
         launch, (height, width, _) = self.launch(kernel, level), self.maps[level]
-        # Small tiles for small maps.
-        chunk = max(16, min(launch.chunk, triton.next_power_of_2(height * width)))
+        # Less at once where the map is small, the head wide or the dtype is.
+        most = 16384 // (self.dims["BLOCK_DIM"] * self.queries[level].itemsize)
+        chunk = max(16, min(launch.chunk, most, triton.next_power_of_2(height * width)))
         grid = (triton.cdiv(height * width, launch.block) * self.heads, self.batch)
         return grid, {
             **self.dims, **self.index, **self.precision, "BLOCK": launch.block, "CHUNK": chunk,
