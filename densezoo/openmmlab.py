@@ -46,6 +46,7 @@ from densezoo.backbones import (
     quadtree,
 )
 from densezoo.checkpoints import load_published
+from densezoo.heads import dyhead
 from densezoo.ops import plugins
 
 
@@ -74,10 +75,32 @@ panoptic.install()
 _leave_out_language_models()
 
 
+class _Registry(mmengine.Registry):
+    def get(self, key: str) -> type | None:
+        # Before they are named: they import the library whose classes they extend, which takes seconds.
+        if key.rpartition(".")[2] in _EXTENSIONS:
+            importlib.import_module(_EXTENSIONS[key.rpartition(".")[2]])
+        return super().get(key)
+
+
 def _registry(parent: mmengine.Registry) -> mmengine.Registry:
     if "densezoo" in parent.children:
         return parent.children["densezoo"]
-    return mmengine.Registry(parent.name, parent=parent, scope="densezoo")
+    return _Registry(parent.name, parent=parent, scope="densezoo")
+
+
+# What extends classes of mmdet and mmseg -> the module that has it.
+_EXTENSIONS = {
+    "BVRATSSHead": "densezoo.mmdet_heads",
+    "BVRFCOSHead": "densezoo.mmdet_heads",
+    "BVRRetinaHead": "densezoo.mmdet_heads",
+    "BVRRoIHead": "densezoo.mmdet_heads",
+    "IoUAwareFocalLoss": "densezoo.mmdet_heads",
+    "RelationDINO": "densezoo.mmdet_heads",
+    "RelationDINOHead": "densezoo.mmdet_heads",
+    "MEUHead": "densezoo.mmseg_heads",
+    "P2ATHead": "densezoo.mmseg_heads",
+}
 
 
 MODELS = _registry(mmengine.MODELS)
@@ -374,3 +397,7 @@ class SE(_Plugin, plugins.SE):
 
 class Triplet(_Plugin, plugins.Triplet):
     """Triplet attention (arXiv 2010.03045); arguments as for `densezoo.ops.plugins.Triplet`."""
+
+
+# Not a subclass: it needs nothing of OpenMMLab to be a neck.
+MODELS.register_module(module=dyhead.DyHead, force=True)
