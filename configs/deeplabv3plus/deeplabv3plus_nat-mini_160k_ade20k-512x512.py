@@ -9,6 +9,8 @@ model = dict(
     backbone=dict(
         type="densezoo.NAT",
         arch="mini",
+        # the second output is not used
+        out_norms=(0, 2, 3),
         drop_path_rate=0.2,
         init_cfg=dict(type="Pretrained", checkpoint="https://shi-labs.com/projects/nat/checkpoints/CLS/nat_mini.pth"),
     ),
