@@ -60,10 +60,8 @@ class BVR(nn.Module):
         self.reg_transformer = Bridge(channels, num_heads, num_kinds=2, cell=strides[0])
 
     def init_weights(self) -> None:
-        """Start as published."""
+        """Start as published where a head's own start has changed it."""
         self.keypoint_head.init_weights()
-        for bridge in (self.cls_transformer, self.reg_transformer):
-            bridge.init_weights()
 
     def forward(
         self, maps: Sequence[Tensor], cls_maps: Sequence[Tensor], reg_maps: Sequence[Tensor]
@@ -159,7 +157,9 @@ class RoIBVR(nn.Module):
         ValueError: An argument is out of its range.
     """
 
-    def __init__(self, in_channels: int = 256, channels: int = 1024, num_heads: int = 8, num_keys: int = 50, cell=8):
+    def __init__(
+        self, in_channels: int = 256, channels: int = 1024, num_heads: int = 8, num_keys: int = 50, cell: float = 8
+    ):
         super().__init__()
         if num_keys < 1:
             raise ValueError(f"num_keys: got {num_keys}, expected a positive integer")
@@ -171,17 +171,12 @@ class RoIBVR(nn.Module):
         options = dict(key_channels=in_channels, base_size=None, cell=cell)
         self.cls_transformer = Bridge(channels, num_heads, **options)
         self.reg_transformer = Bridge(channels, num_heads, num_kinds=2, **options)
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        """Start as a mask head, its scores near 0.01."""
+        # as in a mask head
         for module in self.convs:
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 nn.init.zeros_(module.bias)
         init_predictions(self.scores, self.offsets)
-        for bridge in (self.cls_transformer, self.reg_transformer):
-            bridge.init_weights()
 
     def forward(
         self, maps: Tensor, vectors: Tensor, rois: Sequence[Tensor]
@@ -324,14 +319,6 @@ class Bridge(nn.Module):
         )
         self.relative_positional_encoding = RelativePosition(key_channels, num_heads, base_size)
 
-    def init_weights(self) -> None:
-        """Start as published."""
-        for attention in self.decoder:
-            attention._reset_parameters()
-            attention.out_proj.reset_parameters()
-            nn.init.zeros_(attention.out_proj.bias)
-        self.relative_positional_encoding.init_weights()
-
     def forward(self, queries: Tensor, positions: Tensor, keys: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Attend to key points.
 
@@ -367,16 +354,12 @@ class RelativePosition(nn.Module):
         if base_size is not None and (base_size < 2 or base_size % 2):
             raise ValueError(f"base_size: got {base_size}, expected a positive even number or None")
         self.base_size = base_size
-        self.embedding_transform = nn.Sequential(nn.Sequential(OrderedDict(conv=nn.Conv2d(channels, num_heads, 1))))
-        exponents = torch.arange(channels // 4) * 4 / channels
-        self.register_buffer("frequencies", temperature**-exponents, persistent=False)
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        """Start as published."""
-        conv = self.embedding_transform[0].conv
+        conv = nn.Conv2d(channels, num_heads, 1)
         nn.init.normal_(conv.weight, std=0.01)
         nn.init.zeros_(conv.bias)
+        self.embedding_transform = nn.Sequential(nn.Sequential(OrderedDict(conv=conv)))
+        exponents = torch.arange(channels // 4) * 4 / channels
+        self.register_buffer("frequencies", temperature**-exponents, persistent=False)
 
     def axis(self, cells: Tensor, weight: Tensor) -> Tensor:
         """Return the share (..., heads) of one coordinate, by its columns (heads, channels / 2) of the weight."""

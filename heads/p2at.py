@@ -212,7 +212,9 @@ class GlobalContext(nn.Module):
         return x + self.conv2(context * self.weight + self.bias)
 
 
-def conv(in_channels: int, channels: int, kernel_size: int = 1, groups: int = 1, activate=True) -> nn.Sequential:
+def conv(
+    in_channels: int, channels: int, kernel_size: int = 1, groups: int = 1, activate: bool = True
+) -> nn.Sequential:
     """Return a convolution, a batch norm and, with `activate`, PReLU."""
     layers = OrderedDict(
         conv=nn.Conv2d(in_channels, channels, kernel_size, padding=kernel_size // 2, groups=groups, bias=False),

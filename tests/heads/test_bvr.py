@@ -49,6 +49,18 @@ def test_table_of_relative_positions_is_nearly_exact_at_its_cells(base_size):
     torch.testing.assert_close(table(read), exact(cells), atol=1e-4, rtol=1e-4)
 
 
+def test_parameters_have_the_published_names():
+    names = set(small_bvr().state_dict())
+    for kind in KINDS:
+        convs = [f"layers.{kind}.0", f"layers.{kind}.1", f"cls_heads.{kind}.0", f"offset_heads.{kind}.0"]
+        own = {f"keypoint_{conv}.{part}" for conv in convs for part in ("conv.weight", "gn.weight", "gn.bias")}
+        own |= {f"keypoint_{part}_heads.{kind}.1.{p}" for part in ("cls", "offset") for p in ("weight", "bias")}
+        own = {f"keypoint_head.{name}" for name in own}
+        assert own <= names
+        names -= own
+    assert {name.partition(".")[0] for name in names} == {"cls_transformer", "reg_transformer"}
+
+
 def small_bvr(**options) -> BVR:
     return BVR(3, in_channels=8, channels=32, strides=(8, 16), num_heads=4, **options)
 

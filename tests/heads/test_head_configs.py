@@ -48,8 +48,16 @@ MILLIONS = {
     "relation_detr/relation-dino_r50_1x_coco": "48.37",
     "relation_detr/relation-dino_nat-mini_1x_coco": "40.11",
 }
-# The smaller backbone in every head and detector, and each head once on ResNet-50.
-QUICK = {name for name in MILLIONS if "_nat-mini_" in name} | {"dyhead/faster-rcnn_r50_fpn_dyhead_1x_coco"}
+# Each head, those of RelationNet++ in one and in two stages.
+QUICK = (
+    "dyhead/atss_nat-mini_fpn_dyhead_ms-2x_coco",
+    "bvr/retinanet_nat-mini_fpn_bvr_1x_coco",
+    "bvr/faster-rcnn_nat-mini_fpn_bvr_1x_coco",
+    "deeplabv3plus/deeplabv3plus_nat-mini_160k_ade20k-512x512",
+    "fpenet/fpenet_nat-mini_160k_ade20k-512x512",
+    "p2at/p2at_nat-mini_160k_ade20k-512x512",
+    "relation_detr/relation-dino_nat-mini_1x_coco",
+)
 
 
 def test_every_config_is_listed():

@@ -163,6 +163,26 @@ def test_export_with_free_sizes(name):
             torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.gpu
+@each
+def test_gpu(name, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    head, args = build(name).eval(), inputs(name, (12, 10))
+    other, moved = copy.deepcopy(head).cuda(), tree_map(torch.Tensor.cuda, args)
+    expected, got = head(*args), other(*moved)
+    for a, b in zip(tree_leaves(expected), tree_leaves(got), strict=True):
+        torch.testing.assert_close(b.cpu(), a, atol=1e-3, rtol=1e-3)
+    total(expected).backward()
+    total(tree_map(torch.Tensor.cpu, got)).backward()
+    for (key, a), b in zip(head.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(b.grad.cpu(), a.grad, atol=1e-2, rtol=1e-2, msg=key)
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast("cuda", dtype=dtype):
+            outputs = other(*moved)
+        total(tree_map(torch.Tensor.cpu, outputs)).backward()
+        assert all(leaf.isfinite().all() for leaf in tree_leaves(outputs))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
