@@ -16,3 +16,6 @@ model = dict(
     ),
     auxiliary_head=None,
 )
+
+# the decoder's batch norms count the images of all GPUs
+sync_bn = "torch"
