@@ -104,6 +104,8 @@ _EXTENSIONS = {
 
 
 MODELS = _registry(mmengine.MODELS)
+# A neck as it is.
+MODELS.register_module(module=dyhead.DyHead, force=True)
 
 _CONFIGS: dict[str, dict] = {}
 
@@ -397,7 +399,3 @@ class SE(_Plugin, plugins.SE):
 
 class Triplet(_Plugin, plugins.Triplet):
     """Triplet attention (arXiv 2010.03045); arguments as for `densezoo.ops.plugins.Triplet`."""
-
-
-# Not a subclass: it needs nothing of OpenMMLab to be a neck.
-MODELS.register_module(module=dyhead.DyHead, force=True)

@@ -152,9 +152,8 @@ def test_relations_keep_queries_apart():
     assert not torch.allclose(queries2[:, :, :4], queries[:, :, :4])
 
 
-def test_hybrid_queries_are_matched_several_times():
-    """Repeated objects: as many positives, so that the losses of boxes are those of six times the objects."""
-    init_default_scope("mmdet")
+@pytest.mark.parametrize("objects", [2, 0])
+def test_hybrid_queries_are_matched_several_times(objects):
     assigner = dict(
         type="HungarianAssigner",
         match_costs=[dict(type="FocalLossCost", weight=2.0), dict(type="BBoxL1Cost", weight=5.0, box_format="xywh")],
@@ -174,9 +173,9 @@ def test_hybrid_queries_are_matched_several_times():
     )
     counts = []
     targets = head.get_targets
-    # 12 queries, of which the first 4 are two objects and two noises to learn from
     head.get_targets = lambda *args: counts.append(targets(*args)) or counts[-1]
-    instances = InstanceData(bboxes=torch.tensor([[3.0, 4, 20, 30], [8, 8, 60, 50]]), labels=torch.tensor([1, 3]))
+    boxes, labels = torch.tensor([[3.0, 4, 20, 30], [8, 8, 60, 50]]), torch.tensor([1, 3])
+    instances = InstanceData(bboxes=boxes[:objects], labels=labels[:objects])
     from mmdet.structures import DetDataSample
 
     sample = DetDataSample(metainfo=dict(img_shape=(64, 64)), gt_instances=instances)
@@ -190,9 +189,11 @@ def test_hybrid_queries_are_matched_several_times():
         references=references,
         enc_outputs_class=scores,
         enc_outputs_coord=boxes,
-        dn_meta=dict(num_denoising_queries=4, num_denoising_groups=1),
+        # of the 12 queries the objects, and as many that are none, are there to learn from noise
+        dn_meta=dict(num_denoising_queries=2 * objects, num_denoising_groups=1),
     )
-    assert [count[4] for count in counts] == [2, 2, 2, 6, 6, 6]
+    assert [count[4] for count in counts] == 3 * [objects] + 3 * [3 * objects]
+    assert all(loss.isfinite().all() for loss in losses.values())
     names = {name for name in losses if name.startswith("hybrid_")}
     assert names == {f"hybrid_{layer}loss_{part}" for layer in ("", "d0.", "enc_") for part in ("cls", "bbox", "iou")}
 
