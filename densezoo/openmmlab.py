@@ -77,7 +77,7 @@ _leave_out_language_models()
 
 class _Registry(mmengine.Registry):
     def get(self, key: str) -> type | None:
-        # Before they are named: they import the library whose classes they extend, which takes seconds.
+        # Not before they are named: they import mmdet or mmseg, which takes seconds.
         if key.rpartition(".")[2] in _EXTENSIONS:
             importlib.import_module(_EXTENSIONS[key.rpartition(".")[2]])
         return super().get(key)
