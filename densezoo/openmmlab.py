@@ -360,12 +360,28 @@ class CBAM(_Plugin, plugins.CBAM):
     """CBAM (arXiv 1807.06521); arguments as for `densezoo.ops.plugins.CBAM`."""
 
 
+class DAS(_Plugin, plugins.DAS):
+    """DAS (arXiv 2311.12091); arguments as for `densezoo.ops.plugins.DAS`."""
+
+
 class ECA(_Plugin, plugins.ECA):
     """ECA (arXiv 1910.03151); arguments as for `densezoo.ops.plugins.ECA`."""
 
 
+class ELA(_Plugin, plugins.ELA):
+    """ELA (arXiv 2403.01123); arguments as for `densezoo.ops.plugins.ELA`."""
+
+
 class FCA(_Plugin, plugins.FCA):
     """FcaNet's attention (arXiv 2012.11879); arguments as for `densezoo.ops.plugins.FCA`."""
+
+
+class GatherExcite(_Plugin, plugins.GatherExcite):
+    """Gather-Excite (arXiv 1810.12348); arguments as for `densezoo.ops.plugins.GatherExcite`."""
+
+
+class PKCAM(_Plugin, plugins.PKCAM):
+    """PKCAM (arXiv 2211.07521); arguments as for `densezoo.ops.plugins.PKCAM`."""
 
 
 class SE(_Plugin, plugins.SE):
@@ -374,3 +390,7 @@ class SE(_Plugin, plugins.SE):
 
 class Triplet(_Plugin, plugins.Triplet):
     """Triplet attention (arXiv 2010.03045); arguments as for `densezoo.ops.plugins.Triplet`."""
+
+
+class ULSAM(_Plugin, plugins.ULSAM):
+    """ULSAM (arXiv 2006.15102); arguments as for `densezoo.ops.plugins.ULSAM`."""
