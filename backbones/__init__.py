@@ -4,6 +4,7 @@ from types import ModuleType
 
 from densezoo.backbones import (
     agent,
+    attention_resnet,
     davit,
     dinat_s,
     flatten,
@@ -28,6 +29,7 @@ FAMILIES: tuple[ModuleType, ...] = (
     flatten,
     focalnet,
     poolformer,
+    attention_resnet,
 )
 """The modules of the families; each has `VARIANTS`, `default_cfgs` and `checkpoint_filter_fn`."""
 

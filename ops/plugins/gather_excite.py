@@ -12,14 +12,14 @@ VARIANTS = ("theta-", "theta", "theta+")
 class GatherExcite(nn.Module):
     """Gather-Excite (arXiv 1810.12348): scales each position by what was gathered around it, in its channel.
 
-    Gathered maps are smaller than the input by `extent`, and come back to its size by nearest neighbours. A graph exported
-    for free sizes serves those from which more than one position is gathered along both axes.
+    Gathered maps are smaller than the input by `extent`, and come back to its size by nearest neighbours. A graph
+    exported for free sizes serves those from which more than one position is gathered along both axes.
 
     Args:
         channels: C.
         extent: How far to gather, a power of two from 2; None for the whole map.
-        variant: Gather by means, without parameters ("theta-"); by depthwise convolutions with batch norms ("theta"); or
-            so and then mix the channels by two 1x1 convolutions ("theta+").
+        variant: "theta-" gathers by means, without parameters; "theta" by depthwise convolutions with batch norms;
+            "theta+" so, and then mixes the channels by two 1x1 convolutions.
         reduction: The two 1x1 convolutions of "theta+" meet at C / reduction; a divisor of C.
         size: Of the one convolution that gathers the whole map, or (height, width): the map's at training. Another map
             is first pooled to that size.
