@@ -4,6 +4,7 @@ from types import ModuleType
 
 from densezoo.backbones import (
     agent,
+    attention_mobilenet,
     attention_resnet,
     davit,
     dinat_s,
@@ -30,6 +31,7 @@ FAMILIES: tuple[ModuleType, ...] = (
     focalnet,
     poolformer,
     attention_resnet,
+    attention_mobilenet,
 )
 """The modules of the families; each has `VARIANTS`, `default_cfgs` and `checkpoint_filter_fn`."""
 

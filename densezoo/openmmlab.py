@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from densezoo import mmcv_ops, panoptic
 from densezoo.backbones import (
     agent,
+    attention_mobilenet,
     attention_resnet,
     davit,
     dinat_s,
@@ -382,6 +383,23 @@ class TripletResNet(
 
 class FcaNet(_Backbone, attention_resnet.AttentionResNet, BaseModule, prefix="fcanet", out_norms=(), attention="fca"):
     """FcaNet (arXiv 2012.11879); arguments as for `_Backbone`."""
+
+
+class ECAMobileNetV2(
+    _Backbone, attention_mobilenet.AttentionMobileNetV2, BaseModule, prefix="eca_", out_norms=(), attention="eca"
+):
+    """MobileNetV2 with ECA (arXiv 1910.03151); arguments as for `_Backbone`."""
+
+
+class TripletMobileNetV2(
+    _Backbone,
+    attention_mobilenet.AttentionMobileNetV2,
+    BaseModule,
+    prefix="triplet_",
+    out_norms=(),
+    attention="triplet",
+):
+    """MobileNetV2 with triplet attention (arXiv 2010.03045); arguments as for `_Backbone`."""
 
 
 class _Plugin:

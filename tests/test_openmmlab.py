@@ -31,6 +31,7 @@ STAGED = dict(embed_dim=16, depths=[1, 2, 1, 1], num_heads=[1, 2, 4, 8], kernel_
 HALVING = dict(embed_dim=16, depths=[1, 2, 1, 1], num_heads=[1, 2, 4, 8])
 PYRAMID = dict(embed_dims=[16, 32, 64, 128], depths=[1, 2, 1, 1], num_heads=[1, 2, 4, 8])
 POOLING = dict(embed_dims=[8, 16, 24, 32], depths=[1, 2, 1, 1])
+MOBILE = dict(depths=[1, 2, 2, 2])
 RESIDUAL = dict(embed_dims=[16, 16, 32, 32], depths=[1, 2, 1, 1])
 ISOTROPIC = dict(embed_dim=16, depth=3, num_heads=2)
 # A timm name of every type, and what makes it small.
@@ -66,9 +67,11 @@ TYPES = {
     "ECAResNet": ("eca_resnet50", RESIDUAL),
     "TripletResNet": ("triplet_resnet50_k3", RESIDUAL),
     "FcaNet": ("fcanet50", RESIDUAL),
+    "ECAMobileNetV2": ("eca_mobilenetv2", MOBILE),
+    "TripletMobileNetV2": ("triplet_mobilenetv2_k3", MOBILE),
 }
 # Without norms on their outputs in the published detectors and segmentors.
-NORMLESS = ("AgentPVT", "FLattenPVT", *(kind for kind, (_, small) in TYPES.items() if small is RESIDUAL))
+NORMLESS = ("AgentPVT", "FLattenPVT", *(kind for kind, (_, small) in TYPES.items() if small in (RESIDUAL, MOBILE)))
 
 
 def build(kind: str = "NAT", **kwargs) -> torch.nn.Module:

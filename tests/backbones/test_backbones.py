@@ -10,7 +10,7 @@ import sys
 import pytest
 import timm
 import torch
-from densezoo.backbones import VARIANTS, attention_resnet, davit, maxvit, poolformer
+from densezoo.backbones import VARIANTS, attention_mobilenet, attention_resnet, davit, maxvit, poolformer
 from densezoo.backbones.agent import AgentDeiT
 from densezoo.backbones.attention_resnet import AttentionResNet
 from densezoo.backbones.cswin import CSwin
@@ -31,6 +31,7 @@ UNTRAINED = {
     "quadtree_a_b0",
     "metaformer_random_s12_224",
     *(f"flatten_{size}" for size in ("deit_tiny", "cswin_small", "cswin_base", "cswin_base_384")),
+    *attention_mobilenet.VARIANTS,
     *(name for name in attention_resnet.VARIANTS if not re.fullmatch(r"se_resnet50|fcanet\d+", name)),
 }
 # Parameters that only tell how positions differ; PoolFormer pools those around a position less itself.
@@ -146,7 +147,7 @@ def test_default_cfg(name):
         model = timm.create_model(name).eval()
         cfg, size = model.default_cfg, model.default_cfg["input_size"]
         assert cfg["license"] and cfg["architecture"] == name
-        filters = "bilinear" if VARIANTS[name] is attention_resnet else "bicubic"
+        filters = "bilinear" if VARIANTS[name] in (attention_resnet, attention_mobilenet) else "bicubic"
         assert cfg["interpolation"] == filters
         assert timm.is_model_pretrained(name) == (name not in UNTRAINED)
         if VARIANTS[name] not in TIMMS:
