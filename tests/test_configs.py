@@ -94,6 +94,7 @@ OTHER_STEMS = {
         "mask-rcnn_{}_fpn_1x_coco",
         "semantic-fpn_{}_40k_ade20k-512x512",
     ),
+    "attention_mobilenet": ("{}_in1k",),
     "attention_resnet": (
         "{}_in1k",
         "faster-rcnn_{}_fpn_1x_coco",
@@ -217,6 +218,12 @@ PUBLISHED = {
         "metaformer-ppaa-s12-224": ("16.5", None, None, None),
         "metaformer-pppf-s12-224": ("11.9", None, None, None),
         "metaformer-ppff-s12-224": ("12.2", None, None, None),
+    },
+    "attention_mobilenet": {
+        # Published divided by 2^20: 3.34.
+        "eca-mobilenetv2": ("3.505",),
+        "triplet-mobilenetv2": ("3.51",),
+        "triplet-mobilenetv2-k3": ("3.506",),
     },
     "attention_resnet": {
         "se-resnet18": ("", *3 * [None]),
