@@ -102,7 +102,7 @@ def pooled_norm(model: nn.Module) -> nn.Module:
 def design(name: str) -> str:
     """Return a variant's shrunk keywords, those aside that differ in size alone."""
     arch = architecture(name) | shrunk(name)
-    sizes = {"depths", "window_size"} | (set() if "num_heads" in arch else {"embed_dim", "embed_dims"})
+    sizes = {"depths", "window_size", "kernel_sizes"} | (set() if "num_heads" in arch else {"embed_dim", "embed_dims"})
     return str({k: v for k, v in arch.items() if k not in sizes})
 
 
