@@ -3,16 +3,18 @@
 With a = x / |x| the features of a token over all heads (x as in `focused_linear_attention`) and w = a ** p / |a ** p|,
 phi(x) = |x| w. The two norms of a token are all that its heads share: once they are known, heads are independent.
 
-- `_norms`: a program owns a few tokens of query or key, all heads; writes 1 / |x| and 1 / |a ** p|.
-- `_forward`: a program owns one head of one image. It sums the state mean(phi(k)^T [v, 1]) over the tokens, keeps it on
-  the chip, and visits the queries. Where images and heads are too few to fill the GPU, their tokens are split between
-  programs: one launch writes partial states, PyTorch sums them, and a second launch visits the queries.
+- `_forward`: a program owns one head of one image, or all heads of an image where these have few channels: the state
+  mean(phi(k)^T [v, 1]) is then one product of all channels, without what it holds of two heads. It sums the state over
+  the tokens, keeps it on the chip, and visits the queries. Where programs are too few to fill the GPU, the tokens are
+  split between them: one launch writes partial states, and a second one sums them up and visits the queries.
+- `_norms`: a program owns a few tokens of query or key, all heads; writes 1 / |x| and 1 / |a ** p|, where programs of
+  the forward own one head of several.
 - `_delta`: a program owns a few tokens, all heads: out . grad_out of each head over its normaliser, and their sum,
   which is the gradient of a query along itself.
-- `_backward_query`: split as the forward is. Sums the state again, or loads it; writes the gradient of the queries and
-  (partial) gradients of the state and of the feature scale.
-- `_backward_key`: a program owns a run of tokens, all heads. The gradient of a key along itself is a sum over heads: a
-  first sweep over them writes the gradient of the values and each head's share, a second one that of the keys.
+- `_backward_query`: a program owns one head of one image or of a run of its tokens. Sums the state again, or loads it;
+  writes the gradient of the queries and (partial) gradients of the state and of the feature scale.
+- `_backward_key`: split as the forward is. The gradient of a key along itself is a sum over heads: programs that own
+  one head of several are launched twice, first for the gradient of the values and each head's share.
 
 Gradients of parameters are partial sums that PyTorch adds up: two deterministic stages. Norms, powers and means leave
 the range of float16: `product` scales its operands.
@@ -90,7 +92,7 @@ def _row_norms(
     tl.store(norms + 2 * row + 1, 1.0 / tl.sqrt(tl.sum(power * power, 1)), mask=t < tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["norms_q", "norms_k"])
 def _norms(
     q, k, pos, scale, norms_q, norms_k, tokens,
     q_stride_b, q_stride_t, q_stride_n, k_stride_b, k_stride_t, k_stride_n,
@@ -136,14 +138,29 @@ def _unit(
 
 
 @triton.jit
-def _head_sums(x, PACK: tl.constexpr, DIM: tl.constexpr):
-    """The sum over each head's channels, in place of each of them (or in one column)."""
+def _store_norms(norms, row, t, t_inside, inverse, inverse_power):
+    tl.store(norms + 2 * (row + t), inverse, mask=t_inside)
+    tl.store(norms + 2 * (row + t) + 1, inverse_power, mask=t_inside)
+
+
+@triton.jit
+def _head_sum(x, PACK: tl.constexpr, DIM: tl.constexpr):
+    """(tokens, heads): the sum over each head's channels."""
     if PACK == 1:
         out = tl.sum(x, 1)[:, None]
     else:
-        heads = tl.reshape(x, (x.shape[0], x.shape[1] // DIM, DIM))
-        sums = tl.broadcast_to(tl.sum(heads, 2)[:, :, None], (x.shape[0], x.shape[1] // DIM, DIM))
-        out = tl.reshape(sums, (x.shape[0], x.shape[1]))
+        out = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // DIM, DIM)), 2)
+    return out
+
+
+@triton.jit
+def _spread(x, PACK: tl.constexpr, DIM: tl.constexpr):
+    """(tokens, heads) to each head's channels, which one head's broadcast to as it is."""
+    if PACK == 1:
+        out = x
+    else:
+        channels = tl.broadcast_to(x[:, :, None], (x.shape[0], x.shape[1], DIM))
+        out = tl.reshape(channels, (x.shape[0], x.shape[1] * DIM))
     return out
 
 
@@ -151,7 +168,7 @@ def _head_sums(x, PACK: tl.constexpr, DIM: tl.constexpr):
 def _state(
     k, v, pos, norms_k, k_origin, k_stride_t, row, head, first, last, tokens, d, d_inside, inverse_scale,
     HAS_POS: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    P: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    P: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
     """The sums of phi(k)^T v and of phi(k) over tokens `first` to `last`, over the number of all tokens."""
     dtype: tl.constexpr = k.dtype.element_ty
@@ -165,6 +182,8 @@ def _state(
             k, pos, norms_k, k_origin, k_stride_t, row, head, t, t_inside, d, inverse_scale, mask,
             HAS_POS, HEADS, PACK, DIM, P, INDEX,
         )  # fmt: skip
+        if STORE:
+            _store_norms(norms_k, row, t, t_inside, inverse, inverse_power)
         phi = _power(a, P) * (inverse_power / inverse)[:, None]
         v_tile = _load(v, k_origin, k_stride_t, t, d, mask, INDEX)
         key_value = product(phi.T, v_tile, key_value, dtype, PRECISION)
@@ -199,7 +218,7 @@ def _load_state(state, stride, parts, d, d_inside, DIM: tl.constexpr):
     return key_value, key_sum
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit(do_not_specialize=["parts"], do_not_specialize_on_alignment=["norms_q", "norms_k", "normaliser"])
 def _forward(
     q, k, v, pos, scale, norms_q, norms_k, partial, state, out, normaliser, tokens, run, parts,
     q_stride_b, q_stride_t, q_stride_n, k_stride_b, k_stride_t, k_stride_n,
@@ -226,7 +245,7 @@ def _forward(
     if SUM:
         key_value, key_sum = _state(
             k, v, pos, norms_k, image * k_stride_b + head * k_stride_n, k_stride_t, row, head, first, last, tokens,
-            d, d_inside, inverse_scale, HAS_POS, HEADS, PACK, DIM, BLOCK_DIM, P, TOKENS, PRECISION, INDEX,
+            d, d_inside, inverse_scale, HAS_POS, HEADS, PACK, DIM, BLOCK_DIM, P, TOKENS, PRECISION, INDEX, PACK > 1,
         )  # fmt: skip
     else:
         key_value, key_sum = _load_state(partial + program * size, stride, parts, d, d_inside, DIM)
@@ -245,17 +264,20 @@ def _forward(
                 inverse_scale, mask, False, HEADS, PACK, DIM, P, INDEX,
             )  # fmt: skip
             w = _power(a, P) * inverse_power[:, None]
-            total = _head_sums(w * key_sum[None, :], PACK, DIM) + (1e-6 * inverse)[:, None]
+            total = _head_sum(w * key_sum[None, :], PACK, DIM) + (1e-6 * inverse)[:, None]
             zero = tl.zeros((TOKENS, BLOCK_DIM), tl.float32)
-            o_tile = product(w, key_value, zero, dtype, PRECISION) / total
+            o_tile = product(w, key_value, zero, dtype, PRECISION) * _spread(1.0 / total, PACK, DIM)
             offsets = t.to(INDEX)[:, None] * (HEADS * DIM) + d[None, :]
             tl.store(out + (row * HEADS + head) * DIM + offsets, o_tile.to(dtype), mask=mask)
-            if PACK < HEADS:
-                target = normaliser + (row + t) * HEADS + head
-                tl.store(target[:, None], total, mask=t_inside[:, None])
+            if PACK > 1:
+                _store_norms(norms_q, row, t, t_inside, inverse, inverse_power)
+            if HEADS > 1:
+                h = tl.arange(0, total.shape[1])
+                target = normaliser + ((row + t) * HEADS + head)[:, None] + h[None, :]
+                tl.store(target, total, mask=t_inside[:, None] & (h < PACK)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["norms_q", "normaliser"])
 def _delta(
     out, grad_out, normaliser, norms_q, deltas, delta, rows,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, ROWS: tl.constexpr,
@@ -277,28 +299,28 @@ def _delta(
     tl.store(delta + row, 1e-6 * inverse * tl.sum(share, 1), mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["norms_q", "norms_k", "normaliser"])
 def _backward_query(
-    q, k, v, pos, scale, norms_q, norms_k, state, normaliser, deltas, delta, grad_out,
+    q, k, v, pos, scale, norms_q, norms_k, state, normaliser, deltas, delta, out, grad_out,
     grad_q, grad_state, grad_scale, tokens, run,
     q_stride_b, q_stride_t, q_stride_n, k_stride_b, k_stride_t, k_stride_n,
-    HAS_POS: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    HAS_POS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     P: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0) % (HEADS // PACK)
-    image = (tl.program_id(0) // (HEADS // PACK)).to(tl.int64)
+    head = tl.program_id(0) % HEADS
+    image = (tl.program_id(0) // HEADS).to(tl.int64)
     first = tl.program_id(1) * run
     last = tl.minimum(first + run, tokens)
     row = image * tokens
     d = tl.arange(0, BLOCK_DIM)
-    d_inside = d < PACK * DIM
+    d_inside = d < DIM
     dtype: tl.constexpr = q.dtype.element_ty
-    size: tl.constexpr = PACK * (DIM * DIM + DIM)
+    size: tl.constexpr = DIM * DIM + DIM
     inverse_scale = _inverse_scale(scale, head, d, d_inside, DIM)
     if SUM:
         key_value, key_sum = _state(
             k, v, pos, norms_k, image * k_stride_b + head * k_stride_n, k_stride_t, row, head, 0, tokens, tokens,
-            d, d_inside, inverse_scale, HAS_POS, HEADS, PACK, DIM, BLOCK_DIM, P, TOKENS, PRECISION, INDEX,
+            d, d_inside, inverse_scale, HAS_POS, HEADS, 1, DIM, BLOCK_DIM, P, TOKENS, PRECISION, INDEX, False,
         )  # fmt: skip
     else:
         key_value, key_sum = _load_state(state + tl.program_id(0).to(tl.int64) * size, 0, 1, d, d_inside, DIM)
@@ -312,38 +334,38 @@ def _backward_query(
         mask = t_inside[:, None] & d_inside[None, :]
         x, a, inverse, inverse_power = _unit(
             q, pos, norms_q, image * q_stride_b + head * q_stride_n, q_stride_t, row, head, t, t_inside, d,
-            inverse_scale, mask, False, HEADS, PACK, DIM, P, INDEX,
+            inverse_scale, mask, False, HEADS, 1, DIM, P, INDEX,
         )  # fmt: skip
         slope = _power(a, P - 1) * inverse_power[:, None]
         w = slope * a
         zero = tl.zeros((TOKENS, BLOCK_DIM), tl.float32)
         do_tile = _load(grad_out, (row * HEADS + head) * DIM, HEADS * DIM, t, d, mask, INDEX)
-        if PACK == HEADS:
-            inverse_total = 1.0 / (_head_sums(w * key_sum[None, :], PACK, DIM) + (1e-6 * inverse)[:, None])
-            do_tile *= inverse_total
-            share = product(w, key_value, zero, dtype, PRECISION) * do_tile * inverse_total
-            along = 1e-6 * inverse * tl.sum(share, 1)
-            share = _head_sums(share, PACK, DIM)
+        if HEADS == 1:
+            total = tl.sum(w * key_sum[None, :], 1) + 1e-6 * inverse
+            o_tile = _load(out, row * DIM, DIM, t, d, mask, INDEX)
+            share = tl.sum(o_tile * do_tile, 1) / total
+            along = 1e-6 * inverse * share
         else:
-            do_tile /= tl.load(normaliser + (row + t) * HEADS + head, mask=t_inside, other=1.0)[:, None]
-            share = tl.load(deltas + (row + t) * HEADS + head, mask=t_inside, other=0.0)[:, None]
+            total = tl.load(normaliser + (row + t) * HEADS + head, mask=t_inside, other=1.0)
+            share = tl.load(deltas + (row + t) * HEADS + head, mask=t_inside, other=0.0)
             along = tl.load(delta + row + t, mask=t_inside, other=0.0)
-        grad = product(do_tile, key_value.T, zero, dtype, PRECISION) - share * key_sum[None, :]
+        do_tile *= (1.0 / total)[:, None]
+        grad = product(do_tile, key_value.T, zero, dtype, PRECISION) - share[:, None] * key_sum[None, :]
         grad_key_value = product(w.T, do_tile, grad_key_value, dtype, PRECISION)
-        grad_key_sum -= share * w
-        # The gradient of x, without 1 / feature_scale.
-        grad = (P * slope * (grad - along[:, None] * w) + along[:, None] * a) * inverse[:, None]
-        scale_sum += tl.where(t_inside[:, None], grad * a / inverse[:, None], 0.0)
-        grad = tl.where(x > 0, grad * inverse_scale[None, :], 0.0)
+        grad_key_sum -= share[:, None] * w
+        # The gradient of the features, over their norm.
+        grad = P * slope * (grad - along[:, None] * w) + along[:, None] * a
+        scale_sum += tl.where(t_inside[:, None], grad * a, 0.0)
+        grad = tl.where(x > 0, grad * inverse[:, None] * inverse_scale[None, :], 0.0)
         offsets = t.to(INDEX)[:, None] * (HEADS * DIM) + d[None, :]
         tl.store(grad_q + (row * HEADS + head) * DIM + offsets, grad.to(dtype), mask=mask)
 
     program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     _store_state(grad_state + program * size, grad_key_value, tl.sum(grad_key_sum, 0), d, d_inside, DIM)
-    tl.store(grad_scale + program * (PACK * DIM) + d, -tl.sum(scale_sum, 0) * inverse_scale, mask=d_inside)
+    tl.store(grad_scale + program * DIM + d, -tl.sum(scale_sum, 0) * inverse_scale, mask=d_inside)
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit(do_not_specialize=["parts"], do_not_specialize_on_alignment=["norms_k"])
 def _backward_key(
     k, v, pos, scale, norms_k, grad_state, shares, grad_k, grad_v, grad_scale, tokens, run, parts,
     k_stride_b, k_stride_t, k_stride_n,
@@ -377,6 +399,7 @@ def _backward_key(
             k, pos, norms_k, origin, k_stride_t, row, head, t, t_inside, d, inverse_scale, mask,
             HAS_POS, HEADS, PACK, DIM, P, INDEX,
         )  # fmt: skip
+        norm = 1.0 / inverse
         slope = _power(a, P - 1) * inverse_power[:, None]
         w = slope * a
         v_tile = _load(v, origin, k_stride_t, t, d, mask, INDEX)
@@ -384,7 +407,7 @@ def _backward_key(
         zero = tl.zeros((TOKENS, BLOCK_DIM), tl.float32)
         if VALUES:
             grad = product(w, grad_key_value, zero, dtype, PRECISION)
-            tl.store(grad_v + target, (grad / inverse[:, None]).to(dtype), mask=mask)
+            tl.store(grad_v + target, (grad * norm[:, None]).to(dtype), mask=mask)
             along = tl.sum(grad * v_tile + w * grad_key_sum[None, :], 1)
             if not KEYS:
                 tl.store(shares + (row + t) * HEADS + head, along, mask=t_inside)
@@ -395,7 +418,7 @@ def _backward_key(
         if KEYS:
             grad = product(v_tile, grad_key_value.T, zero, dtype, PRECISION) + grad_key_sum[None, :]
             grad = P * slope * (grad - along[:, None] * w) + along[:, None] * a
-            scale_sum += tl.where(t_inside[:, None], grad * a / inverse[:, None], 0.0)
+            scale_sum += tl.where(t_inside[:, None], grad * a * norm[:, None], 0.0)
             grad = tl.where(x > 0, grad * inverse_scale[None, :], 0.0)
             tl.store(grad_k + target, grad.to(dtype), mask=mask)
     if KEYS:
@@ -404,11 +427,12 @@ def _backward_key(
 
 
 class _Launch(NamedTuple):
-    """Tokens a tile, warps a program, loads in flight."""
+    """Tokens a tile, warps a program, loads in flight, and the most registers of a thread."""
 
     tokens: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 # By kernel and the channels of a tile. Never one warp with loads in flight: Triton 3.6 then leaves out the barrier
@@ -416,14 +440,17 @@ class _Launch(NamedTuple):
 LAUNCH = {
     ("forward", 32): _Launch(64, 4, 3),
     ("forward", 64): _Launch(64, 4, 3),
-    ("forward", 128): _Launch(32, 8, 3),
+    ("forward", 128): _Launch(32, 8, 3, 128),
     ("backward_query", 32): _Launch(64, 4, 2),
     ("backward_query", 64): _Launch(32, 4, 2),
-    ("backward_query", 128): _Launch(32, 8, 2),
+    ("backward_query", 128): _Launch(16, 8, 2),
     ("backward_key", 32): _Launch(64, 4, 1),
     ("backward_key", 64): _Launch(32, 4, 1),
     ("backward_key", 128): _Launch(32, 8, 2),
 }
+# The most channels of a program that takes all heads of its tokens: one visit instead of two, and products of heads
+# with one another, which are dropped.
+PACK = {"forward": 128, "backward_query": 0, "backward_key": 128}
 # Programs that fill the GPU. Fewer are split into runs of at least so many tokens; with fewer tokens, the state of a
 # head is not much smaller than its keys and values, and is computed again instead of saved.
 PROGRAMS = 384
@@ -432,21 +459,25 @@ RUN = 256
 TILE = 2048
 
 
-def _pack(heads: int, dim: int) -> int:
-    """Return the heads of a program: all of a token where their products fit into one tile, else one."""
-    return heads if dim in (8, 16, 32, 64, 128) and heads * dim <= 128 else 1
+def _aligned(entries: int) -> int:
+    return (entries + 31) // 32 * 32
 
 
 def _sizes(batch: int, tokens: int, heads: int, dim: int) -> tuple[int, ...]:
-    """Return the entries saved for the backward: norms of queries and of keys, normalisers, states; all aligned."""
-    alone = _pack(heads, dim) < heads
-    sizes = (
-        2 * batch * tokens if alone else 0,
-        2 * batch * tokens if alone else 0,
-        batch * tokens * heads if alone else 0,
-        batch * heads * dim * (dim + 1) if tokens >= RUN else 0,
-    )
-    return tuple((size + 31) // 32 * 32 for size in sizes)
+    """Return the entries saved for the backward: states, norms of queries and of keys, normalisers."""
+    # A head alone has the norms of its tokens at hand.
+    rows = batch * tokens if heads > 1 else 0
+    state = batch * heads * dim * (dim + 1) if tokens >= RUN else 0
+    return state, 2 * rows, 2 * rows, rows * heads
+
+
+class _Launches(NamedTuple):
+    """How one kernel runs: programs and runs, tokens of a run, heads of a program, constants."""
+
+    grid: tuple[int, int]
+    run: int
+    pack: int
+    constants: dict
 
 
 class _Plan:
@@ -454,11 +485,9 @@ class _Plan:
 
     def __init__(self, shape, query_stride, key_stride, has_pos: bool, factor: float, tf32: bool):
         batch, tokens, heads, dim = shape
-        pack = _pack(heads, dim)
         self.strides = (*query_stride[:3], *key_stride[:3])
         self.sizes = _sizes(*shape)
         self.saves_state = tokens >= RUN
-        self.is_packed = pack == heads
         strides = (query_stride, key_stride)
         largest = max(sum((n - 1) * s for n, s in zip(shape[1:], stride[1:], strict=True)) for stride in strides)
         features = {
@@ -469,56 +498,48 @@ class _Plan:
             # 32-bit offsets within an image halve the registers of addresses; images themselves are 64 bits apart.
             "INDEX": tl.int32 if max(largest, tokens * heads * dim) < 2**31 else tl.int64,
         }
-        block_dim = max(16, triton.next_power_of_2(pack * dim))
+        adjacent = dim in (8, 16, 32, 64) and all(stride[2] == dim for stride in strides)
 
-        def products(kernel: str) -> dict:
+        def launches(kernel: str, **constants) -> _Launches:
+            pack = heads if adjacent and heads * dim <= PACK[kernel] else 1
+            block_dim = max(16, triton.next_power_of_2(pack * dim))
             launch = LAUNCH[kernel, max(32, block_dim)]
-            tile = {"PACK": pack, "BLOCK_DIM": block_dim, "TOKENS": launch.tokens, "PRECISION": precision}
-            return {**features, **tile, "num_warps": launch.warps, "num_stages": launch.stages}
+            programs = batch * heads // pack
+            runs = 1 if programs >= PROGRAMS else max(1, min(tokens // RUN, 2 * PROGRAMS // programs))
+            run = triton.cdiv(triton.cdiv(tokens, runs), 64) * 64
+            constants |= {"BLOCK_DIM": block_dim, "TOKENS": launch.tokens, "PRECISION": "tf32" if tf32 else "ieee"}
+            constants |= {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.registers}
+            if kernel != "backward_query":
+                constants["PACK"] = pack
+            return _Launches((programs, triton.cdiv(tokens, run)), run, pack, features | constants)
 
-        precision = "tf32" if tf32 else "ieee"
-        self.forward, self.backward_query = products("forward"), products("backward_query")
-        self.backward_key = {**products("backward_key"), "BLOCK_HEADS": triton.next_power_of_2(heads)}
-
-        programs = batch * heads // pack
-        runs = 1 if programs >= PROGRAMS else max(1, min(tokens // RUN, 2 * PROGRAMS // programs))
-        self.run = triton.cdiv(triton.cdiv(tokens, runs), 64) * 64
-        self.runs = triton.cdiv(tokens, self.run)
-        self.grid = (programs, self.runs)
-        self.state = (self.runs, batch * heads * dim * (dim + 1))
+        self.forward, self.backward_query = launches("forward"), launches("backward_query")
+        self.backward_key = launches("backward_key", BLOCK_HEADS=triton.next_power_of_2(heads))
+        self.state = batch * heads * dim * (dim + 1)
 
         block_c = triton.next_power_of_2(heads * dim)
         rows = max(1, TILE // block_c)
         self.norms = {**features, "BLOCK_C": block_c, "TOKENS": rows, "num_warps": 4}
         self.norms_grid = (batch * triton.cdiv(tokens, rows), 2)
-        block_heads, block_dim = triton.next_power_of_2(heads), max(16, triton.next_power_of_2(dim))
-        rows = max(1, TILE // (block_heads * block_dim))
-        self.delta = dict(
-            HEADS=heads, DIM=dim, BLOCK_DIM=block_dim, BLOCK_HEADS=block_heads, ROWS=rows, num_warps=4
-        )  # fmt: skip
+        blocks = {"BLOCK_DIM": max(16, triton.next_power_of_2(dim)), "BLOCK_HEADS": triton.next_power_of_2(heads)}
+        rows = max(1, TILE // (blocks["BLOCK_DIM"] * blocks["BLOCK_HEADS"]))
+        self.delta = {"HEADS": heads, "DIM": dim, **blocks, "ROWS": rows, "num_warps": 4}
         self.delta_grid = (triton.cdiv(batch * tokens, rows),)
-        # Of the backward: gradients of states and of the feature scale, of each run, and each head's shares.
-        self.scratch = (
-            self.state[0] * self.state[1],
-            2 * self.runs * batch * heads * dim,
-            0 if self.is_packed else (batch * tokens * heads + 31) // 32 * 32,
-            0 if self.is_packed else batch * tokens,
-        )
+        # Of the backward: gradients of states of each run, of the feature scale of each program, and heads' shares.
+        runs = self.backward_query.grid[1]
+        rows = batch * tokens if heads > 1 else 0
+        self.scales = (runs * batch, self.backward_key.grid[1] * batch)
+        scales = sum(self.scales) * heads * dim
+        self.scratch = (_aligned(runs * self.state), _aligned(scales), _aligned(rows * heads), rows)
 
 
 _plan = lru_cache(maxsize=1024)(_Plan)
 
 
 def _prepare(query, key, value, scale, pos, factor) -> tuple:
-    heads, dim = query.shape[2:]
-    is_packed = _pack(heads, dim) == heads
-
-    def fits(stride) -> bool:
-        return stride[3] == 1 and (stride[2] == dim or not is_packed)
-
-    if not fits(query.stride()):
+    if query.stride(3) != 1:
         query = query.contiguous()
-    if key.stride() != value.stride() or not fits(key.stride()):
+    if key.stride() != value.stride() or key.stride(3) != 1:
         key, value = key.contiguous(), value.contiguous()
     tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     plan = _plan(query.shape, query.stride(), key.stride(), pos is not None, factor, tf32)
@@ -530,20 +551,28 @@ def _linear(
     query: Tensor, key: Tensor, value: Tensor, feature_scale: Tensor, positional_encoding: Tensor | None, factor: float
 ) -> tuple[Tensor, Tensor]:
     plan, query, key, value, scale, pos = _prepare(query, key, value, feature_scale, positional_encoding, factor)
-    tokens = query.shape[1]
+    _, tokens, heads, _ = query.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     saved = torch.empty(sum(plan.sizes), dtype=torch.float32, device=query.device)
-    norms_q, norms_k, normaliser, state = saved.split(plan.sizes)
-    if not plan.is_packed:
+    state, norms_q, norms_k, normaliser = saved.split(plan.sizes)
+    grid, run, pack, constants = plan.forward
+    if pack < heads:
         _norms[plan.norms_grid](query, key, pos, scale, norms_q, norms_k, tokens, *plan.strides, **plan.norms)
-    parts = state if plan.runs == 1 else torch.empty(plan.state, dtype=torch.float32, device=query.device)
-    args = (query, key, value, pos, scale, norms_q, norms_k, parts, state, out, normaliser, tokens, plan.run, plan.runs)
-    args = (*args, *plan.strides)
-    if plan.runs == 1:
-        _forward[plan.grid](*args, **plan.forward, SUM=True, ATTEND=True, SAVE=plan.saves_state)
+    partial = state
+    if grid[1] > 1:
+        partial = torch.empty(grid[1] * plan.state, dtype=torch.float32, device=query.device)
+
+    def launch(**flags) -> None:
+        _forward[grid](
+            query, key, value, pos, scale, norms_q, norms_k, partial, state, out, normaliser, tokens, run, grid[1],
+            *plan.strides, **constants, **flags,
+        )  # fmt: skip
+
+    if grid[1] == 1:
+        launch(SUM=True, ATTEND=True, SAVE=plan.saves_state)
     else:
-        _forward[plan.grid](*args, **plan.forward, SUM=True, ATTEND=False, SAVE=True)
-        _forward[plan.grid](*args, **plan.forward, SUM=False, ATTEND=True, SAVE=plan.saves_state)
+        launch(SUM=True, ATTEND=False, SAVE=True)
+        launch(SUM=False, ATTEND=True, SAVE=plan.saves_state)
     return out, saved
 
 
@@ -555,27 +584,32 @@ def _linear_backward(
     batch, tokens, heads, dim = query.shape
     grad_out = grad_out.contiguous()
     grad_q, grad_k, grad_v = torch.empty_like(out), torch.empty_like(out), torch.empty_like(out)
-    norms_q, norms_k, normaliser, state = saved.split(plan.sizes)
+    state, norms_q, norms_k, normaliser = saved.split(plan.sizes)
     scratch = torch.empty(sum(plan.scratch), dtype=torch.float32, device=query.device)
     grad_state, grad_scales, shares, along = scratch.split(plan.scratch)
-    grad_scales = grad_scales.view(2, -1, heads, dim)
-    if not plan.is_packed:
-        _delta[plan.delta_grid](
-            out, grad_out, normaliser, norms_q, shares, along, batch * tokens, **plan.delta
-        )  # fmt: skip
-    _backward_query[plan.grid](
-        query, key, value, pos, scale, norms_q, norms_k, state, normaliser, shares, along, grad_out,
-        grad_q, grad_state, grad_scales, tokens, plan.run, *plan.strides,
-        **plan.backward_query, SUM=not plan.saves_state,
+    grad_scales = grad_scales[: sum(plan.scales) * heads * dim].view(-1, heads, dim)
+    if heads > 1:
+        _delta[plan.delta_grid](out, grad_out, normaliser, norms_q, shares, along, batch * tokens, **plan.delta)
+    grid, run, _, constants = plan.backward_query
+    _backward_query[grid](
+        query, key, value, pos, scale, norms_q, norms_k, state, normaliser, shares, along, out, grad_out,
+        grad_q, grad_state, grad_scales, tokens, run, *plan.strides, **constants, SUM=not plan.saves_state,
     )  # fmt: skip
-    args = (key, value, pos, scale, norms_k, grad_state, shares, grad_k, grad_v, grad_scales[1], tokens, plan.run)
-    args = (*args, plan.runs, *plan.strides[3:])
-    if plan.is_packed:
-        _backward_key[plan.grid](*args, **plan.backward_key, VALUES=True, KEYS=True)
+    parts = grid[1]
+    grid, run, pack, constants = plan.backward_key
+
+    def launch(**flags) -> None:
+        _backward_key[grid](
+            key, value, pos, scale, norms_k, grad_state, shares, grad_k, grad_v, grad_scales[plan.scales[0] :],
+            tokens, run, parts, *plan.strides[3:], **constants, **flags,
+        )  # fmt: skip
+
+    if pack == heads:
+        launch(VALUES=True, KEYS=True)
     else:
-        _backward_key[plan.grid](*args, **plan.backward_key, VALUES=True, KEYS=False)
-        _backward_key[plan.grid](*args, **plan.backward_key, VALUES=False, KEYS=True)
-    grad_scale = grad_scales.sum((0, 1)).to(feature_scale.dtype)
+        launch(VALUES=True, KEYS=False)
+        launch(VALUES=False, KEYS=True)
+    grad_scale = grad_scales.sum(0).to(feature_scale.dtype)
     if positional_encoding is None:
         return grad_q, grad_k, grad_v, grad_scale, grad_q.new_empty(0)
     return grad_q, grad_k, grad_v, grad_scale, grad_k.sum(0, dtype=torch.float32).to(positional_encoding.dtype)
