@@ -251,9 +251,9 @@ def _forward(
         key_value, key_sum = _load_state(partial + program * size, stride, parts, d, d_inside, DIM)
     if SAVE:
         # Sums of a part of the tokens, or of all.
-        target = state if ATTEND else partial + tl.program_id(1) * stride
+        sums = state if ATTEND else partial + tl.program_id(1) * stride
         if not ATTEND or tl.program_id(1) == 0:
-            _store_state(target + program * size, key_value, key_sum, d, d_inside, DIM)
+            _store_state(sums + program * size, key_value, key_sum, d, d_inside, DIM)
     if ATTEND:
         for start in range(first, last, TOKENS):
             t = start + tl.arange(0, TOKENS)
