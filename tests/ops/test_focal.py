@@ -127,10 +127,8 @@ def test_computes_in_float32(dtype, autocast):
 def test_kernels_interpreted(setting, aligned, monkeypatch):
     from densezoo.ops.focal import kernels
 
-    # Few rows a strip and several images a program: the interpreter takes them all one by one.
-    launch = {name: settings._replace(elements=512, rows=2, images=2) for name, settings in kernels.LAUNCH.items()}
-    monkeypatch.setattr(kernels, "LAUNCH", launch)
-    monkeypatch.setattr(kernels, "PROGRAMS", 1)
+    # Several images a program: the interpreter takes them all one by one.
+    monkeypatch.setattr(kernels, "WEIGHT_PROGRAMS", 4)
     tensors = inputs(setting, torch.float32)
     tensors = [t.contiguous() for t in tensors] if aligned else tensors
     set_backend("triton")
