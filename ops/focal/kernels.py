@@ -295,9 +295,8 @@ def _backward_level(
     REACH: tl.constexpr = KERNEL // 2
     end = tl.minimum(bottom + REACH, height)
     for y in range(tl.maximum(top - REACH, 0), end):
-        row = _row(
-            grad_level + tl.cast(y, INDEX) * width * channels, left - REACH, width, channels, exist, COLS + KERNEL - 1, INDEX
-        )
+        source = grad_level + tl.cast(y, INDEX) * width * channels
+        row = _row(source, left - REACH, width, channels, exist, COLS + KERNEL - 1, INDEX)
         sums = _spread(sums, row, taps, KERNEL, COLS)
         if y >= top + REACH:
             _write_gradients(
@@ -363,9 +362,8 @@ def _backward_weight(
         for y in range(start, tl.minimum(bottom + REACH, height)):
             row = _context_row(source, y + REACH, bottom, left, width, stride_h, stride_w, exist, COLS, INDEX, IS_FIRST)
             window = _move_on(window, row, COLS)
-            row = _row(
-                grad + tl.cast(y, INDEX) * width * channels, left - REACH, width, channels, exist, COLS + KERNEL - 1, INDEX
-            )
+            from_row = grad + tl.cast(y, INDEX) * width * channels
+            row = _row(from_row, left - REACH, width, channels, exist, COLS + KERNEL - 1, INDEX)
             sums = _correlate(sums, window, row, KERNEL, COLS)
     tiles = tl.num_programs(0) // tl.cdiv(channels, CHANNELS)
     partial += (tl.program_id(1).to(tl.int64) * tiles + tile) * taps * channels + c
@@ -386,6 +384,8 @@ CHANNELS = 32
 # Enough programs to fill the GPU come before long strips, and before many images a program.
 PROGRAMS = 4096
 WEIGHT_PROGRAMS = 2048
+# A piece has these rows at least: it reads those around it as well.
+ROWS = 8
 
 
 def _columns(size: int) -> int:
@@ -435,8 +435,7 @@ class _Problem:
     def _strips(self, cols: int) -> _Strips:
         strips = triton.cdiv(self.width, cols)
         programs = strips * self.blocks * self.batch
-        # Every piece reads the rows around it as well.
-        pieces = max(1, min(triton.cdiv(PROGRAMS, programs), self.height // 8))
+        pieces = max(1, min(triton.cdiv(PROGRAMS, programs), self.height // ROWS))
         rows = triton.cdiv(self.height, pieces)
         pieces = triton.cdiv(self.height, rows)
         images = max(1, programs * pieces // WEIGHT_PROGRAMS)
