@@ -34,16 +34,18 @@ from torch.utils.flop_counter import register_flop_formula
 
 @triton.jit
 def _normal(z):
-    """Cumulative distribution of the normal distribution, times z to 6e-7."""
-    # Its logit, in bits, over z: a polynomial in z^2 (own fit), cheaper than erf and exact in the tails' magnitude.
+    """Cumulative distribution of the normal distribution; z times it is right to 6e-7."""
+    # 1 / (1 + 2^(z p)), with a polynomial p of z^2 fitted to it: cheaper than erf, and the tails keep their digits.
     s = z * z
-    logit = 5.209907543800543e-09 * s - 3.850449398212734e-07
-    logit = logit * s + 1.1452428973382406e-05
-    logit = logit * s - 1.5939940480164385e-04
-    logit = logit * s - 9.559295651805719e-05
-    logit = logit * s + 0.10483858127994435
-    logit = logit * s + 2.302207203588972
-    return 1.0 / (1.0 + tl.exp2(-z * logit))
+    p = -5.209907543800543e-09 * s + 3.850449398212734e-07
+    p = p * s - 1.1452428973382406e-05
+    p = p * s + 1.5939940480161385e-04
+    p = p * s + 9.559295651805719e-05
+    p = p * s - 0.10483858127994435
+    p = p * s - 2.302207203588972
+    # Its square is fewer instructions than a division, which allows for numbers that do not occur.
+    root = tl.rsqrt(1.0 + tl.exp2(z * p))
+    return root * root
 
 
 @triton.jit
@@ -117,10 +119,10 @@ def _spread(sums, row, taps, KERNEL: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def _move_on(window, row, COLS: tl.constexpr):
+def _move_on(window, row, KERNEL: tl.constexpr, COLS: tl.constexpr):
     """Drop a window's first row and take another as its last."""
     new = ()
-    for i in tl.static_range(len(window) - COLS):
+    for i in tl.static_range(KERNEL * COLS - COLS):
         new = new + (window[COLS + i],)
     for i in tl.static_range(COLS):
         new = new + (row[i],)
@@ -167,13 +169,13 @@ def _level(
             total = _write_level(
                 sums, level, context, total, tl.cast(y - REACH, INDEX), left, width, channels, exist, not IS_LAST, COLS
             )
-        sums = _move_on(sums, blank, COLS)
+        sums = _move_on(sums, blank, KERNEL, COLS)
     for y in range(end - REACH, bottom):
         if y >= top:
             total = _write_level(
                 sums, level, context, total, tl.cast(y, INDEX), left, width, channels, exist, not IS_LAST, COLS
             )
-        sums = _move_on(sums, blank, COLS)
+        sums = _move_on(sums, blank, KERNEL, COLS)
     if IS_LAST:
         tiles = tl.num_programs(0) // tl.cdiv(channels, CHANNELS)
         tl.store(partial + (image * tiles + tile) * channels + c, total, mask=exist)
@@ -303,14 +305,14 @@ def _backward_level(
                 sums, z, grad_out, gates, grad_x, grad_gates, tl.cast(y - REACH, INDEX), left, width, channels, exist,
                 factor, gate_stride_h, gate_stride_w, LEVEL, LEVELS, COLS,
             )  # fmt: skip
-        sums = _move_on(sums, blank, COLS)
+        sums = _move_on(sums, blank, KERNEL, COLS)
     for y in range(end - REACH, bottom):
         if y >= top:
             _write_gradients(
                 sums, z, grad_out, gates, grad_x, grad_gates, tl.cast(y, INDEX), left, width, channels, exist,
                 factor, gate_stride_h, gate_stride_w, LEVEL, LEVELS, COLS,
             )  # fmt: skip
-        sums = _move_on(sums, blank, COLS)
+        sums = _move_on(sums, blank, KERNEL, COLS)
 
 
 @triton.jit
@@ -358,10 +360,10 @@ def _backward_weight(
         window = _zeros(KERNEL * COLS, CHANNELS)
         for y in range(top, start + REACH):
             row = _context_row(source, y, bottom, left, width, stride_h, stride_w, exist, COLS, INDEX, IS_FIRST)
-            window = _move_on(window, row, COLS)
+            window = _move_on(window, row, KERNEL, COLS)
         for y in range(start, tl.minimum(bottom + REACH, height)):
             row = _context_row(source, y + REACH, bottom, left, width, stride_h, stride_w, exist, COLS, INDEX, IS_FIRST)
-            window = _move_on(window, row, COLS)
+            window = _move_on(window, row, KERNEL, COLS)
             from_row = grad + tl.cast(y, INDEX) * width * channels
             row = _row(from_row, left - REACH, width, channels, exist, COLS + KERNEL - 1, INDEX)
             sums = _correlate(sums, window, row, KERNEL, COLS)
@@ -386,11 +388,13 @@ PROGRAMS = 4096
 WEIGHT_PROGRAMS = 2048
 # A piece has these rows at least: it reads those around it as well.
 ROWS = 8
+# A thread's registers where it would take more and needs no more: each scheduler then has four warps to choose from.
+REGISTERS = 128
 
 
-def _columns(size: int) -> int:
+def _columns(size: int, is_backward: bool) -> int:
     """Return a strip's columns, so that taps, sums under way and a row's numbers fit the registers of a thread."""
-    return 7 if size <= 5 else 4 if size <= 7 else 2 if size <= 9 else 1
+    return 7 if size <= (3 if is_backward else 5) else 4 if size <= 7 else 2 if size <= 9 else 1
 
 
 class _Strips(NamedTuple):
@@ -428,18 +432,21 @@ class _Problem:
             "LEVELS": self.levels, "POSITIONS": across, "CHANNELS": CHANNELS, "INDEX": self.index,
             "num_warps": POINTWISE.warps,
         }  # fmt: skip
-        self.level = [self._strips(_columns(size)) for size in sizes]
+        self.level = [self._strips(size, _columns(size, False)) for size in sizes]
+        self.backward_level = [self._strips(size, _columns(size, True)) for size in sizes]
         # One table of partial sums for all levels: the same strips for all.
-        self.weight = self._strips(min(4, _columns(max(sizes))))
+        self.weight = self._strips(max(sizes), min(4, _columns(max(sizes), True)))
 
-    def _strips(self, cols: int) -> _Strips:
+    def _strips(self, size: int, cols: int) -> _Strips:
         strips = triton.cdiv(self.width, cols)
-        programs = strips * self.blocks * self.batch
+        programs = max(1, strips * self.blocks * self.batch)
         pieces = max(1, min(triton.cdiv(PROGRAMS, programs), self.height // ROWS))
-        rows = triton.cdiv(self.height, pieces)
+        rows = max(1, triton.cdiv(self.height, pieces))
         pieces = triton.cdiv(self.height, rows)
         images = max(1, programs * pieces // WEIGHT_PROGRAMS)
         constants = {"COLS": cols, "CHANNELS": CHANNELS, "INDEX": self.index, "num_warps": 1, "num_stages": 1}
+        if 3 < size <= 7:
+            constants["maxnreg"] = REGISTERS
         return _Strips(strips * pieces, rows, images, constants)
 
 
@@ -506,7 +513,7 @@ def _focal_modulation_backward(
     groups = triton.cdiv(batch, weight.images)
     partial = total.new_empty((groups * weight.tiles, taps, channels))
     for level in reversed(range(plan.levels)):
-        x, start, strips = levels[level - 1] if level else context, plan.starts[level], plan.level[level]
+        x, start, strips = levels[level - 1] if level else context, plan.starts[level], plan.backward_level[level]
         _backward_weight[(weight.tiles * plan.blocks, groups)](
             grad_level, x, partial[:, start:], batch, weight.images, height, width, channels, weight.rows, taps,
             *x.stride()[:3], **weight.constants, IS_FIRST=level == 0, KERNEL=sizes[level],
