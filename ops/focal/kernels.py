@@ -161,19 +161,14 @@ def _level(
     blank = _zeros(COLS, CHANNELS)
     total = tl.zeros((CHANNELS,), tl.float32)
     REACH: tl.constexpr = KERNEL // 2
-    end = tl.minimum(bottom + REACH, height)
-    for y in range(tl.maximum(top - REACH, 0), end):
-        row = _row(x + tl.cast(y, INDEX) * stride_h, left - REACH, width, stride_w, exist, COLS + KERNEL - 1, INDEX)
-        sums = _spread(sums, row, taps, KERNEL, COLS)
+    for y in range(tl.maximum(top - REACH, 0), bottom + REACH):
+        if y < height:
+            source = x + tl.cast(y, INDEX) * stride_h
+            row = _row(source, left - REACH, width, stride_w, exist, COLS + KERNEL - 1, INDEX)
+            sums = _spread(sums, row, taps, KERNEL, COLS)
         if y >= top + REACH:
             total = _write_level(
                 sums, level, context, total, tl.cast(y - REACH, INDEX), left, width, channels, exist, not IS_LAST, COLS
-            )
-        sums = _move_on(sums, blank, KERNEL, COLS)
-    for y in range(end - REACH, bottom):
-        if y >= top:
-            total = _write_level(
-                sums, level, context, total, tl.cast(y, INDEX), left, width, channels, exist, not IS_LAST, COLS
             )
         sums = _move_on(sums, blank, KERNEL, COLS)
     if IS_LAST:
@@ -295,21 +290,14 @@ def _backward_level(
     sums = _zeros(KERNEL * COLS, CHANNELS)
     blank = _zeros(COLS, CHANNELS)
     REACH: tl.constexpr = KERNEL // 2
-    end = tl.minimum(bottom + REACH, height)
-    for y in range(tl.maximum(top - REACH, 0), end):
-        source = grad_level + tl.cast(y, INDEX) * width * channels
-        row = _row(source, left - REACH, width, channels, exist, COLS + KERNEL - 1, INDEX)
-        sums = _spread(sums, row, taps, KERNEL, COLS)
+    for y in range(tl.maximum(top - REACH, 0), bottom + REACH):
+        if y < height:
+            source = grad_level + tl.cast(y, INDEX) * width * channels
+            row = _row(source, left - REACH, width, channels, exist, COLS + KERNEL - 1, INDEX)
+            sums = _spread(sums, row, taps, KERNEL, COLS)
         if y >= top + REACH:
             _write_gradients(
                 sums, z, grad_out, gates, grad_x, grad_gates, tl.cast(y - REACH, INDEX), left, width, channels, exist,
-                factor, gate_stride_h, gate_stride_w, LEVEL, LEVELS, COLS,
-            )  # fmt: skip
-        sums = _move_on(sums, blank, KERNEL, COLS)
-    for y in range(end - REACH, bottom):
-        if y >= top:
-            _write_gradients(
-                sums, z, grad_out, gates, grad_x, grad_gates, tl.cast(y, INDEX), left, width, channels, exist,
                 factor, gate_stride_h, gate_stride_w, LEVEL, LEVELS, COLS,
             )  # fmt: skip
         sums = _move_on(sums, blank, KERNEL, COLS)
