@@ -93,7 +93,11 @@ def halve(x: Tensor) -> Tensor:
 
 def subsample(x: Tensor) -> Tensor:
     """Take every second row and column of a map (B, C, H, W), as max pooling of kernel 1 and stride 2 would."""
-    return x[..., ::2, ::2].contiguous()
+    if not is_exporting():
+        return x[..., ::2, ::2].contiguous()
+    # Export asks of a view whether it is contiguous, and the answer would fix the exported sizes.
+    rows, columns = (torch.arange(0, size, 2, device=x.device) for size in x.shape[2:])
+    return x.index_select(2, rows).index_select(3, columns)
 
 
 def crop_to(x: Tensor, like: Tensor) -> Tensor:

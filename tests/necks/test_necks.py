@@ -214,7 +214,7 @@ def test_export_with_free_height_and_width(name):
     with torch.no_grad():
         shapes = ({2: free, 3: free},)
         program = torch.export.export(model, (torch.randn(2, 3, 96, 128),), dynamic_shapes=shapes).module()
-        for size in ((96, 128), (64, 160), (75, 109), (131, 70)):
+        for size in ((96, 128), (72, 160), (131, 109)):
             x = torch.randn(2, 3, *size)
             for out, expected in zip(flat(program(x)), flat(model(x)), strict=True):
                 torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
