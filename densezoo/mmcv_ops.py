@@ -5,6 +5,8 @@ for another torch and does not load, importing this one puts a replacement in it
 torch's operators; best before mmdet or mmseg are imported, which warn otherwise. A compiled module that loads is left
 alone.
 
+On a GPU, ms_deform_attn runs the kernels of `densezoo.ops`, where `densezoo.ops.set_backend` does not say otherwise.
+
 The functions below carry mmcv's names, arguments and semantics, those of its CUDA kernels, on every device; tensors
 named output, grad_*, ious, dets, ... are written in place. They differ from mmcv's on purpose in these points:
 
@@ -35,6 +37,9 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor
+
+from densezoo.ops.backend import takes_triton
+from densezoo.ops.deformable import unsupported as ms_deform_attn_unsupported
 
 _REBUILD = (
     "build mmcv with its operators against this torch, which takes a C++ compiler and, for a GPU, the CUDA toolkit: "
@@ -418,6 +423,15 @@ def _deform_conv_grads(
     return torch.ops.torchvision._deform_conv2d_backward(grad, input, weight, offset, mask, bias, *geometry, modulated)
 
 
+def _first_numbers(x: Tensor, output: Tensor) -> Tensor:
+    """Return a view of each image's first numbers in memory, as a map of the output's size.
+
+    mmcv's modulated kernels read larger offsets and masks so, on which mmdet's DyHead relies.
+    """
+    channels, size = x.shape[1], output.shape[2:]
+    return x.flatten(1)[:, : channels * size.numel()].unflatten(1, (channels, *size))
+
+
 @_operator
 def modulated_deform_conv_forward(
     input: Tensor, weight: Tensor, bias: Tensor, ones: Tensor, offset: Tensor, mask: Tensor, output: Tensor,
@@ -425,7 +439,7 @@ def modulated_deform_conv_forward(
     dilation_h: int, dilation_w: int, group: int, deformable_group: int, with_bias: bool,
 ) -> None:  # fmt: skip
     """Modulated deformable convolution (arXiv 1811.11168) of input (B, C, H, W) into output."""
-    x, w, b, o, m = _native(input, weight, bias, offset, mask)
+    x, w, b, o, m = _native(input, weight, bias, _first_numbers(offset, output), _first_numbers(mask, output))
     geometry = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w)
     output.copy_(torchvision.ops.deform_conv2d(x, o, w, b if with_bias else None, *geometry, m))
 
@@ -439,11 +453,13 @@ def modulated_deform_conv_backward(
 ) -> None:  # fmt: skip
     """Add the gradients of `modulated_deform_conv_forward` to those given; write those of offset and mask."""
     geometry = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group)
-    grads = _deform_conv_grads(grad_output, input, weight, offset, mask, geometry)
+    first = (_first_numbers(x, grad_output) for x in (offset, mask))
+    grads = _deform_conv_grads(grad_output, input, weight, *first, geometry)
     grad_input += grads[0]
     grad_weight += grads[1]
-    grad_offset.copy_(grads[2])
-    grad_mask.copy_(grads[3])
+    for x, grad in ((grad_offset, grads[2]), (grad_mask, grads[3])):
+        x.zero_()
+        _first_numbers(x, grad_output).copy_(grad)
     if with_bias:
         grad_bias += grads[4]
 
@@ -576,6 +592,11 @@ def ms_deform_attn_forward(
     Returns:
         Tensor: (B, Q, heads * dim), in the dtype of value.
     """
+    args = value, value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights
+    if takes_triton("ms_deform_attn", value, ms_deform_attn_unsupported(value, sampling_locations, attention_weights)):
+        from densezoo.ops.deformable.kernels import ms_deform_attn_triton
+
+        return ms_deform_attn_triton(*args)
     locations, weights = _wide(sampling_locations, attention_weights)
     levels = _levels(value, value_spatial_shapes, value_level_start_index)
     output = sum(_sample_level(x, locations[:, :, :, i], weights[:, :, :, i]) for i, (_, x) in enumerate(levels))
@@ -589,6 +610,14 @@ def ms_deform_attn_backward(
     grad_attn_weight: Tensor, im2col_step: int,
 ) -> None:  # fmt: skip
     """Add the gradients of `ms_deform_attn_forward` to those given, recomputing one level at a time."""
+    args = value, value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights
+    if takes_triton("ms_deform_attn", value, ms_deform_attn_unsupported(value, sampling_locations, attention_weights)):
+        from densezoo.ops.deformable.kernels import ms_deform_attn_triton_backward
+
+        grads = ms_deform_attn_triton_backward(grad_output, *args)
+        for total, grad in zip((grad_value, grad_sampling_loc, grad_attn_weight), grads, strict=True):
+            total += grad
+        return
     locations, weights = _wide(sampling_locations, attention_weights)
     for i, (part, x) in enumerate(_levels(value, value_spatial_shapes, value_level_start_index)):
         grads = _recomputed_grads(_sample_level, (x, locations[:, :, :, i], weights[:, :, :, i]), grad_output)

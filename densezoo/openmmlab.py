@@ -50,6 +50,7 @@ from densezoo.backbones import (
     quadtree,
 )
 from densezoo.checkpoints import load_published
+from densezoo.heads import dyhead
 from densezoo.ops import plugins
 
 
@@ -78,13 +79,37 @@ panoptic.install()
 _leave_out_language_models()
 
 
+class _Registry(mmengine.Registry):
+    def get(self, key: str) -> type | None:
+        # Not before they are named: they import mmdet or mmseg, which takes seconds.
+        if key.rpartition(".")[2] in _EXTENSIONS:
+            importlib.import_module(_EXTENSIONS[key.rpartition(".")[2]])
+        return super().get(key)
+
+
 def _registry(parent: mmengine.Registry) -> mmengine.Registry:
     if "densezoo" in parent.children:
         return parent.children["densezoo"]
-    return mmengine.Registry(parent.name, parent=parent, scope="densezoo")
+    return _Registry(parent.name, parent=parent, scope="densezoo")
+
+
+# What extends classes of mmdet and mmseg -> the module that has it.
+_EXTENSIONS = {
+    "BVRATSSHead": "densezoo.mmdet_heads",
+    "BVRFCOSHead": "densezoo.mmdet_heads",
+    "BVRRetinaHead": "densezoo.mmdet_heads",
+    "BVRRoIHead": "densezoo.mmdet_heads",
+    "IoUAwareFocalLoss": "densezoo.mmdet_heads",
+    "RelationDINO": "densezoo.mmdet_heads",
+    "RelationDINOHead": "densezoo.mmdet_heads",
+    "MEUHead": "densezoo.mmseg_heads",
+    "P2ATHead": "densezoo.mmseg_heads",
+}
 
 
 MODELS = _registry(mmengine.MODELS)
+# A neck as it is.
+MODELS.register_module(module=dyhead.DyHead, force=True)
 
 _CONFIGS: dict[str, dict] = {}
 
