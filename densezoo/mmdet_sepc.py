@@ -1,4 +1,4 @@
-"""mmdet's dense heads on the pairs of maps of `densezoo.SEPC`; a config imports this beside `densezoo.openmmlab`."""
+"""mmdet's dense heads on the maps of `densezoo.SEPC`; `densezoo.openmmlab` imports this when a config names one."""
 
 from mmdet.models.dense_heads import FreeAnchorRetinaHead, RetinaHead
 from torch import Tensor

@@ -102,6 +102,8 @@ _EXTENSIONS = {
     "IoUAwareFocalLoss": "densezoo.mmdet_heads",
     "RelationDINO": "densezoo.mmdet_heads",
     "RelationDINOHead": "densezoo.mmdet_heads",
+    "SEPCFreeAnchorRetinaHead": "densezoo.mmdet_sepc",
+    "SEPCRetinaHead": "densezoo.mmdet_sepc",
     "MEUHead": "densezoo.mmseg_heads",
     "P2ATHead": "densezoo.mmseg_heads",
 }

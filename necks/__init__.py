@@ -9,7 +9,8 @@ from densezoo.necks.fpn import FPN, PAFPN
 from densezoo.necks.gather_distribute import GatherDistribute
 from densezoo.necks.rcnet import RCNet
 from densezoo.necks.rfp import RFP
+from densezoo.necks.sac import SAC, use_sac
 from densezoo.necks.sepc import SEPC
 from densezoo.necks.simple_feature_pyramid import SimpleFeaturePyramid
 
-__all__ = ["FPN", "PAFPN", "RFP", "SEPC", "GatherDistribute", "RCNet", "SimpleFeaturePyramid"]
+__all__ = ["FPN", "PAFPN", "RFP", "SAC", "SEPC", "GatherDistribute", "RCNet", "SimpleFeaturePyramid", "use_sac"]

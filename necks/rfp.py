@@ -15,8 +15,9 @@ class RFP(FPN):
     the second backbone after the first block of their stage. The same FPN takes its outputs; the second pyramid and the
     first are mixed by gates.
 
-    The second backbone is any of this zoo with stages, under timm (`features_only=True`) or OpenMMLab. For mmdet's
-    ResNet there is mmdet's `RFP`, the same network on a ResNet (where a ReLU follows the addition).
+    The second backbone is any of this zoo with stages, under timm (`features_only=True`) or OpenMMLab; `use_sac` gives
+    both backbones DetectoRS' convolutions. For mmdet's ResNet there is mmdet's `RFP`, the same network on a ResNet
+    (where a ReLU follows the addition).
 
     Args:
         in_channels: The widths of the levels, finest first, two at least.

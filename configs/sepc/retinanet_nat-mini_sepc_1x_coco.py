@@ -6,8 +6,6 @@ _base_ = [
     "../_base_/default_runtime.py",
 ]
 
-custom_imports = dict(imports=["densezoo.openmmlab", "densezoo.mmdet_sepc"])
-
 model = dict(
     backbone=dict(
         type="densezoo.NAT",

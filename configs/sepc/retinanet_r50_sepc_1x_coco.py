@@ -1,8 +1,6 @@
 # RetinaNet with SEPC (arXiv 2005.03101): 39.6 box AP were published.
 _base_ = "../fpn/retinanet_r50_fpn_1x_coco.py"
 
-custom_imports = dict(imports=["densezoo.openmmlab", "densezoo.mmdet_sepc"])
-
 model = dict(
     neck=[
         dict(

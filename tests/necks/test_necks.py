@@ -566,7 +566,7 @@ def test_gather_distribute_has_its_published_widths(arch, width):
     assert neck.low_IFM[0].conv.in_channels == dict(n=480, s=960, m=1440, l=1920)[arch]
 
 
-@pytest.mark.parametrize("name", necks.__all__)
+@pytest.mark.parametrize("name", [name for name in necks.__all__ if name not in ("SAC", "use_sac")])
 def test_openmmlab_type(name):
     pytest.importorskip("mmengine")
     from densezoo.openmmlab import MODELS, config_for
