@@ -418,6 +418,8 @@ ZOO = [16, 32, 64, 128]
 
 def zoo_backbone(name: str = "nat_mini", depths: tuple[int, ...] = (1, 2, 1, 1), **options) -> nn.Module:
     """Return a small backbone of the zoo, under timm."""
+    if name.startswith("eca_resnet"):
+        return timm.create_model(name, features_only=True, depths=depths, **options)
     options.update(dict(embed_dims=ZOO) if name.startswith("quadtree") else dict(embed_dim=ZOO[0]))
     return timm.create_model(name, features_only=True, depths=depths, num_heads=(1, 2, 2, 4), **options)
 
@@ -518,6 +520,8 @@ def test_rfp_leaves_nothing_behind():
         ("dinat_s_tiny", (0, 2, 3)),
         ("densezoo_davit_tiny", (0, 1, 2, 3)),
         ("quadtree_b0", (0, 1, 2, 3)),
+        # channels first
+        ("eca_resnet18", (0, 1, 2, 3)),
     ],
     ids=str,
 )
