@@ -9,8 +9,8 @@ with the tensor cores and masks what lies outside of each query's window. The sc
 - `_backward_query`: the same tiles. It writes the gradient of the queries, and sum(out * grad_out) per query for the
   next kernel. The gradient of the bias is summed over the program's images in registers, folded along the diagonals
   of equal (key - query), and written as one partial table a program; PyTorch sums those: two deterministic stages.
-- `_backward_key`: a program owns one key tile, for BATCH images in turn, and visits the chunks of queries that can see
-  it. Where there are two at most, CHUNKS of them, mask and bias are gathered once for all images; 0 stands for more.
+- `_backward_key`: a program owns one key tile and visits the chunks of queries that can see it. Where that is ONE_CHUNK
+  for every tile, as in small dilation groups, it does so for BATCH images in turn, with mask and bias gathered once.
 
 Positions outside of the map or the group are clamped to its last member and masked, so that loads need no bounds.
 Scores are kept in base 2, scaled by log2(e).
@@ -326,7 +326,7 @@ def _backward_key(
     stride_b, stride_h, stride_w, stride_n,
     K_H: tl.constexpr, K_W: tl.constexpr, S_H: tl.constexpr, S_W: tl.constexpr, D_H: tl.constexpr, D_W: tl.constexpr,
     C_H: tl.constexpr, C_W: tl.constexpr, HAS_RPB: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    TILE_H: tl.constexpr, TILE_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNKS: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ONE_CHUNK: tl.constexpr,
     BATCH: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % heads
@@ -349,16 +349,10 @@ def _backward_key(
     dtype = q.dtype.element_ty
     bias_dtype: tl.constexpr = tl.float32 if dtype == tl.float32 else tl.float16
     rpb += head * (2 * K_H - 1) * (2 * K_W - 1)
-    if CHUNKS:
-        rank_h0, rank_w0, exists0 = _queries(low_h, low_w, length_h, length_w, ROWS, COLS)
-        bias0 = _key_bias(
-            rpb, rank_h0, rank_w0, exists0, key_h, key_w, length_h, length_w,
-            K_H, K_W, S_H, S_W, C_H, C_W, HAS_RPB, bias_dtype,
-        )  # fmt: skip
-    if CHUNKS == 2:
-        rank_h1, rank_w1, exists1 = _queries(low_h + ROWS, low_w, length_h, length_w, ROWS, COLS)
-        bias1 = _key_bias(
-            rpb, rank_h1, rank_w1, exists1, key_h, key_w, length_h, length_w,
+    if ONE_CHUNK:
+        rank_h, rank_w, exists = _queries(low_h, low_w, length_h, length_w, ROWS, COLS)
+        bias = _key_bias(
+            rpb, rank_h, rank_w, exists, key_h, key_w, length_h, length_w,
             K_H, K_W, S_H, S_W, C_H, C_W, HAS_RPB, bias_dtype,
         )  # fmt: skip
 
@@ -376,19 +370,12 @@ def _backward_key(
         v_tile = tl.load(v + origin + k_rows, mask=d_inside[None, :], other=0.0)
         acc_k = tl.zeros((TILE_H * TILE_W, BLOCK_DIM), tl.float32)
         acc_v = tl.zeros((TILE_H * TILE_W, BLOCK_DIM), tl.float32)
-        if CHUNKS:
+        if ONE_CHUNK:
             acc_k, acc_v = _key_chunk(
-                q + origin, grad_out + first * DIM, lse + first, delta + first, rank_h0, rank_w0, bias0,
+                q + origin, grad_out + first * DIM, lse + first, delta + first, rank_h, rank_w, bias,
                 k_tile, v_tile, acc_k, acc_v, width, heads, group_h, group_w, stride_h, stride_w,
                 D_H, D_W, DIM, BLOCK_DIM, PRECISION, INDEX,
             )  # fmt: skip
-            if CHUNKS == 2:
-                if high_h - low_h >= ROWS:
-                    acc_k, acc_v = _key_chunk(
-                        q + origin, grad_out + first * DIM, lse + first, delta + first, rank_h1, rank_w1, bias1,
-                        k_tile, v_tile, acc_k, acc_v, width, heads, group_h, group_w, stride_h, stride_w,
-                        D_H, D_W, DIM, BLOCK_DIM, PRECISION, INDEX,
-                    )  # fmt: skip
         else:
             for c in range(tl.cdiv(high_h - low_h + 1, ROWS) * chunks_w):
                 rank_h, rank_w, exists = _queries(
@@ -423,7 +410,8 @@ class _Launch(NamedTuple):
 LAUNCH = {
     "forward": _Launch((2, 8), 128, 8, 2, 3),
     "backward_query": _Launch((2, 8), 128, 8, 2, 3),
-    "backward_key": _Launch((2, 8), 128, 8, 2, 2),
+    "backward_key": _Launch((2, 8), 64, 1, 2, 3),
+    "backward_key_one_chunk": _Launch((2, 8), 128, 8, 2, 2),
 }
 # Enough programs to fill the GPU come before many images a program.
 PROGRAMS = 1024
@@ -548,16 +536,19 @@ def _na2d_backward(
     if rpb is not None and chunks > 1:
         backward_query((tiles, groups, chunks), False, True)
 
-    launch = LAUNCH["backward_key"]
+    launch = LAUNCH["backward_key_one_chunk"]
     tiles, constants = problem.tiling(launch)
-    axes = zip((problem.height, problem.width), dilation, launch.tile, kernel_size, stride, is_causal, strict=True)
-    rows, cols = (_most_queries(*axis) for axis in axes)
-    chunks = triton.cdiv(rows, constants["ROWS"])
-    constants["CHUNKS"] = chunks if chunks <= 2 and cols <= constants["COLS"] else 0
+    axes = ((problem.height, problem.width), dilation, launch.tile, kernel_size, stride, is_causal)
+    rows, cols = (_most_queries(*axis) for axis in zip(*axes, strict=True))
+    one_chunk = rows <= constants["ROWS"] and cols <= constants["COLS"]
+    if not one_chunk:
+        launch = LAUNCH["backward_key"]
+        tiles, constants = problem.tiling(launch)
+    del constants["CHUNKS"]
     images = problem.images(tiles, launch)
     _backward_key[(tiles, triton.cdiv(problem.batch, images))](
         query, key, value, table, lse, grad_out, delta, grad_k, grad_v,
-        problem.batch, *problem.sizes, **problem.constants, **constants, BATCH=images,
+        problem.batch, *problem.sizes, **problem.constants, **constants, BATCH=images, ONE_CHUNK=one_chunk,
     )  # fmt: skip
     if rpb is None:
         return grad_q, grad_k, grad_v, partial
