@@ -27,6 +27,8 @@ _log = logging.getLogger("densezoo")
 _ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
 # What wrappers put before every name: DDP, torch.compile, timm's feature nets, OpenMMLab's models.
 _PREFIXES = ("module.", "_orig_mod.", "model.", "timm_model.", "backbone.")
+# What stands beside the backbone in mmpretrain's classifiers.
+_CLASSIFIER = ("head.fc.weight", "head.fc.bias")
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,14 @@ def _strip(published: Mapping[str, Tensor]) -> dict[str, str]:
         prefix = next(shared, None) or next(beside, None)
         if prefix is None:
             return names
+        classifier = {key: name.replace(".fc.", ".") for key, name in names.items() if name in _CLASSIFIER}
         names = {key: name.removeprefix(prefix) for key, name in names.items() if name.startswith(prefix)}
+        if prefix == "backbone." and classifier:
+            # The norm of the only output is the final one.
+            norms = {match[0] for name in names.values() if (match := re.match(r"norm\d+\.", name))}
+            if len(norms) == 1:
+                names = {key: re.sub(r"^norm\d+\.", "norm.", name) for key, name in names.items()}
+            return names | classifier
 
 
 def _trace(state: dict[str, Tensor], loaded: dict[str, Tensor], published: dict[str, str]) -> dict[str, str]:
