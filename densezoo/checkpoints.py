@@ -1,6 +1,7 @@
 """Published checkpoints: read as data, converted to the zoo's keys, verified strictly, and only then loaded."""
 
 import difflib
+import functools
 import logging
 import pickle
 import re
@@ -396,7 +397,11 @@ def _hint(
 def _models_like(state: Mapping[str, Tensor]) -> list[str]:
     """Return the zoo's models whose tensors have the shapes of `state`, heads and norms of outputs aside."""
     likely = []
+    size = sum(tensor.numel() for tensor in state.values())
     for name, family in backbones.VARIANTS.items():
+        # Building all of them takes seconds.
+        if not 0.5 < size / _size_of(name) < 2:
+            continue
         with torch.device("meta"):
             model = timm.create_model(name)
         try:
@@ -406,6 +411,12 @@ def _models_like(state: Mapping[str, Tensor]) -> list[str]:
         if _body(converted) == _body(model.state_dict()):
             likely.append(name)
     return likely
+
+
+@functools.cache
+def _size_of(name: str) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in timm.create_model(name).parameters())
 
 
 def _body(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:

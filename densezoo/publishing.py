@@ -337,7 +337,7 @@ def _build_openmmlab(config: Any, path: Path) -> nn.Module:
     model = _without_weights(config["model"])
     known = _registered()
     for place, kind in _types(model, "model"):
-        if kind not in known:
+        if not isinstance(kind, str) or kind not in known:
             raise ValueError(f"{path}: densezoo.config.{place}: got {kind!r}, which no library registers")
     try:
         with DefaultScope.overwrite_default_scope(scope):
