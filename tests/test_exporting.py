@@ -30,7 +30,9 @@ sys.path.pop(0)
 STATED = ROOT / "model_cards" / "exports.json"
 # One variant of each class; the others are of the same code.
 CLASSES = {architecture(name)["cls"].__name__: name for name in reversed(VARIANTS)}
-SIZES = [(1, 67, 224), (3, 33, 48)]
+TRACED, SIZES = (96, 128), [(1, 67, 224), (3, 33, 48)]
+# A detector's last level has to have more than one row and column.
+TRACED_WHOLE, SIZES_WHOLE = (160, 224), [(1, 150, 260), (3, 141, 133)]
 
 BASE = ROOT / "configs" / "_base_" / "models"
 BACKBONE = dict(
@@ -98,11 +100,11 @@ def openmmlab(name: str) -> nn.Module:
     return model
 
 
-def measure(model: nn.Module, folder: Path) -> dict[str, float]:
+def measure(model: nn.Module, folder: Path, traced=TRACED, sizes=SIZES) -> dict[str, float]:
     """Return the largest difference from the model of its program and of its ONNX form, at sizes not traced with."""
     onnxruntime = pytest.importorskip("onnxruntime")
     module, names = exporting.exportable(model)
-    program = exporting.to_program(module, (96, 128))
+    program = exporting.to_program(module, traced)
     free = program.module()
     exporting.to_onnx(program, folder / "x.onnx", names)
     session = onnxruntime.InferenceSession(folder / "x.onnx", providers=["CPUExecutionProvider"])
@@ -116,7 +118,7 @@ def measure(model: nn.Module, folder: Path) -> dict[str, float]:
         ],
     }
     errors = dict.fromkeys(runs, 0.0)
-    for size in SIZES:
+    for size in sizes:
         images = exporting.sample(module, size)
         for form, run in runs.items():
             found = exporting.differences(module, run, images, names)
@@ -132,6 +134,15 @@ def test_every_class_and_model_is_stated():
     stated = json.loads(STATED.read_text())
     assert list(stated["backbones"]) == list(CLASSES) and list(stated["models"]) == list(MODELS)
     assert all(error < exporting.TOLERANCE for kind in stated.values() for m in kind.values() for error in m.values())
+
+
+def test_readme_has_the_table():
+    pytest.importorskip("mmengine")
+    from tiny import tool
+
+    make_cards, readme = tool("make_cards"), (ROOT / "README.md").read_text()
+    table = make_cards.exports_table(json.loads(STATED.read_text()))
+    assert readme == make_cards.put_table(readme, table, make_cards.EXPORT_MARKERS)
 
 
 # The families' exports take minutes together: a quick one stands for them in the fast run.
@@ -206,7 +217,7 @@ def test_segmentors_are_mmsegs(name):
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "UPerNet" else pytest.mark.slow) for n in MODELS])
 def test_models(name, tmp_path):
     pytest.importorskip("mmdet")
-    errors = measure(openmmlab(name), tmp_path)
+    errors = measure(openmmlab(name), tmp_path, TRACED_WHOLE, SIZES_WHOLE)
     assert all(error < exporting.TOLERANCE for error in errors.values()), errors
 
 
@@ -226,12 +237,13 @@ def test_models_without_a_form_are_refused():
 def write(names: list[str]) -> None:
     """Measure what is named, or else all that is not stated yet, and state it."""
     stated = json.loads(STATED.read_text()) if STATED.exists() else {}
-    for kind, known, make in (("models", MODELS, openmmlab), ("backbones", CLASSES, backbone)):
+    whole = (TRACED_WHOLE, SIZES_WHOLE)
+    for kind, known, make, sizes in (("backbones", CLASSES, backbone, ()), ("models", MODELS, openmmlab, whole)):
         found = {name: errors for name, errors in stated.get(kind, {}).items() if name in known}
         for name in known:
             if name in names or not names and name not in found:
                 with TemporaryDirectory() as folder:
-                    errors = measure(make(name), Path(folder))
+                    errors = measure(make(name), Path(folder), *sizes)
                 print(name, errors, flush=True)
                 found[name] = {form: float(f"{error:.0e}") for form, error in errors.items()}
                 stated[kind] = {name: found[name] for name in known if name in found}
