@@ -5,6 +5,8 @@ for another torch and does not load, importing this one puts a replacement in it
 torch's operators; best before mmdet or mmseg are imported, which warn otherwise. A compiled module that loads is left
 alone.
 
+On a GPU, ms_deform_attn runs the kernels of `densezoo.ops`, where `densezoo.ops.set_backend` does not say otherwise.
+
 The functions below carry mmcv's names, arguments and semantics, those of its CUDA kernels, on every device; tensors
 named output, grad_*, ious, dets, ... are written in place. They differ from mmcv's on purpose in these points:
 
@@ -35,6 +37,9 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor
+
+from densezoo.ops.backend import takes_triton
+from densezoo.ops.deformable import unsupported as ms_deform_attn_unsupported
 
 _REBUILD = (
     "build mmcv with its operators against this torch, which takes a C++ compiler and, for a GPU, the CUDA toolkit: "
@@ -576,6 +581,11 @@ def ms_deform_attn_forward(
     Returns:
         Tensor: (B, Q, heads * dim), in the dtype of value.
     """
+    args = value, value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights
+    if takes_triton("ms_deform_attn", value, ms_deform_attn_unsupported(value, sampling_locations, attention_weights)):
+        from densezoo.ops.deformable.kernels import ms_deform_attn_triton
+
+        return ms_deform_attn_triton(*args)
     locations, weights = _wide(sampling_locations, attention_weights)
     levels = _levels(value, value_spatial_shapes, value_level_start_index)
     output = sum(_sample_level(x, locations[:, :, :, i], weights[:, :, :, i]) for i, (_, x) in enumerate(levels))
@@ -589,6 +599,14 @@ def ms_deform_attn_backward(
     grad_attn_weight: Tensor, im2col_step: int,
 ) -> None:  # fmt: skip
     """Add the gradients of `ms_deform_attn_forward` to those given, recomputing one level at a time."""
+    args = value, value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights
+    if takes_triton("ms_deform_attn", value, ms_deform_attn_unsupported(value, sampling_locations, attention_weights)):
+        from densezoo.ops.deformable.kernels import ms_deform_attn_triton_backward
+
+        grads = ms_deform_attn_triton_backward(grad_output, *args)
+        for total, grad in zip((grad_value, grad_sampling_loc, grad_attn_weight), grads, strict=True):
+            total += grad
+        return
     locations, weights = _wide(sampling_locations, attention_weights)
     for i, (part, x) in enumerate(_levels(value, value_spatial_shapes, value_level_start_index)):
         grads = _recomputed_grads(_sample_level, (x, locations[:, :, :, i], weights[:, :, :, i]), grad_output)

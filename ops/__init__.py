@@ -3,6 +3,7 @@
 from densezoo.ops.agent import agent_attention
 from densezoo.ops.backend import get_backend, set_backend
 from densezoo.ops.channel import channel_attention
+from densezoo.ops.deformable import ms_deform_attn
 from densezoo.ops.focal import focal_modulation
 from densezoo.ops.linear import focused_linear_attention
 from densezoo.ops.neighborhood import na2d
@@ -15,6 +16,7 @@ __all__ = [
     "focal_modulation",
     "focused_linear_attention",
     "get_backend",
+    "ms_deform_attn",
     "na2d",
     "quadtree_attention",
     "set_backend",

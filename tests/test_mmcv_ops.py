@@ -586,6 +586,24 @@ def test_ms_deform_attn_gradients():
     assert attend(*attention_inputs(queries=0)).shape == (2, 0, 8)
 
 
+def test_ms_deform_attn_takes_the_kernels(device, monkeypatch):
+    from densezoo.ops.deformable import kernels
+
+    calls = []
+    for name in ("ms_deform_attn_triton", "ms_deform_attn_triton_backward"):
+        original = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *args, f=original, n=name: calls.append(n) or f(*args))
+    results, tensors = [], attention_inputs()
+    # On a CPU the kernels are asked for, and interpreted.
+    for backend in ("auto" if device == "cuda" else "triton", "reference"):
+        monkeypatch.setattr("densezoo.ops.backend._backend", backend)
+        inputs = [x.float().to(device).requires_grad_() for x in tensors]
+        output = attend(*inputs)
+        results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+    assert calls == ["ms_deform_attn_triton", "ms_deform_attn_triton_backward"]
+    torch.testing.assert_close(*results)
+
+
 def test_ms_deform_attn_uses_the_level_starts():
     value, locations, weights = attention_inputs()
     swapped = torch.cat([value[:, 20:], value[:, :20]], 1)  # the second level first

@@ -1,120 +1,51 @@
-"""Time the zoo's operators against what a user would pick instead, side by side in one run.
+"""Time the zoo's operators and models against what a user would pick instead, side by side in one run.
 
     python tools/benchmark.py ops                       every operator, at the shapes of its networks
     python tools/benchmark.py ops na2d --dtype float16 --json na2d.json
+    python tools/benchmark.py models                    tiny models at 224, in images per second
+    python tools/benchmark.py models nat_tiny swin_tiny_patch4_window7_224 --dense
 
-Times are medians of many, in microseconds. The floor is the bytes of each input read once and each output written once
-over the copy bandwidth measured in the same run. A kernel that disagrees with its float64 reference is not timed.
+Times of operators are medians of many, in microseconds. The floor is the bytes of each input read once and each output
+written once over the copy bandwidth measured in the same run. A kernel that disagrees with its float64 reference is
+not timed.
 """
 
 import argparse
 import json
-import platform
 import statistics
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
+import timm
 import torch
-from densezoo.ops import na2d, set_backend
-from torch import Tensor
+from _benchmark_models import MODELS, model_rows, model_table
+from _benchmark_ops import OPERATORS, TOLERANCE, Case
+from triton.testing import do_bench
 
 from densezoo import __version__
 
-# Relative RMS error that a kernel may have against its reference, by dtype.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-
-
-@dataclass
-class Case:
-    """One operator at one shape: inputs that need gradients, and the ways to compute it, ours first."""
-
-    name: str
-    inputs: tuple[Tensor, ...]
-    ways: dict[str, Callable[..., Tensor]]
-    check: Callable[[], float]
-
-
-def na2d_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
-    """Neighbourhood attention, kernel 7 with bias: NAT-T's stages at 224 and 800x1216, and dilated ones of DiNAT-T."""
-    shapes = [(128, 56, 56, 2, 1), (128, 28, 28, 4, 1), (128, 14, 14, 8, 1), (128, 56, 56, 2, 8)]
-    shapes += [(2, 200, 304, 2, 1), (2, 100, 152, 4, 1), (2, 200, 304, 2, 28)]
-    for batch, height, width, heads, dilation in shapes:
-        qkv = torch.randn(batch, height, width, 3, heads, 32, device=device, dtype=dtype)
-        inputs = (*qkv.unbind(3), torch.randn(heads, 13, 13, device=device))
-
-        def run(q, k, v, rpb, dilation=dilation):
-            return na2d(q, k, v, 7, dilation=dilation, rpb=rpb)
-
-        def check(inputs=inputs, run=run) -> float:
-            return worst_error(run, [t[:1] if t.dim() == 5 else t for t in inputs])
-
-        ways = {"densezoo": run, **flex_ways(height, width, heads, dilation, device)}
-        yield Case(f"na2d {batch}, {height}x{width}, {heads}x32, dilation {dilation}", inputs, ways, check)
-
-
-def flex_ways(height: int, width: int, heads: int, dilation: int, device: str) -> dict[str, Callable[..., Tensor]]:
-    """Return FlexAttention's way to neighbourhood attention of kernel 7 with the bias."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    def window(position, size):
-        length = (size - position % dilation + dilation - 1) // dilation
-        return torch.minimum((position // dilation - 3).clamp(min=0), length - 7)
-
-    rows, cols = torch.arange(height, device=device), torch.arange(width, device=device)
-    start_h, start_w = window(rows, height), window(cols, width)
-
-    def near(q, k, start):
-        return (q % dilation == k % dilation) & (k // dilation >= start[q]) & (k // dilation < start[q] + 7)
-
-    def mask(b, h, q, k):
-        return near(q // width, k // width, start_h) & near(q % width, k % width, start_w)
-
-    blocks = create_block_mask(mask, None, None, height * width, height * width, device=device, _compile=True)
-    compiled = torch.compile(flex_attention, dynamic=False)
-
-    def flex(q, k, v, rpb):
-        def bias(score, b, h, i, j):
-            row = (j // width) // dilation - (i // width) // dilation + 6
-            col = (j % width) // dilation - (i % width) // dilation + 6
-            return score + rpb[h, row.clamp(0, 12), col.clamp(0, 12)]
-
-        q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
-        return compiled(q, k, v, score_mod=bias, block_mask=blocks).transpose(1, 2)
-
-    return {"FlexAttention": flex}
-
-
-OPERATORS = {"na2d": na2d_cases}
-
-
-def worst_error(run: Callable[..., Tensor], inputs: list[Tensor]) -> float:
-    """Return the worst relative RMS error of the output and of every gradient against the float64 reference."""
-    results = []
-    grad = None
-    for backend, dtype in (("triton", None), ("reference", torch.float64)):
-        set_backend(backend)
-        leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in inputs]
-        out = run(*leaves)
-        grad = torch.randn_like(out) if grad is None else grad
-        results.append([out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))])
-    set_backend("auto")
-    return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True))
-
 
 def median_us(function: Callable[[], object]) -> float:
-    """Return the median time of `function` on the GPU, in microseconds."""
-    from triton.testing import do_bench
+    """Return the median time of `function` on the GPU, in microseconds.
 
-    return do_bench(function, warmup=20, rep=100, return_mode="median") * 1e3
+    It is replayed as a CUDA graph, so that what Python takes to launch kernels is left out; the L2 cache is cold.
+    """
+    function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        function()
+    return do_bench(graph.replay, warmup=20, rep=100, return_mode="median") * 1e3
 
 
 def copy_bandwidth() -> float:
     """Return the device's copy bandwidth in bytes per microsecond, counting bytes read and bytes written."""
     source = torch.randn(2**29, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.nbytes / median_us(lambda: target.copy_(source))
+    return 2 * source.nbytes / (do_bench(lambda: target.copy_(source), return_mode="median") * 1e3)
 
 
 def measure(case: Case, bandwidth: float, dtype: torch.dtype) -> list[dict]:
@@ -129,16 +60,16 @@ def measure(case: Case, bandwidth: float, dtype: torch.dtype) -> list[dict]:
         try:
             out = run(*inputs)
             grad = torch.randn_like(out)
-            wanted = [t for t, g in zip(inputs, torch.autograd.grad(out, inputs, grad, allow_unused=True), strict=True)
-                      if g is not None]
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            out = run(*inputs)
+            grads = torch.autograd.grad(out, inputs, grad, allow_unused=True, retain_graph=True)
+            wanted = [t for t, g in zip(inputs, grads, strict=True) if g is not None]
             rows[0]["us"][way] = median_us(lambda run=run: run(*inputs))
             rows[1]["us"][way] = median_us(
                 lambda out=out, wanted=wanted, grad=grad: torch.autograd.grad(out, wanted, grad, retain_graph=True)
             )
+            del out, grads
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            torch.autograd.grad(run(*inputs), wanted, grad)
             rows[1].setdefault("peak_mib", {})[way] = (torch.cuda.max_memory_allocated() - before) / 2**20
         except Exception as e:  # a way that cannot run this shape is a result too
             print(f"{case.name}: {way}: {type(e).__name__}: {str(e).splitlines()[0][:150]}", file=sys.stderr)
@@ -163,37 +94,74 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def time_operators(names: list[str], dtype: torch.dtype) -> tuple[list[dict], str]:
+    """Time the cases of operators; return a row for each pass, and what to print of them."""
+    # The backward is timed apart from the forward, so its saved tensors must outlive it.
+    torch._functorch.config.donated_buffer = False
+    rows = []
+    # Graphs are captured on a stream of their own, and a backward runs on that of its forward.
+    with torch.cuda.stream(torch.cuda.Stream()):
+        bandwidth = copy_bandwidth()
+        for name in names:
+            for case in OPERATORS[name](dtype, "cuda"):
+                rows += (new := measure(case, bandwidth, dtype))
+                # Comparing takes minutes: what is known is shown at once.
+                print(*table(new).splitlines()[2:], sep="\n", file=sys.stderr, flush=True)
+    median = statistics.median(r["us"]["densezoo"] / r["floor_us"] for r in rows)
+    return rows, f"copy bandwidth {bandwidth / 1e6:.2f} TB/s; median over the floor {median:.2f}\n\n{table(rows)}"
+
+
+def time_models(names: list[str], dense: bool, mode: str) -> tuple[list[dict], str]:
+    """Time models; return a row for each, and what to print of them."""
+    rows = []
+    for row in model_rows(names, dense, mode):
+        rows.append(row)
+        print(row, file=sys.stderr, flush=True)
+    size = "800x1216, batch 2" if dense else "224x224, batch 128"
+    return rows, f"images per second, {size}, torch.compile mode {mode}\n\n{model_table(rows)}"
+
+
 def main() -> None:
     """Run the benchmark that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["ops"])
-    parser.add_argument("operators", nargs="*", metavar="operator", help=f"of {', '.join(OPERATORS)}; all by default")
-    parser.add_argument("--dtype", default="bfloat16", choices=[str(d).removeprefix("torch.") for d in TOLERANCE])
+    parser.add_argument("what", choices=["ops", "models"])
+    parser.add_argument(
+        "names", nargs="*", metavar="name", help=f"operators, of {', '.join(OPERATORS)}, or timm models"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=[str(d).removeprefix("torch.") for d in TOLERANCE],
+        help="of operators (%(default)s); models run in bfloat16 autocast",
+    )
+    parser.add_argument("--dense", action="store_true", help="models as dense backbones at 800x1216, batch 2")
+    parser.add_argument(
+        "--mode",
+        default="default",
+        choices=["default", "reduce-overhead", "max-autotune"],
+        help="how models are compiled; reduce-overhead: as CUDA graphs (%(default)s)",
+    )
     parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args()
-    if unknown := set(args.operators) - set(OPERATORS):
-        parser.error(f"operator: got {', '.join(sorted(unknown))}, expected of {', '.join(OPERATORS)}")
+    known = OPERATORS if args.what == "ops" else timm.list_models()
+    if unknown := set(args.names) - set(known):
+        hint = ", ".join(OPERATORS) if args.what == "ops" else "timm's and the zoo's models"
+        parser.error(f"name: got {', '.join(sorted(unknown))}, expected of {hint}")
     if not torch.cuda.is_available():
         parser.error("needs a CUDA GPU: times on a CPU say nothing about the kernels")
 
-    # The backward is timed apart from the forward, so its saved tensors must outlive it.
-    torch._functorch.config.donated_buffer = False
-    bandwidth = copy_bandwidth()
-    dtype = getattr(torch, args.dtype)
-    rows = []
-    for name in args.operators or OPERATORS:
-        for case in OPERATORS[name](dtype, "cuda"):
-            rows += (new := measure(case, bandwidth, dtype))
-            # Comparing takes minutes: what is known is shown at once.
-            print(*table(new).splitlines()[2:], sep="\n", file=sys.stderr, flush=True)
+    if args.what == "ops":
+        rows, report = time_operators(args.names or list(OPERATORS), getattr(torch, args.dtype))
+    else:
+        rows, report = time_models(args.names or list(MODELS), args.dense, args.mode)
     machine = (
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {platform.python_version()}, "
-        f"densezoo {__version__}, {args.dtype}, copy bandwidth {bandwidth / 1e6:.2f} TB/s"
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {version('triton')}, "
+        f"timm {timm.__version__}, "
+        f"densezoo {__version__}, {args.dtype if args.what == 'ops' else 'bfloat16 autocast'}, {date.today()}"
     )
-    print(f"{machine}\n\n{table(rows)}")
+    print(f"{machine}, {report}")
     if args.json:
         args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    print(f"\nmedian over the floor: {statistics.median(r['us']['densezoo'] / r['floor_us'] for r in rows):.2f}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Agent attention: tokens attend through a few agent tokens."""
 
+import torch
 from densezoo.ops.agent.reference import agent_attention_reference
+from densezoo.ops.backend import takes_triton
 from torch import Tensor
 
 __all__ = ["agent_attention"]
@@ -37,10 +39,16 @@ def agent_attention(
 
     Raises:
         ValueError: An argument's shape, dtype or device is wrong; the message names it.
+        RuntimeError: The backend is set to `triton` and the kernels cannot run on these inputs.
     """
     _check(query, key, value, agent, aggregation_bias, broadcast_bias)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    return agent_attention_reference(query, key, value, agent, aggregation_bias, broadcast_bias, scale)
+    args = (query, key, value, agent, aggregation_bias, broadcast_bias, scale)
+    if takes_triton("agent_attention", query, _unsupported(query, agent, aggregation_bias, broadcast_bias)):
+        from densezoo.ops.agent.kernels import agent_attention_triton
+
+        return agent_attention_triton(*args)
+    return agent_attention_reference(*args)
 
 
 def _check(query, key, value, agent, aggregation_bias, broadcast_bias) -> None:
@@ -69,3 +77,17 @@ def _check(query, key, value, agent, aggregation_bias, broadcast_bias) -> None:
             raise ValueError(f"{name}: got shape {tuple(bias.shape)}, expected {axes} = {expected}")
         if not bias.is_floating_point() or bias.device != query.device:
             raise ValueError(f"{name}: got {bias.dtype} on {bias.device}, expected a floating dtype on {query.device}")
+
+
+def _unsupported(query: Tensor, agent: Tensor, *biases: Tensor | None) -> str | None:
+    """Return why the kernels cannot take these inputs, or None where they can."""
+    for t in (query, *biases):
+        if t is not None and t.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return f"dtype {t.dtype} (kernels: float16, bfloat16, float32)"
+    if not 8 <= query.shape[-1] <= 128:
+        return f"head dim {query.shape[-1]} (kernels: 8 to 128)"
+    if agent.shape[1] > 64:
+        return f"{agent.shape[1]} agents (kernels: up to 64)"
+    if query.numel() == 0 or agent.numel() == 0:
+        return "an input without elements"
+    return None

@@ -1,5 +1,7 @@
 """Channel attention: the channels of a group attend to each other, over all positions of a map."""
 
+import torch
+from densezoo.ops.backend import takes_triton
 from densezoo.ops.channel.reference import channel_attention_reference
 from torch import Tensor
 
@@ -28,6 +30,7 @@ def channel_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float
 
     Raises:
         ValueError: An argument's shape, dtype or device is wrong; the message names it.
+        RuntimeError: The backend is set to `triton` and the kernels cannot run on these inputs.
     """
     for name, t in (("query", query), ("key", key), ("value", value)):
         if t.dim() < 4 or t.shape != query.shape:
@@ -40,4 +43,19 @@ def channel_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float
                 f"{name}: got {t.dtype} on {t.device}, expected one floating dtype and one device for query, key and "
                 f"value (query: {query.dtype} on {query.device})"
             )
-    return channel_attention_reference(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
+    # An int would not be one of the operator's floats; float() would fix a scale that follows the map's size.
+    scale = query.shape[-1] ** -0.5 if scale is None else 1.0 * scale
+    if takes_triton("channel_attention", query, _unsupported(query)):
+        from densezoo.ops.channel.kernels import channel_attention_triton
+
+        return channel_attention_triton(query, key, value, scale)
+    return channel_attention_reference(query, key, value, scale)
+
+
+def _unsupported(query: Tensor) -> str | None:
+    """Return why the kernels cannot take `query`, or None where they can."""
+    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"dtype {query.dtype} (kernels: float16, bfloat16, float32)"
+    if not 8 <= query.shape[-1] <= 128:
+        return f"head dim {query.shape[-1]} (kernels: 8 to 128)"
+    return None

@@ -2,10 +2,15 @@
 
 from collections.abc import Sequence
 
+import torch
+from densezoo.ops.backend import takes_triton
 from densezoo.ops.focal.reference import focal_modulation_reference
 from torch import Tensor
 
 __all__ = ["focal_modulation"]
+
+# Beyond it a program's code grows too long to compile in reasonable time.
+MAX_KERNEL_SIZE = 15
 
 
 def focal_modulation(
@@ -29,12 +34,18 @@ def focal_modulation(
         normalize_modulator: Whether to divide the sum by L + 1.
 
     Returns:
-        (B, H, W, dim), of `context`'s dtype. Convolutions and sums run in float32 for 16-bit inputs.
+        (B, H, W, dim), of `context`'s dtype. Convolutions and sums run in float32 for 16-bit inputs; the kernels keep
+        the levels between them in `context`'s dtype.
 
     Raises:
         ValueError: An argument's shape, dtype or device is wrong; the message names it.
+        RuntimeError: The backend is set to `triton` and the kernels cannot run on these inputs.
     """
     _check(context, gates, weights)
+    if takes_triton("focal_modulation", context, _unsupported(context, weights)):
+        from densezoo.ops.focal.kernels import focal_modulation_triton
+
+        return focal_modulation_triton(context, gates, weights, normalize_modulator)
     return focal_modulation_reference(context, gates, weights, normalize_modulator)
 
 
@@ -68,3 +79,13 @@ def _check(context, gates, weights) -> None:
             raise ValueError(
                 f"weights[{level}]: got {t.dtype} on {t.device}, expected a floating dtype on {context.device}"
             )
+
+
+def _unsupported(context: Tensor, weights: Sequence[Tensor]) -> str | None:
+    """Return why the kernels cannot take these inputs, or None where they can."""
+    if context.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"dtype {context.dtype} (kernels: float16, bfloat16, float32)"
+    size = max(weight.shape[-1] for weight in weights)
+    if size > MAX_KERNEL_SIZE:
+        return f"kernel size {size} (kernels: at most {MAX_KERNEL_SIZE})"
+    return None

@@ -1,5 +1,7 @@
 """Linear attention: softmax replaced by a product of feature maps, at a cost linear in the tokens."""
 
+import torch
+from densezoo.ops.backend import takes_triton
 from densezoo.ops.linear.reference import focused_linear_attention_reference
 from torch import Tensor
 
@@ -40,9 +42,15 @@ def focused_linear_attention(
 
     Raises:
         ValueError: An argument's shape, dtype, device or value is wrong; the message names it.
+        RuntimeError: The backend is set to `triton` and the kernels cannot run on these inputs.
     """
     _check(query, key, value, feature_scale, positional_encoding, focusing_factor)
-    return focused_linear_attention_reference(query, key, value, feature_scale, positional_encoding, focusing_factor)
+    args = (query, key, value, feature_scale, positional_encoding, focusing_factor)
+    if takes_triton("focused_linear_attention", query, _unsupported(query, feature_scale, positional_encoding)):
+        from densezoo.ops.linear.kernels import focused_linear_attention_triton
+
+        return focused_linear_attention_triton(*args)
+    return focused_linear_attention_reference(*args)
 
 
 def _check(query, key, value, feature_scale, positional_encoding, focusing_factor) -> None:
@@ -69,3 +77,18 @@ def _check(query, key, value, feature_scale, positional_encoding, focusing_facto
             raise ValueError(f"{name}: got {t.dtype} on {t.device}, expected a floating dtype on {query.device}")
     if not focusing_factor >= 1:
         raise ValueError(f"focusing_factor: got {focusing_factor}, expected at least 1")
+
+
+def _unsupported(query: Tensor, feature_scale: Tensor, positional_encoding: Tensor | None) -> str | None:
+    """Return why the kernels cannot take these inputs, or None where they can."""
+    for t in (query, feature_scale, positional_encoding):
+        if t is not None and t.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return f"dtype {t.dtype} (kernels: float16, bfloat16, float32)"
+    heads, dim = query.shape[2:]
+    if not 8 <= dim <= 128:
+        return f"head dim {dim} (kernels: 8 to 128)"
+    if heads * dim > 4096:
+        return f"{heads} heads of dim {dim} (kernels: up to 4096 channels)"
+    if query.numel() == 0:
+        return "an input without elements"
+    return None

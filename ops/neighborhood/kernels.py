@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops.registration import register
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -397,9 +398,7 @@ class _Problem:
         tiles = self.heads
         for size, d, tile in zip((self.height, self.width), self.dilation, launch.tile, strict=True):
             tiles *= triton.cdiv(triton.cdiv(size, d), tile) * d
-        span_h, span_w = (
-            t + k + s - 2 for t, k, s in zip(launch.tile, self.kernel_size, self.stride, strict=True)
-        )
+        span_h, span_w = (t + k + s - 2 for t, k, s in zip(launch.tile, self.kernel_size, self.stride, strict=True))
         cols = max(triton.next_power_of_2(span_w), 16)
         # A chunk of keys and one of values lie on the chip: fewer rows where the head is wide or the dtype is.
         chunk = min(launch.chunk, 16384 // (self.constants["BLOCK_DIM"] * self.itemsize))
@@ -415,9 +414,12 @@ class _Problem:
         return 1 << (most.bit_length() - 1)
 
 
-def _forward_launch(query, key, value, rpb, *args) -> tuple[Tensor, Tensor]:
+def _na2d(
+    query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None,
+    kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[bool], scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     query, key, value = _strided(query, key, value)
-    problem = _Problem(query, rpb, *args)
+    problem = _Problem(query, rpb, kernel_size, stride, dilation, is_causal, scale)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:4], dtype=torch.float32, device=query.device)
     launch = LAUNCH["forward"]
@@ -430,11 +432,14 @@ def _forward_launch(query, key, value, rpb, *args) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _backward_launch(grad_out, query, key, value, rpb, out, lse, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _na2d_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, out: Tensor, lse: Tensor,
+    kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[bool], scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     query, key, value = _strided(query, key, value)
     grad_out = grad_out.contiguous()
     table = query if rpb is None else rpb.contiguous()
-    problem = _Problem(query, rpb, *args)
+    problem = _Problem(query, rpb, kernel_size, stride, dilation, is_causal, scale)
     grad_q, grad_k, grad_v = (torch.empty_like(out) for _ in range(3))
     delta = torch.empty_like(lse)
 
@@ -472,12 +477,16 @@ def _backward_launch(grad_out, query, key, value, rpb, out, lse, *args) -> tuple
     return grad_q, grad_k, grad_v, partial.sum(0)[(slice(None), *entries)].to(rpb.dtype).contiguous()
 
 
-@torch.library.custom_op("densezoo::na2d", mutates_args=())
-def _na2d(
-    query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None,
-    kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[bool], scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _forward_launch(query, key, value, rpb, kernel_size, stride, dilation, is_causal, scale)
+def _fake(query, key, value, rpb, *options):
+    return query.new_empty(query.shape), query.new_empty(query.shape[:4], dtype=torch.float32)
+
+
+def _fake_backward(grad_out, query, key, value, rpb, *others):
+    grad_rpb = query.new_empty(0, dtype=torch.float32) if rpb is None else rpb.new_empty(rpb.shape)
+    return *(query.new_empty(query.shape) for _ in range(3)), grad_rpb
+
+
+_call = register("na2d", _na2d, _fake, _na2d_backward, _fake_backward)
 
 
 @register_flop_formula(torch.ops.densezoo.na2d)
@@ -487,21 +496,6 @@ def _(query, key, value, rpb, kernel_size, *args, **kwargs) -> int:
     return 4 * batch * height * width * heads * dim * kernel_size[0] * kernel_size[1]
 
 
-@_na2d.register_fake
-def _(query, key, value, rpb, kernel_size, stride, dilation, is_causal, scale):
-    return query.new_empty(query.shape), query.new_empty(query.shape[:4], dtype=torch.float32)
-
-
-@torch.library.custom_op("densezoo::na2d_backward", mutates_args=())
-def _na2d_backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, out: Tensor, lse: Tensor,
-    kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[bool], scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _backward_launch(
-        grad_out, query, key, value, rpb, out, lse, kernel_size, stride, dilation, is_causal, scale
-    )
-
-
 @register_flop_formula(torch.ops.densezoo.na2d_backward)
 def _(grad_out, query, key, value, rpb, out, lse, kernel_size, *args, **kwargs) -> int:
     batch, height, width, heads, dim = query
@@ -509,49 +503,6 @@ def _(grad_out, query, key, value, rpb, out, lse, kernel_size, *args, **kwargs) 
     return 10 * batch * height * width * heads * dim * kernel_size[0] * kernel_size[1]
 
 
-@_na2d_backward.register_fake
-def _(grad_out, query, key, value, rpb, out, lse, kernel_size, stride, dilation, is_causal, scale):
-    grad_rpb = query.new_empty(0, dtype=torch.float32) if rpb is None else rpb.new_empty(rpb.shape)
-    return *(query.new_empty(query.shape) for _ in range(3)), grad_rpb
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    query, key, value, rpb, *ctx.args = inputs
-    ctx.save_for_backward(query, key, value, rpb, *output)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx, grad_out, _grad_lse):
-    query, key, value, rpb, out, lse = ctx.saved_tensors
-    *grads, grad_rpb = torch.ops.densezoo.na2d_backward(grad_out, query, key, value, rpb, out, lse, *ctx.args)
-    return *grads, None if rpb is None else grad_rpb, None, None, None, None, None
-
-
-_na2d.register_autograd(_backward, setup_context=_setup_context)
-
-
-class _Eager(torch.autograd.Function):
-    """The registered operator without torch.library's dispatch, which costs more time than a small launch."""
-
-    @staticmethod
-    def forward(ctx, query, key, value, rpb, *args):
-        output = _forward_launch(query, key, value, rpb, *args)
-        _setup_context(ctx, (query, key, value, rpb, *args), output)
-        return output
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_out, _grad_lse):
-        query, key, value, rpb, out, lse = ctx.saved_tensors
-        *grads, grad_rpb = _backward_launch(grad_out, query, key, value, rpb, out, lse, *ctx.args)
-        return *grads, None if rpb is None else grad_rpb, None, None, None, None, None
-
-
 def na2d_triton(query, key, value, rpb, kernel_size, stride, dilation, is_causal, scale) -> Tensor:
     """Compute `densezoo.ops.na2d` with the kernels; arguments checked, one entry per axis."""
-    args = (list(kernel_size), list(stride), list(dilation), list(is_causal), scale)
-    # The compiler, fake tensors and whoever watches the dispatch, such as a FLOP counter, see the operator.
-    is_traced = torch.compiler.is_compiling() or type(query) not in (Tensor, torch.nn.Parameter)
-    if is_traced or torch._C._len_torch_dispatch_stack():
-        return torch.ops.densezoo.na2d(query, key, value, rpb, *args)[0]
-    return _Eager.apply(query, key, value, rpb, *args)[0]
+    return _call(query, key, value, rpb, list(kernel_size), list(stride), list(dilation), list(is_causal), scale)

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import torch
+from densezoo.ops.backend import takes_triton
 from densezoo.ops.quadtree.reference import extend_to_even, halve, quadtree_attention_reference
 from torch import Tensor
 
@@ -47,9 +49,14 @@ def quadtree_attention(
 
     Raises:
         ValueError: An argument's shape, dtype, device or value is wrong; the message names it.
+        RuntimeError: The backend is set to `triton` and the kernels cannot run on these inputs.
     """
     _check(query, key, value, topk, attn_type)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if takes_triton("quadtree_attention", query, _unsupported(query, value, topk, attn_type)):
+        from densezoo.ops.quadtree.kernels import quadtree_attention_triton
+
+        return quadtree_attention_triton(query, key, value, topk, scale)
     return quadtree_attention_reference(query, key, value, topk, attn_type, scale)
 
 
@@ -77,3 +84,23 @@ def _check(query, key, value, topk, attn_type) -> None:
         raise ValueError(f"topk: got {topk!r}, expected a positive int")
     if attn_type not in ("A", "B"):
         raise ValueError(f"attn_type: got {attn_type!r}, expected 'A' or 'B'")
+
+
+def _unsupported(query: Tensor, value: Sequence[Tensor], topk: int, attn_type: str) -> str | None:
+    """Return why the kernels cannot take these arguments, or None where they can."""
+    if attn_type != "B":
+        return f"attn_type {attn_type!r} (kernels: 'B', whose weights were published)"
+    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"dtype {query.dtype} (kernels: float16, bfloat16, float32)"
+    if not 8 <= query.shape[-1] <= 128:
+        return f"head dim {query.shape[-1]} (kernels: 8 to 128)"
+    if len(value) > 4:
+        return f"{len(value)} levels (kernels: up to 4)"
+    if len(value) > 1 and topk > 64:
+        return f"topk {topk} (kernels: up to 64)"
+    batch, height, width, heads, _ = value[-1].shape
+    if len(value) > 1 and height * width > 4096:
+        return f"a coarsest level of {height}x{width} positions (kernels: up to 4096)"
+    if batch * heads * query.shape[1] * query.shape[2] >= 2**31:
+        return f"{batch} x {heads} maps of {query.shape[1]}x{query.shape[2]} (kernels: fewer than 2^31 positions)"
+    return None

@@ -1,10 +1,15 @@
 """Window attention: Swin's windows and shifted windows, CSwin's stripes, MaxViT's blocks and grids."""
 
+import torch
+from densezoo.ops.backend import takes_triton
 from densezoo.ops.shapes import per_axis
 from densezoo.ops.window.reference import window_attention_reference
 from torch import Tensor
 
 __all__ = ["window_attention"]
+
+# Partial gradients of the bias grow with the cube of a window's positions.
+MAX_BIASED = 1024
 
 
 def window_attention(
@@ -45,13 +50,19 @@ def window_attention(
 
     Raises:
         ValueError: An argument's shape, dtype, device or value is wrong; the message names it.
+        RuntimeError: The backend is set to `triton` and the kernels cannot run on these inputs.
     """
     if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
         raise ValueError(f"num_heads: got {num_heads!r}, expected a positive int")
     window_size, shift = per_axis("window_size", window_size), per_axis("shift", shift)
     _check(qkv, rel_pos_bias, num_heads, window_size, shift, grid)
     scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5 if scale is None else float(scale)
-    return window_attention_reference(qkv, rel_pos_bias, num_heads, window_size, shift, grid, scale)
+    args = (qkv, rel_pos_bias, num_heads, window_size, shift, bool(grid), scale)
+    if takes_triton("window_attention", qkv, _unsupported(qkv, rel_pos_bias, num_heads, window_size)):
+        from densezoo.ops.window.kernels import window_attention_triton
+
+        return window_attention_triton(*args)
+    return window_attention_reference(*args)
 
 
 def _check(qkv, rel_pos_bias, num_heads, window_size, shift, grid) -> None:
@@ -78,3 +89,14 @@ def _check(qkv, rel_pos_bias, num_heads, window_size, shift, grid) -> None:
                 f"rel_pos_bias: got {rel_pos_bias.dtype} on {rel_pos_bias.device}, expected a floating dtype on "
                 f"{qkv.device}"
             )
+
+
+def _unsupported(qkv, rel_pos_bias, num_heads, window_size) -> str | None:
+    """Return why the kernels cannot take these inputs, or None where they can."""
+    if qkv.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"dtype {qkv.dtype} (kernels: float16, bfloat16, float32)"
+    if not 8 <= (dim := qkv.shape[-1] // (3 * num_heads)) <= 128:
+        return f"head dim {dim} (kernels: 8 to 128)"
+    if rel_pos_bias is not None and window_size[0] * window_size[1] > MAX_BIASED:
+        return f"window_size {window_size} with a bias (kernels: {MAX_BIASED} positions)"
+    return None

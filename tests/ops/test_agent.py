@@ -1,22 +1,32 @@
-"""Agent attention: the reference against its definition."""
+"""Agent attention: the reference against its definition, the kernels against the reference."""
 
 import pytest
 import torch
-from densezoo.ops import agent_attention
+from densezoo.ops import agent_attention, get_backend, set_backend
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+cuda = torch.cuda.is_available()
 
 # batch, tokens, agents, heads, dim, biased
 SETTINGS = [(2, 30, 9, 3, 8, True), (1, 50, 49, 1, 16, True), (2, 7, 16, 2, 5, True), (3, 12, 4, 2, 8, False)]
 BIASES = ("aggregation_bias", "broadcast_bias")
 
 
-def inputs(setting, dtype=torch.float32):
+@pytest.fixture(autouse=True)
+def restore_backend():
+    before = get_backend()
+    yield
+    set_backend(before)
+
+
+def inputs(setting, dtype=torch.float32, device="cpu"):
     """Return query, key and value as views of one tensor, agents, and the biases."""
     batch, tokens, agents, heads, dim, biased = setting
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
     qkv = normal(batch, tokens, 3, heads, dim).unbind(2)
     biases = [normal(heads, agents, tokens), normal(heads, tokens, agents)] if biased else []
@@ -115,6 +125,164 @@ def test_exports_with_free_tokens():
     for tokens in (5, 81):
         tensors = inputs((2, tokens, *SETTINGS[0][2:]))
         torch.testing.assert_close(program(*tensors), run(*tensors))
+
+
+def gradients(tensors):
+    """Return the output and the gradient of each of `tensors`."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    out = run(*leaves)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.device, out.dtype))]
+
+
+def error(got, expected):
+    """Return the relative RMS error; NaN counts as infinite."""
+    value = ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+    return value if value == value else float("inf")
+
+
+def compare(tensors, allowed):
+    """Compare the kernels, run twice, with the float64 reference."""
+    set_backend("triton")
+    got, again = gradients(tensors), gradients(tensors)
+    set_backend("reference")
+    expected = gradients([t.double() for t in tensors])
+    errors = [error(*pair) for pair in zip(got, expected, strict=True)]
+    assert max(errors) < allowed, errors
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True)), "two runs differ"
+
+
+KERNEL_SETTINGS = [(3, 30, 9, 2, 8, True), (1, 70, 49, 1, 16, True), (2, 75, 16, 2, 12, True), (2, 40, 4, 1, 40, False)]
+
+
+# Runs of fewer tokens split a head between programs; fewer programs take several images each.
+@pytest.mark.parametrize("launch", [{}, {"RUN": 16}, {"PROGRAMS": 1}], ids=["whole", "split", "grouped"])
+@pytest.mark.parametrize("setting", KERNEL_SETTINGS, ids=str)
+@pytest.mark.skipif(cuda, reason="the kernels run on the GPU, in the tests below")
+def test_kernels_interpreted(setting, launch, monkeypatch):
+    from densezoo.ops.agent import kernels
+
+    for name, value in launch.items():
+        monkeypatch.setattr(kernels, name, value)
+    compare(inputs(setting), 1e-6)
+
+
+@pytest.mark.skipif(cuda, reason="the kernels run on the GPU, in the tests below")
+def test_one_bias_interpreted():
+    tensors = inputs((2, 40, 9, 2, 8, True))
+    for name, bias in zip(BIASES, tensors[4:], strict=True):
+        set_backend("triton")
+        leaf = bias.clone().requires_grad_()
+        out = agent_attention(*tensors[:4], **{name: leaf})
+        (grad,) = torch.autograd.grad(out.square().sum(), leaf)
+        set_backend("reference")
+        leaf = bias.double().requires_grad_()
+        expected = agent_attention(*(t.double() for t in tensors[:4]), **{name: leaf})
+        assert error(out, expected) < 1e-6
+        assert error(grad, *torch.autograd.grad(expected.square().sum(), leaf)) < 1e-6
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_operator_contract(device):
+    import densezoo.ops.agent.kernels  # noqa: F401  (registers the operator)
+
+    setting = (2, 9, 4, 2, 8, True)
+    for tensors in (inputs(setting, device=device), [*inputs(setting, device=device)[:4], None, None]):
+        leaves = [t if t is None else t.detach().requires_grad_() for t in tensors]
+        torch.library.opcheck(torch.ops.densezoo.agent_attention, (*leaves, 0.3))
+        saved = [t.detach() for t in torch.ops.densezoo.agent_attention(*leaves, 0.3)]
+        args = (torch.ones_like(saved[0]), *tensors, *saved)
+        # opcheck leaves out what the compiler asserts: strides.
+        with FakeTensorMode() as mode:
+            fake = [t if t is None else mode.from_tensor(t) for t in args]
+            expected = [t.stride() for t in torch.ops.densezoo.agent_attention_backward(*fake, 0.3)]
+        assert [t.stride() for t in torch.ops.densezoo.agent_attention_backward(*args, 0.3)] == expected
+
+
+GPU_SETTINGS = [
+    (1, 3136, 9, 1, 64, True),
+    (2, 3136, 9, 3, 32, True),
+    (16, 784, 16, 2, 64, True),
+    (100, 784, 16, 6, 32, True),
+    (3, 196, 49, 5, 64, True),
+    (40, 196, 49, 12, 32, True),
+    (128, 49, 49, 8, 64, True),
+    (256, 50, 64, 3, 24, False),
+    (1, 15200, 12, 2, 64, True),
+    (1, 1000, 25, 3, 128, True),
+    (5, 1, 1, 3, 80, True),
+]
+
+
+@pytest.fixture
+def nan_filled_memory():
+    """Fill uninitialised memory with NaN, so that an element which a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("setting", KERNEL_SETTINGS + GPU_SETTINGS, ids=str)
+def test_kernels(setting, dtype, allowed, nan_filled_memory):
+    tensors = inputs(setting, device="cuda")
+    compare([*(t.to(dtype) for t in tensors[:4]), *tensors[4:]], allowed)
+
+
+@pytest.mark.gpu
+def test_separate_strides():
+    q, k, v, agent, gather, spread = inputs((2, 700, 16, 2, 32, True), device="cuda")
+    set_backend("triton")
+    expected = run(q, k, v, agent, gather, spread)
+    k_odd = k.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(run(q.contiguous(), k_odd, v, agent, gather, spread.mT.contiguous().mT), expected)
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_elements():
+    qkv = torch.randn(45, 500_000, 3, 1, 32, device="cuda", dtype=torch.bfloat16)
+    assert qkv.numel() > 2**31
+    agent = torch.randn(45, 9, 1, 32, device="cuda", dtype=torch.bfloat16)
+    set_backend("triton")
+    with torch.no_grad():
+        out = run(*qkv.unbind(2), agent)
+        last = run(*qkv[-1:].unbind(2), agent[-1:])
+    assert error(out[-1:], last) < 1e-2
+
+
+@pytest.mark.gpu
+def test_graph_capture():
+    tensors = inputs((4, 784, 16, 2, 64, True), torch.bfloat16, "cuda")
+    set_backend("triton")
+    expected = gradients(tensors)[1:]
+    leaves = [t.requires_grad_() for t in tensors]
+    grad = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    grad = grad.to("cuda", torch.bfloat16)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        grads = torch.autograd.grad(run(*leaves), leaves, grad)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+
+
+@pytest.mark.gpu
+def test_compiles_whole_on_the_gpu():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(run, fullgraph=True, backend=counter)
+    for batch in (2, 3, 7, 5):
+        tensors = inputs((batch, 60, 9, 2, 32, True), device="cuda")
+        assert error(compiled(*tensors), run(*tensors)) == 0
+    assert counter.frame_count <= 2
+
+
+def test_backend_is_chosen_by_name():
+    set_backend("triton")
+    with pytest.raises(RuntimeError, match="agent_attention: cannot run on triton: dtype torch.float64"):
+        run(*inputs(SETTINGS[0], torch.float64))
+    with pytest.raises(RuntimeError, match="agent_attention: cannot run on triton: 65 agents"):
+        run(*inputs((1, 7, 65, 1, 8, True)))
 
 
 @pytest.mark.parametrize(

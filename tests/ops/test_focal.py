@@ -1,4 +1,4 @@
-"""Focal modulation: the reference against its definition, and against the published module's record."""
+"""Focal modulation: the reference against its definition and the published module, the kernels against it."""
 
 from pathlib import Path
 
@@ -6,8 +6,11 @@ import parity
 import pytest
 import torch
 import torch.nn.functional as F
-from densezoo.ops import focal_modulation
+from densezoo.ops import focal_modulation, get_backend, set_backend
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+cuda = torch.cuda.is_available()
 
 # batch, height, width, dim, kernel sizes
 SETTINGS = [
@@ -19,13 +22,20 @@ SETTINGS = [
 ]
 
 
-def inputs(setting, dtype=torch.float64):
+@pytest.fixture(autouse=True)
+def restore_backend():
+    before = get_backend()
+    yield
+    set_backend(before)
+
+
+def inputs(setting, dtype=torch.float64, device="cpu"):
     """Return context and gates as views of one projection, and the kernels."""
     batch, height, width, dim, sizes = setting
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
     projected = normal(batch, height, width, 2 * dim + len(sizes) + 1)
     _, context, gates = projected.split([dim, dim, len(sizes) + 1], dim=-1)
@@ -34,6 +44,20 @@ def inputs(setting, dtype=torch.float64):
 
 def run(context, gates, *weights, **kwargs):
     return focal_modulation(context, gates, weights, **kwargs)
+
+
+def error(got, expected):
+    """Return the relative RMS error; NaN counts as infinite."""
+    value = ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+    return value if value == value else float("inf")
+
+
+def gradients(tensors, seed=1, **kwargs):
+    """Return focal modulation's output and the gradient of each of `tensors`."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    out = run(*leaves, **kwargs)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.device, out.dtype))]
 
 
 def definition(context, gates, *weights):
@@ -97,12 +121,122 @@ def test_computes_in_float32(dtype, autocast):
     torch.testing.assert_close(out.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1)
 
 
-def test_compiles_once_for_any_batch():
+@pytest.mark.parametrize("aligned", [False, True], ids=["views", "dense"])
+@pytest.mark.parametrize("setting", [(3, 5, 4, 34, (3, 5)), (1, 3, 2, 40, (1, 3, 5)), (2, 1, 1, 3, (3,))], ids=str)
+@pytest.mark.skipif(cuda, reason="the kernels run on the GPU, in the tests below")
+def test_kernels_interpreted(setting, aligned, monkeypatch):
+    from densezoo.ops.focal import kernels
+
+    # Few rows a strip and several images a program: the interpreter takes them all one by one.
+    launch = {name: settings._replace(elements=512, rows=2, images=2) for name, settings in kernels.LAUNCH.items()}
+    monkeypatch.setattr(kernels, "LAUNCH", launch)
+    monkeypatch.setattr(kernels, "PROGRAMS", 1)
+    tensors = inputs(setting, torch.float32)
+    tensors = [t.contiguous() for t in tensors] if aligned else tensors
+    set_backend("triton")
+    got = gradients(tensors, normalize_modulator=aligned)
+    set_backend("reference")
+    expected = gradients([t.double() for t in tensors], normalize_modulator=aligned)
+    assert max(map(error, got, expected)) < 1e-6
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_operator_contract(device):
+    import densezoo.ops.focal.kernels  # noqa: F401  (registers the operator)
+
+    if device == "cpu" and cuda:
+        pytest.skip("the kernels run on the GPU")
+    context, gates, weight = inputs((2, 2, 3, 4, (3,)), torch.float32, device)
+    tensors = [context, gates, weight.flatten(1).t().contiguous()]
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    torch.library.opcheck(torch.ops.densezoo.focal_modulation, (*leaves, [3], True))
+    saved = [t.detach() for t in torch.ops.densezoo.focal_modulation(*leaves, [3], True)]
+    args = (torch.ones_like(saved[0]), *tensors, *saved)
+    # opcheck leaves out what the compiler asserts: strides.
+    with FakeTensorMode() as mode:
+        fake = torch.ops.densezoo.focal_modulation_backward(*(mode.from_tensor(t) for t in args), [3], True)
+    got = torch.ops.densezoo.focal_modulation_backward(*args, [3], True)
+    assert [t.stride() for t in got] == [t.stride() for t in fake]
+
+
+GPU_SETTINGS = [
+    (4, 56, 56, 96, (3, 5, 7)),
+    (128, 7, 7, 768, (3, 5)),
+    (256, 14, 14, 32, (3, 5)),
+    (2, 200, 304, 96, (3, 5)),
+    (3, 23, 41, 52, (9, 11)),
+    (2, 30, 19, 72, (3, 5, 7, 9)),
+]
+
+
+@pytest.fixture
+def nan_filled_memory():
+    """Fill uninitialised memory with NaN, so that an element which a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("aligned", [False, True], ids=["views", "dense"])
+@pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("setting", SETTINGS + GPU_SETTINGS, ids=str)
+def test_kernels(setting, dtype, allowed, aligned, nan_filled_memory):
+    tensors = inputs(setting, dtype, "cuda")
+    tensors[2:] = [t.float() for t in tensors[2:]]
+    tensors = [t.contiguous() for t in tensors] if aligned else tensors
+    set_backend("triton")
+    got, again = (gradients(tensors) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True)), "two runs differ"
+    set_backend("reference")
+    expected = gradients([t.double() for t in tensors])
+    assert max(map(error, got, expected)) < allowed
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_elements():
+    projected = torch.randn(33, 1024, 1024, 2 * 32 + 3, device="cuda", dtype=torch.bfloat16)
+    _, context, gates = projected.split([32, 32, 3], dim=-1)
+    assert projected.numel() > 2**31
+    weights = [t.cuda().float() for t in inputs((1, 1, 1, 32, (3, 5)))[2:]]
+    results = []
+    for count in (len(context), 1):
+        leaves = [t[-count:].detach().requires_grad_() for t in (context, gates)]
+        out = run(*leaves, *weights)
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+    for big, one in zip(*results, strict=True):
+        torch.testing.assert_close(big[-1:], one)
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_capture():
+    set_backend("triton")
+    leaves = [t.detach().requires_grad_() for t in inputs((4, 14, 14, 64, (3, 5)), torch.float16, "cuda")]
+    grad = torch.randn(leaves[0].shape, device="cuda", dtype=torch.float16)
+
+    def step():
+        out = run(*leaves)
+        return out, *torch.autograd.grad(out, leaves, grad)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_compiles_once_for_any_batch(device):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(run, fullgraph=True, backend=counter)
     for batch in (2, 3, 7, 5):
-        tensors = inputs((batch, *SETTINGS[0][1:]))
+        tensors = inputs((batch, *SETTINGS[0][1:]), torch.float32, device)
         torch.testing.assert_close(compiled(*tensors), run(*tensors))
     assert counter.frame_count <= 2
 

@@ -1,22 +1,32 @@
-"""Focused linear attention: the reference against its definition."""
+"""Focused linear attention: the reference against its definition, the kernels against the reference."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from densezoo.ops import focused_linear_attention
+from densezoo.ops import focused_linear_attention, get_backend, set_backend
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+cuda = torch.cuda.is_available()
 
 # batch, tokens, heads, dim, focusing_factor, positional
 SETTINGS = [(2, 30, 3, 8, 3, True), (1, 49, 1, 16, 3, True), (2, 12, 2, 5, 2.5, True), (3, 20, 2, 8, 1, False)]
 
 
-def inputs(setting, dtype=torch.float32):
+@pytest.fixture(autouse=True)
+def restore_backend():
+    before = get_backend()
+    yield
+    set_backend(before)
+
+
+def inputs(setting, dtype=torch.float32, device="cpu"):
     """Return query, key and value as views of one tensor, the feature scale and the position encoding."""
     batch, tokens, heads, dim, _, positional = setting
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
     qkv = normal(batch, tokens, 3, heads, dim).unbind(2)
     encoding = [normal(tokens, heads, dim)] if positional else []
@@ -127,6 +137,166 @@ def test_exports_with_free_tokens():
     for tokens in (5, 81):
         tensors = inputs((2, tokens, *SETTINGS[0][2:]))
         torch.testing.assert_close(program(*tensors), Attend()(*tensors))
+
+
+def gradients(setting, tensors):
+    """Return the output and the gradient of each of `tensors`."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    out = run(setting)(*leaves)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.device, out.dtype))]
+
+
+def error(got, expected):
+    """Return the relative RMS error; NaN counts as infinite."""
+    value = ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+    return value if value == value else float("inf")
+
+
+def compare(setting, tensors, allowed):
+    """Compare the kernels, run twice, with the float64 reference."""
+    set_backend("triton")
+    got, again = gradients(setting, tensors), gradients(setting, tensors)
+    set_backend("reference")
+    expected = gradients(setting, [t.double() for t in tensors])
+    errors = [error(*pair) for pair in zip(got, expected, strict=True)]
+    assert max(errors) < allowed, errors
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True)), "two runs differ"
+
+
+KERNEL_SETTINGS = [
+    (2, 30, 3, 8, 3, True),
+    (1, 49, 1, 16, 3, True),
+    (1, 33, 2, 12, 2.5, True),
+    (2, 17, 2, 40, 1, False),
+]
+
+
+@pytest.mark.parametrize("run", [512, 16], ids=["whole", "split"])
+@pytest.mark.parametrize("setting", KERNEL_SETTINGS, ids=str)
+@pytest.mark.skipif(cuda, reason="the kernels run on the GPU, in the tests below")
+def test_kernels_interpreted(setting, run, monkeypatch):
+    from densezoo.ops.linear import kernels
+
+    monkeypatch.setattr(kernels, "RUN", run)
+    monkeypatch.setattr(kernels, "KEY_RUN", min(run, kernels.KEY_RUN))
+    compare(setting, inputs(setting), 5e-6)
+
+
+@pytest.mark.skipif(cuda, reason="the kernels run on the GPU, in the tests below")
+def test_features_near_zero_interpreted():
+    # Heads without a positive query feature: only the epsilons are left, and gradients run along the features.
+    setting = (1, 20, 2, 8, 3, True)
+    tensors = inputs(setting)
+    tensors[0] = 1e-3 * tensors[0] - 1e-3
+    compare(setting, tensors, 1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_operator_contract(device):
+    import densezoo.ops.linear.kernels  # noqa: F401  (registers the operator)
+
+    setting = (2, 9, 2, 8, 3, True)
+    for tensors in (inputs(setting, device=device), [*inputs(setting, device=device)[:4], None]):
+        leaves = [t if t is None else t.detach().requires_grad_() for t in tensors]
+        torch.library.opcheck(torch.ops.densezoo.focused_linear_attention, (*leaves, 3.0))
+        saved = [t.detach() for t in torch.ops.densezoo.focused_linear_attention(*leaves, 3.0)]
+        args = (torch.ones_like(saved[0]), *tensors, *saved)
+        # opcheck leaves out what the compiler asserts: strides.
+        with FakeTensorMode() as mode:
+            fake = [t if t is None else mode.from_tensor(t) for t in args]
+            expected = [t.stride() for t in torch.ops.densezoo.focused_linear_attention_backward(*fake, 3.0)]
+        assert [t.stride() for t in torch.ops.densezoo.focused_linear_attention_backward(*args, 3.0)] == expected
+
+
+GPU_SETTINGS = [
+    (1, 3136, 1, 64, 3, True),
+    (2, 3136, 3, 32, 3, True),
+    (4, 784, 6, 32, 3, True),
+    (2, 784, 2, 64, 3, True),
+    (3, 196, 5, 64, 3, True),
+    (16, 49, 8, 64, 3, True),
+    (128, 49, 8, 64, 3, False),
+    (1, 15200, 2, 64, 3, True),
+    (2, 777, 4, 24, 4, True),
+    (1, 1000, 3, 128, 3, True),
+    (5, 1, 3, 80, 3.5, True),
+]
+
+
+@pytest.fixture
+def nan_filled_memory():
+    """Fill uninitialised memory with NaN, so that an element which a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("setting", KERNEL_SETTINGS + GPU_SETTINGS, ids=str)
+def test_kernels(setting, dtype, allowed, nan_filled_memory):
+    tensors = inputs(setting, device="cuda")
+    compare(setting, [*(t.to(dtype) for t in tensors[:3]), *tensors[3:]], allowed)
+
+
+@pytest.mark.gpu
+def test_separate_strides():
+    setting = (2, 700, 2, 32, 3, True)
+    q, k, v, *rest = inputs(setting, device="cuda")
+    set_backend("triton")
+    expected = run(setting)(q, k, v, *rest)
+    k_odd = k.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(run(setting)(q.contiguous(), k_odd, v, *rest), expected)
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_elements():
+    setting = (45, 500_000, 1, 32, 3, False)
+    qkv = torch.randn(*setting[:2], 3, *setting[2:4], device="cuda", dtype=torch.bfloat16)
+    assert qkv.numel() > 2**31
+    scale = torch.ones(1, 32, device="cuda")
+    set_backend("triton")
+    with torch.no_grad():
+        out = run(setting)(*qkv.unbind(2), scale)
+        last = run(setting)(*qkv[-1:].unbind(2), scale)
+    assert error(out[-1:], last) < 1e-2
+
+
+@pytest.mark.gpu
+def test_graph_capture():
+    setting = (4, 784, 2, 64, 3, True)
+    tensors = inputs(setting, torch.bfloat16, "cuda")
+    set_backend("triton")
+    expected = gradients(setting, tensors)[1:]
+    leaves = [t.requires_grad_() for t in tensors]
+    grad = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    grad = grad.to("cuda", torch.bfloat16)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        grads = torch.autograd.grad(run(setting)(*leaves), leaves, grad)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+
+
+@pytest.mark.gpu
+def test_compiles_whole_on_the_gpu():
+    setting = (2, 60, 2, 32, 3, True)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(run(setting), fullgraph=True, backend=counter)
+    for batch in (2, 3, 7, 5):
+        tensors = inputs((batch, *setting[1:]), device="cuda")
+        assert error(compiled(*tensors), run(setting)(*tensors)) == 0
+    assert counter.frame_count <= 2
+
+
+def test_backend_is_chosen_by_name():
+    set_backend("triton")
+    with pytest.raises(RuntimeError, match="focused_linear_attention: cannot run on triton: dtype torch.float64"):
+        run(SETTINGS[0])(*inputs(SETTINGS[0], torch.float64))
+    with pytest.raises(RuntimeError, match="focused_linear_attention: cannot run on triton: head dim 5"):
+        run(SETTINGS[2])(*inputs(SETTINGS[2]))
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
-"""QuadTree attention: the reference against its definition."""
+"""QuadTree attention: the reference against its definition, the kernels against the reference."""
 
 import pytest
 import torch
-from densezoo.ops import quadtree_attention
+from densezoo.ops import get_backend, quadtree_attention, set_backend
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+cuda = torch.cuda.is_available()
 
 # batch, height, width, heads, dim, levels, topk
 SETTINGS = [
@@ -15,6 +18,13 @@ SETTINGS = [
     (1, 1, 1, 1, 4, 3, 2),
 ]
 TYPES = ["A", "B"]
+
+
+@pytest.fixture(autouse=True)
+def restore_backend():
+    before = get_backend()
+    yield
+    set_backend(before)
 
 
 def inputs(setting, dtype=torch.float32):
@@ -201,6 +211,241 @@ def test_exports_with_free_sides(attn_type):
     for height, width in [(12, 16), (13, 7), (3, 5), (16, 4)]:
         tensors = inputs((2, height, width, 2, 8, 1, 4))
         torch.testing.assert_close(program(*tensors), module(*tensors))
+
+
+def gradients(function, tensors):
+    """Return the output of `function` and the gradient of each of `tensors`."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    out = function(*leaves)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.device, out.dtype))]
+
+
+def error(got, expected):
+    """Return the relative RMS error; NaN counts as infinite."""
+    value = ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+    return value if value == value else float("inf")
+
+
+def kernel_inputs(setting, dtype=torch.float32, device="cpu", dense=True):
+    """Return the inputs of a setting with dense channels, as the backbone's are, the first three views of one tensor.
+
+    With `dense` false, key and values have other strides than the query, the last one's channels not dense.
+    """
+    batch, height, width, heads, dim, levels, _ = setting
+    query, key, *value = inputs(setting, torch.float32)
+    qkv = torch.stack([query, key, value[0]], 3).to(device, dtype)
+    query, key, value[0] = qkv.unbind(3)
+    value[1:] = [v.to(device, dtype) for v in value[1:]]
+    if not dense:
+        key = key.transpose(1, 2).contiguous().transpose(1, 2)
+        value[-1] = value[-1].transpose(3, 4).contiguous().transpose(3, 4)
+    return [query, key, *value]
+
+
+def check_kernels(setting, allowed, dtype=torch.float32, device="cpu", dense=True):
+    """Compare output and gradients with the reference's in float64.
+
+    A key that two implementations rank differently differs in its score by rounding alone, but not in its children: the
+    inputs are those of one seed, whose scores lie further apart.
+    """
+
+    def attend(*tensors):
+        return run(*tensors, topk=setting[-1])
+
+    tensors = kernel_inputs(setting, dtype, device, dense)
+    set_backend("triton")
+    got = gradients(attend, tensors)
+    if device == "cuda":
+        assert all(torch.equal(a, b) for a, b in zip(got, gradients(attend, tensors), strict=True)), "two runs differ"
+    set_backend("reference")
+    expected = gradients(attend, [t.double() for t in tensors])
+    # Where a map has one position, query and key have no gradient.
+    pairs = [(a, b) for a, b in zip(got, expected, strict=True) if b.norm() > 1e-12]
+    assert all(a.isfinite().all() for a in got)
+    assert max(error(a, b) for a, b in pairs) < allowed
+
+
+@pytest.mark.parametrize(
+    "setting, dense",
+    [
+        ((2, 3, 4, 2, 8, 2, 2), True),
+        ((1, 5, 7, 1, 12, 3, 4), False),  # odd sides, fewer positions than are kept at the coarsest level
+        ((1, 5, 6, 2, 8, 1, 4), True),
+        ((1, 7, 2, 1, 8, 4, 3), True),
+        ((1, 1, 1, 1, 8, 3, 2), True),
+        ((1, 6, 7, 1, 8, 2, 9), True),
+    ],
+    ids=str,
+)
+@pytest.mark.skipif(cuda, reason="the kernels run on the GPU, in the tests below")
+def test_kernels_interpreted(setting, dense):
+    check_kernels(setting, 1e-6, dense=dense)
+
+
+GPU_SETTINGS = [
+    *((s[0], s[1], s[2], s[3], 8, s[5], s[6]) for s in SETTINGS),
+    (3, 56, 56, 1, 64, 4, 8),
+    (4, 28, 28, 5, 32, 3, 8),
+    (2, 14, 14, 5, 64, 2, 8),
+    (16, 7, 7, 8, 64, 1, 8),
+    (1, 200, 304, 1, 64, 4, 32),
+    (1, 50, 76, 5, 32, 2, 32),
+    (1, 25, 38, 8, 64, 1, 32),
+    (2, 57, 83, 2, 40, 3, 12),
+    (1, 37, 21, 3, 128, 3, 16),
+    (1, 45, 30, 2, 24, 2, 50),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "strided"])
+@pytest.mark.parametrize("setting", GPU_SETTINGS, ids=str)
+def test_kernels(setting, dense, dtype, allowed, nan_filled_memory):
+    check_kernels(setting, allowed, dtype, "cuda", dense)
+
+
+@pytest.fixture
+def nan_filled_memory():
+    """Fill uninitialised memory with NaN, so that an element which a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 7, 128, 256])
+def test_images_do_not_depend_on_the_batch(batch):
+    tensors = kernel_inputs((batch, 28, 28, 2, 32, 3, 8), torch.bfloat16, "cuda")
+    set_backend("triton")
+    got = gradients(run, tensors)
+    leaves = [t[-1:].detach().requires_grad_() for t in tensors]
+    out = run(*leaves)
+    grad = torch.randn(got[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)[-1:]
+    last = [out, *torch.autograd.grad(out, leaves, grad.to(out.device, out.dtype))]
+    assert all(torch.equal(a[-1:], b) for a, b in zip(got, last, strict=True))
+
+
+@pytest.mark.gpu
+def test_keys_that_all_choose():
+    """One key stands out: the list of those that chose it is as long as the map."""
+    query, key, *value = kernel_inputs((1, 64, 64, 1, 32, 3, 8), torch.float32, "cuda")
+    query, key = query.abs(), key.clone()
+    key[:, 20:24, 36:40] = 3
+    set_backend("triton")
+    got = gradients(run, [query, key, *value])
+    set_backend("reference")
+    expected = gradients(run, [t.double() for t in (query, key, *value)])
+    assert max(map(error, got, expected)) < 1e-5
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_elements():
+    qkv = torch.randn(33, 1024, 1024, 3, 1, 32, device="cuda", dtype=torch.bfloat16)
+    assert qkv.numel() > 2**31
+    # Parts of the map, whose coarsest level would have too many positions.
+    leaves = [t[:, :512, :512].detach().requires_grad_() for t in qkv.unbind(3)]
+    leaves += [torch.randn(33, n, n, 1, 32, device="cuda").bfloat16().requires_grad_() for n in (256, 128, 64)]
+    set_backend("triton")
+    out = run(*leaves)
+    grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    last = [t.detach()[-1:].requires_grad_() for t in leaves]
+    small = run(*last)
+    small_grads = torch.autograd.grad(small, last, torch.ones_like(small))
+    for big, one in zip((out, *grads), (small, *small_grads), strict=True):
+        torch.testing.assert_close(big[-1:], one)
+
+
+@pytest.mark.gpu
+def test_memory_is_a_tenth_of_the_reference():
+    tensors = [t.requires_grad_() for t in kernel_inputs((32, 56, 56, 1, 64, 4, 8), torch.bfloat16, "cuda")]
+    peaks = []
+    for backend in ("triton", "reference"):
+        set_backend(backend)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        out = run(*tensors)
+        torch.autograd.grad(out, tensors, torch.ones_like(out))
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        del out
+    assert peaks[0] * 10 <= peaks[1], peaks
+
+
+@pytest.mark.gpu
+def test_cuda_graph():
+    tensors = kernel_inputs((2, 28, 28, 2, 32, 3, 8), torch.bfloat16, "cuda")
+    set_backend("triton")
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    grad = torch.randn_like(leaves[0])
+
+    def step():
+        out = run(*leaves)
+        return [out, *torch.autograd.grad(out, leaves, grad)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        expected = step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+@pytest.mark.skipif(cuda, reason="the kernels run on the GPU, in the tests below")
+def test_operator_contract_interpreted():
+    check_operator_contract("cpu")
+
+
+@pytest.mark.gpu
+def test_operator_contract():
+    check_operator_contract("cuda")
+
+
+def check_operator_contract(device):
+    import densezoo.ops.quadtree.kernels  # noqa: F401  (registers the operator)
+
+    tensors = [*kernel_inputs((1, 2, 3, 1, 8, 2, 2), device=device), None, None]
+    leaves = [t if t is None else t.detach().requires_grad_() for t in tensors]
+    torch.library.opcheck(torch.ops.densezoo.quadtree_attention, (*leaves, 2, 0.3))
+    out, *saved = (t.detach() for t in torch.ops.densezoo.quadtree_attention(*leaves, 2, 0.3))
+    args = (torch.ones_like(out), *tensors, out, *saved)
+    # opcheck leaves out what the compiler asserts: strides.
+    with FakeTensorMode() as mode:
+        fake = [t if t is None else mode.from_tensor(t) for t in args]
+        expected = [t.stride() for t in torch.ops.densezoo.quadtree_attention_backward(*fake, 2, 0.3)]
+    assert [t.stride() for t in torch.ops.densezoo.quadtree_attention_backward(*args, 2, 0.3)] == expected
+
+
+@pytest.mark.gpu
+def test_kernels_compile_once_for_any_batch():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(run, fullgraph=True, backend=counter)
+    set_backend("triton")
+    for batch in (2, 3, 7, 5):
+        tensors = kernel_inputs((batch, 13, 9, 2, 32, 3, 4), device="cuda")
+        torch.testing.assert_close(compiled(*tensors), run(*tensors))
+    assert counter.frame_count <= 2
+
+
+def test_what_the_kernels_leave_to_the_reference():
+    set_backend("triton")
+    for setting, options, reason in [
+        ((1, 4, 4, 1, 8, 2, 2), {"attn_type": "A"}, "attn_type 'A'"),
+        ((1, 4, 4, 1, 4, 2, 2), {}, "head dim 4"),
+        ((1, 4, 4, 1, 8, 5, 2), {}, "5 levels"),
+        ((1, 4, 4, 1, 8, 2, 2), {"topk": 65}, "topk 65"),
+        ((1, 130, 130, 1, 8, 2, 2), {}, "a coarsest level of 65x65"),
+    ]:
+        with pytest.raises(RuntimeError, match=f"quadtree_attention: cannot run on triton: {reason}"):
+            run(*inputs(setting), **options)
+    with pytest.raises(RuntimeError, match="dtype torch.float64"):
+        run(*inputs((1, 4, 4, 1, 8, 2, 2), torch.float64))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,426 @@
+"""Agent attention in Triton, forward and backward.
+
+All agents of a head fit into one tile, so that scores between agents and a tile of tokens never leave the chip.
+
+- `_forward`: a program owns one head of one image. It gathers the agents' values over the tokens by an online softmax,
+  keeps them on the chip, and spreads them to the queries. Where images and heads are too few to fill the GPU, their
+  tokens are split between programs: one launch writes partial (values, maximum, sum), a second one merges them on load.
+- `_backward`: a program owns one head of a group of images, one image after another. Over the queries it sums the
+  gradient of the agents' values, which the keys need; then it visits the keys. Split programs do that in two launches.
+  Gradients of the biases are summed over the images of the group in memory that the program alone touches, and over
+  groups by PyTorch: two deterministic stages.
+
+Scores are kept in base 2, scaled by log2(e).
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from densezoo.ops.products import product
+from densezoo.ops.registration import register
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+
+@triton.jit
+def _tile(x, origin, stride_t, t, d, mask, INDEX: tl.constexpr):
+    """Rows `t` of one head."""
+    return tl.load(x + origin + (t.to(INDEX)[:, None] * stride_t + d[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def _scores(s, scale, bias, head, a, t, stride_n, stride_a, stride_t, inside, seen, HAS_BIAS: tl.constexpr):
+    """Scores from the products `s` of agents `a` and tokens `t`, which broadcast; -inf where not `seen`."""
+    s *= scale * 1.4426950408889634
+    if HAS_BIAS:
+        b = tl.load(bias + head * stride_n + a * stride_a + t * stride_t, mask=inside, other=0.0)
+        s += b.to(tl.float32) * 1.4426950408889634
+    return tl.where(seen, s, float("-inf"))
+
+
+@triton.jit(do_not_specialize=["runs"])
+def _forward(
+    q, k, v, agent, bias_a, bias_b, parts, part_norms, out, agent_value, lse, tokens, agents, run, runs, scale,
+    q_stride_b, q_stride_t, q_stride_n, k_stride_b, k_stride_t, k_stride_n,
+    a_stride_b, a_stride_t, a_stride_n, ba_stride_n, ba_stride_a, ba_stride_t, bb_stride_n, bb_stride_t, bb_stride_a,
+    HAS_A: tl.constexpr, HAS_B: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    AGENTS: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    GATHER: tl.constexpr, SPREAD: tl.constexpr,
+):  # fmt: skip
+    """With GATHER over the keys, with SPREAD over the queries of a run of tokens; with both, the run is all of them."""
+    head = tl.program_id(0) % HEADS
+    image = (tl.program_id(0) // HEADS).to(tl.int64)
+    first = tl.program_id(1) * run
+    last = tl.minimum(first + run, tokens)
+    a = tl.arange(0, AGENTS)
+    d = tl.arange(0, BLOCK_DIM)
+    a_inside = a < agents
+    d_inside = d < DIM
+    a_mask = a_inside[:, None] & d_inside[None, :]
+    dtype: tl.constexpr = q.dtype.element_ty
+    agent_tile = _tile(agent, image * a_stride_b + head * a_stride_n, a_stride_t, a, d, a_mask, INDEX)
+    # (B, heads, agents), one row of dim each.
+    row = (image * HEADS + head) * agents
+
+    if GATHER:
+        origin = image * k_stride_b + head * k_stride_n
+        top = tl.full((AGENTS,), float("-inf"), tl.float32)
+        total = tl.zeros((AGENTS,), tl.float32)
+        acc = tl.zeros((AGENTS, BLOCK_DIM), tl.float32)
+        for start in range(first, last, TOKENS):
+            t = start + tl.arange(0, TOKENS)
+            t_inside = t < last
+            mask = t_inside[:, None] & d_inside[None, :]
+            k_tile = _tile(k, origin, k_stride_t, t, d, mask, INDEX)
+            v_tile = _tile(v, origin, k_stride_t, t, d, mask, INDEX)
+            s = _scores(
+                tl.dot(agent_tile, k_tile.T, input_precision=PRECISION), scale, bias_a, head, a[:, None], t[None, :],
+                ba_stride_n, ba_stride_a, ba_stride_t, a_inside[:, None] & t_inside[None, :], t_inside[None, :], HAS_A,
+            )  # fmt: skip
+            new = tl.maximum(top, tl.max(s, 1))
+            # Biases may hide all tokens of a tile; -inf must not be subtracted from -inf.
+            safe = tl.where(new == float("-inf"), 0.0, new)
+            p = tl.exp2(s - safe[:, None])
+            decay = tl.exp2(top - safe)
+            total = total * decay + tl.sum(p, 1)
+            acc = product(p, v_tile, acc * decay[:, None], dtype, PRECISION)
+            top = new
+        if not SPREAD:
+            part = tl.program_id(1).to(tl.int64) * tl.num_programs(0) * agents + row + a
+            tl.store(parts + part[:, None] * DIM + d[None, :], acc, mask=a_mask)
+            tl.store(part_norms + 2 * part, top, mask=a_inside)
+            tl.store(part_norms + 2 * part + 1, total, mask=a_inside)
+    else:
+        top = tl.full((AGENTS,), float("-inf"), tl.float32)
+        total = tl.zeros((AGENTS,), tl.float32)
+        acc = tl.zeros((AGENTS, BLOCK_DIM), tl.float32)
+        for i in range(runs):
+            part = (tl.num_programs(0).to(tl.int64) * i) * agents + row + a
+            part_acc = tl.load(parts + part[:, None] * DIM + d[None, :], mask=a_mask, other=0.0)
+            part_top = tl.load(part_norms + 2 * part, mask=a_inside, other=0.0)
+            part_total = tl.load(part_norms + 2 * part + 1, mask=a_inside, other=1.0)
+            new = tl.maximum(top, part_top)
+            safe = tl.where(new == float("-inf"), 0.0, new)
+            decay = tl.exp2(top - safe)
+            part_decay = tl.exp2(part_top - safe)
+            total = total * decay + part_total * part_decay
+            acc = acc * decay[:, None] + part_acc * part_decay[:, None]
+            top = new
+
+    if SPREAD:
+        value = tl.where(a_inside[:, None], acc / total[:, None], 0.0)
+        if tl.program_id(1) == 0:
+            tl.store(agent_value + (row + a)[:, None] * DIM + d[None, :], value.to(dtype), mask=a_mask)
+            tl.store(lse + row + a, top + tl.log2(total), mask=a_inside)
+        origin = image * q_stride_b + head * q_stride_n
+        for start in range(first, last, TOKENS):
+            t = start + tl.arange(0, TOKENS)
+            t_inside = t < last
+            mask = t_inside[:, None] & d_inside[None, :]
+            q_tile = _tile(q, origin, q_stride_t, t, d, mask, INDEX)
+            s = _scores(
+                tl.dot(q_tile, agent_tile.T, input_precision=PRECISION), scale, bias_b, head, a[None, :], t[:, None],
+                bb_stride_n, bb_stride_a, bb_stride_t, t_inside[:, None] & a_inside[None, :], a_inside[None, :], HAS_B,
+            )  # fmt: skip
+            p = tl.exp2(s - tl.max(s, 1)[:, None])
+            norm = tl.sum(p, 1)
+            zero = tl.zeros((TOKENS, BLOCK_DIM), tl.float32)
+            o_tile = product(p, value, zero, dtype, PRECISION) / norm[:, None]
+            offsets = t.to(INDEX)[:, None] * (HEADS * DIM) + d[None, :]
+            tl.store(out + (image * tokens * HEADS + head) * DIM + offsets, o_tile.to(dtype), mask=mask)
+
+
+@triton.jit
+def _add(target, offsets, x, mask, is_later):
+    """Write `x`, added to what an earlier image of this program wrote if there is one."""
+    if is_later:
+        x += tl.load(target + offsets, mask=mask, other=0.0)
+    tl.store(target + offsets, x, mask=mask)
+
+
+@triton.jit(do_not_specialize=["batch", "images"])
+def _backward(
+    q, k, v, agent, bias_a, bias_b, agent_value, lse, grad_out,
+    grad_q, grad_k, grad_v, grad_value, grad_agent, grad_bias_a, grad_bias_b,
+    batch, images, tokens, agents, run, scale,
+    q_stride_b, q_stride_t, q_stride_n, k_stride_b, k_stride_t, k_stride_n,
+    a_stride_b, a_stride_t, a_stride_n, ba_stride_n, ba_stride_a, ba_stride_t, bb_stride_n, bb_stride_t, bb_stride_a,
+    HAS_A: tl.constexpr, HAS_B: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    AGENTS: tl.constexpr, TOKENS: tl.constexpr,
+    PRECISION: tl.constexpr, INDEX: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """With QUERIES over the queries, with KEYS over the keys of a run of tokens; with both, the run is all of them."""
+    head = tl.program_id(0) % HEADS
+    group = tl.program_id(0) // HEADS
+    first = tl.program_id(1) * run
+    last = tl.minimum(first + run, tokens)
+    a = tl.arange(0, AGENTS)
+    d = tl.arange(0, BLOCK_DIM)
+    a_inside = a < agents
+    d_inside = d < DIM
+    a_mask = a_inside[:, None] & d_inside[None, :]
+    dtype: tl.constexpr = q.dtype.element_ty
+    # (groups, heads, agents, tokens) and (groups, heads, tokens, agents)
+    table = (group.to(tl.int64) * HEADS + head) * agents * tokens
+    start_image = group.to(tl.int64) * images
+    for image in range(start_image, tl.minimum(start_image + images, batch)):
+        row = (image * HEADS + head) * agents
+        a_rows = (row + a)[:, None] * DIM + d[None, :]
+        tile = _tile(agent, image * a_stride_b + head * a_stride_n, a_stride_t, a, d, a_mask, INDEX)
+        value = tl.load(agent_value + a_rows, mask=a_mask, other=0.0)
+        grad_tile = tl.zeros((AGENTS, BLOCK_DIM), tl.float32)
+        part = tl.program_id(1).to(tl.int64) * batch * HEADS * agents * DIM
+        o_origin = (image * tokens * HEADS + head) * DIM
+        if QUERIES:
+            grad_v_tile = tl.zeros((AGENTS, BLOCK_DIM), tl.float32)
+            origin = image * q_stride_b + head * q_stride_n
+            for start in range(first, last, TOKENS):
+                t = start + tl.arange(0, TOKENS)
+                t_inside = t < last
+                mask = t_inside[:, None] & d_inside[None, :]
+                q_tile = _tile(q, origin, q_stride_t, t, d, mask, INDEX)
+                do_tile = _tile(grad_out, o_origin, HEADS * DIM, t, d, mask, INDEX)
+                inside = t_inside[:, None] & a_inside[None, :]
+                s = _scores(
+                    tl.dot(q_tile, tile.T, input_precision=PRECISION), scale, bias_b, head, a[None, :], t[:, None],
+                    bb_stride_n, bb_stride_a, bb_stride_t, inside, a_inside[None, :], HAS_B,
+                )  # fmt: skip
+                p = tl.exp2(s - tl.max(s, 1)[:, None])
+                p /= tl.sum(p, 1)[:, None]
+                dp = tl.dot(do_tile, value.T, input_precision=PRECISION)
+                ds = p * (dp - tl.sum(p * dp, 1)[:, None])
+                grad_v_tile = product(p.T, do_tile, grad_v_tile, dtype, PRECISION)
+                grad_tile = product(ds.T, q_tile, grad_tile, dtype, PRECISION)
+                zero = tl.zeros((TOKENS, BLOCK_DIM), tl.float32)
+                grad = product(ds, tile, zero, dtype, PRECISION) * scale
+                offsets = t.to(INDEX)[:, None] * (HEADS * DIM) + d[None, :]
+                tl.store(grad_q + o_origin + offsets, grad.to(dtype), mask=mask)
+                if HAS_B:
+                    offsets = t[:, None] * agents + a[None, :]
+                    _add(grad_bias_b + table, offsets, ds, inside, image > start_image)
+            if not KEYS:
+                tl.store(grad_value + part + a_rows, grad_v_tile, mask=a_mask)
+        else:
+            grad_v_tile = tl.load(grad_value + a_rows, mask=a_mask, other=0.0)
+        if KEYS:
+            norm = tl.load(lse + row + a, mask=a_inside, other=0.0)
+            delta = tl.sum(grad_v_tile * value.to(tl.float32), 1)
+            origin = image * k_stride_b + head * k_stride_n
+            for start in range(first, last, TOKENS):
+                t = start + tl.arange(0, TOKENS)
+                t_inside = t < last
+                mask = t_inside[:, None] & d_inside[None, :]
+                k_tile = _tile(k, origin, k_stride_t, t, d, mask, INDEX)
+                v_tile = _tile(v, origin, k_stride_t, t, d, mask, INDEX)
+                inside = a_inside[:, None] & t_inside[None, :]
+                s = _scores(
+                    tl.dot(tile, k_tile.T, input_precision=PRECISION), scale, bias_a, head, a[:, None], t[None, :],
+                    ba_stride_n, ba_stride_a, ba_stride_t, inside, inside, HAS_A,
+                )  # fmt: skip
+                p = tl.exp2(s - norm[:, None])
+                zero = tl.zeros((TOKENS, BLOCK_DIM), tl.float32)
+                grad = product(p.T, grad_v_tile, zero, dtype, PRECISION)
+                offsets = t.to(INDEX)[:, None] * (HEADS * DIM) + d[None, :]
+                tl.store(grad_v + o_origin + offsets, grad.to(dtype), mask=mask)
+                zero_scores = tl.zeros((AGENTS, TOKENS), tl.float32)
+                dp = product(grad_v_tile, v_tile.T, zero_scores, dtype, PRECISION)
+                ds = p * (dp - delta[:, None])
+                grad = product(ds.T, tile, zero, dtype, PRECISION) * scale
+                tl.store(grad_k + o_origin + offsets, grad.to(dtype), mask=mask)
+                grad_tile = product(ds, k_tile, grad_tile, dtype, PRECISION)
+                if HAS_A:
+                    offsets = a[:, None] * tokens + t[None, :]
+                    _add(grad_bias_a + table, offsets, ds, inside, image > start_image)
+        part = (tl.program_id(1) + (0 if QUERIES else tl.num_programs(1))).to(tl.int64) * batch * agents * HEADS * DIM
+        # (parts, B, agents, heads, dim)
+        rows = ((image * agents + a) * HEADS + head)[:, None] * DIM + d[None, :]
+        tl.store(grad_agent + part + rows, (grad_tile * scale).to(grad_agent.dtype.element_ty), mask=a_mask)
+        # The next image adds to what other threads of the program may have written.
+        tl.debug_barrier()
+
+
+class _Launch(NamedTuple):
+    """Tokens a tile, warps a program, loads in flight."""
+
+    tokens: int
+    warps: int
+    stages: int
+
+
+# By kernel and the most agents of a tile. Never one warp with loads in flight: Triton 3.6 then leaves out the barrier
+# after an asynchronous copy.
+LAUNCH = {
+    ("forward", 16): _Launch(64, 4, 2),
+    ("forward", 64): _Launch(64, 4, 2),
+    ("backward", 16): _Launch(64, 4, 2),
+    ("backward", 64): _Launch(32, 8, 2),
+}
+# Programs that fill the GPU: fewer are split into runs of at least RUN tokens, more take several images each.
+PROGRAMS = 384
+RUN = 512
+
+
+def _dense(*tensors: Tensor) -> list[Tensor]:
+    """Return tensors with one set of strides, dense in the last axis; views of one projection pass as they are."""
+    if all(t.stride() == tensors[0].stride() and t.stride(-1) == 1 for t in tensors):
+        return list(tensors)
+    return [t.contiguous() for t in tensors]
+
+
+class _Problem:
+    """The arguments that the kernels share, and how a launch is split."""
+
+    def __init__(self, query, key, value, agent, aggregation_bias, broadcast_bias, scale: float):
+        (self.query,), (self.key, self.value), (self.agent,) = _dense(query), _dense(key, value), _dense(agent)
+        # Kernels have no use for a missing bias, but need a pointer.
+        biases = [query if bias is None else bias for bias in (aggregation_bias, broadcast_bias)]
+        self.tensors = (self.query, self.key, self.value, self.agent, *biases)
+        self.batch, self.tokens, self.heads, self.dim = query.shape
+        self.agents = agent.shape[1]
+        self.scale = scale
+        self.strides = [n for t in (self.query, self.key, self.agent) for n in t.stride()[:3]]
+        for bias in biases:
+            self.strides += bias.stride()[:3]
+        largest = max(
+            sum((n - 1) * s for n, s in zip(t.shape[1:], t.stride()[1:], strict=True)) for t in (self.query, self.key)
+        )
+        tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        self.constants = {
+            "HAS_A": aggregation_bias is not None,
+            "HAS_B": broadcast_bias is not None,
+            "HEADS": self.heads,
+            "DIM": self.dim,
+            "BLOCK_DIM": max(16, triton.next_power_of_2(self.dim)),
+            "AGENTS": max(16, triton.next_power_of_2(self.agents)),
+            "PRECISION": "tf32" if tf32 else "ieee",
+            # 32-bit offsets within an image halve the registers of addresses; images themselves are 64 bits apart.
+            "INDEX": tl.int32 if max(largest, query.shape[1:].numel()) < 2**31 else tl.int64,
+        }
+
+    def launch(self, kernel: str) -> dict:
+        """Return the constants of a kernel's tile; wide heads take more warps."""
+        launch = LAUNCH[kernel, 16 if self.constants["AGENTS"] == 16 else 64]
+        warps = launch.warps * (2 if self.constants["BLOCK_DIM"] > 64 else 1)
+        return {**self.constants, "TOKENS": launch.tokens, "num_warps": warps, "num_stages": launch.stages}
+
+    def split(self) -> tuple[int, int]:
+        """Return how many runs a head's tokens are cut into, and the tokens of a run."""
+        programs = self.batch * self.heads
+        runs = 1 if programs >= PROGRAMS else max(1, min(self.tokens // RUN, 2 * PROGRAMS // programs))
+        run = triton.cdiv(triton.cdiv(self.tokens, runs), 64) * 64
+        return triton.cdiv(self.tokens, run), run
+
+
+def _agent(
+    query: Tensor, key: Tensor, value: Tensor, agent: Tensor,
+    aggregation_bias: Tensor | None, broadcast_bias: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    problem = _Problem(query, key, value, agent, aggregation_bias, broadcast_bias, scale)
+    batch, tokens, heads, dim = query.shape
+    agents = problem.agents
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    agent_value = torch.empty(batch, heads, agents, dim, dtype=query.dtype, device=query.device)
+    lse = torch.empty(batch, heads, agents, dtype=torch.float32, device=query.device)
+    runs, run = problem.split()
+    parts = part_norms = lse
+    if runs > 1:
+        parts = torch.empty(runs, *agent_value.shape, dtype=torch.float32, device=query.device)
+        part_norms = torch.empty(runs, *lse.shape, 2, dtype=torch.float32, device=query.device)
+
+    def launch(gather: bool, spread: bool) -> None:
+        _forward[(batch * heads, runs)](
+            *problem.tensors, parts, part_norms, out, agent_value, lse, tokens, agents, run, runs, scale,
+            *problem.strides, **problem.launch("forward"), GATHER=gather, SPREAD=spread,
+        )  # fmt: skip
+
+    launch(True, runs == 1)
+    if runs > 1:
+        launch(False, True)
+    return out, agent_value, lse
+
+
+def _agent_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, agent: Tensor,
+    aggregation_bias: Tensor | None, broadcast_bias: Tensor | None, out: Tensor, agent_value: Tensor, lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    problem = _Problem(query, key, value, agent, aggregation_bias, broadcast_bias, scale)
+    batch, tokens, heads, dim = query.shape
+    agents = problem.agents
+    grad_out = grad_out.contiguous()
+    grad_q, grad_k, grad_v = (torch.empty_like(out) for _ in range(3))
+    runs, run = problem.split()
+    images = 1 << (max(1, batch * heads * runs // PROGRAMS).bit_length() - 1)
+    groups = triton.cdiv(batch, images)
+    has_biases = [bias is not None for bias in (aggregation_bias, broadcast_bias)]
+    if runs == 1:
+        grad_agents = torch.empty(1, batch, agents, heads, dim, dtype=agent.dtype, device=query.device)
+    else:
+        grad_agents = torch.empty(2 * runs, batch, agents, heads, dim, dtype=torch.float32, device=query.device)
+    tables = [
+        torch.empty((groups if has else 0, heads, *sizes), dtype=torch.float32, device=query.device)
+        for has, sizes in zip(has_biases, ((agents, tokens), (tokens, agents)), strict=True)
+    ]
+
+    def launch(grad_value: Tensor, queries: bool, keys: bool) -> None:
+        _backward[(groups * heads, runs)](
+            *problem.tensors, agent_value, lse, grad_out, grad_q, grad_k, grad_v, grad_value, grad_agents, *tables,
+            batch, images, tokens, agents, run, scale, *problem.strides,
+            **problem.launch("backward"), QUERIES=queries, KEYS=keys,
+        )  # fmt: skip
+
+    if runs == 1:
+        launch(lse, True, True)
+    else:
+        grad_values = torch.empty(runs, *agent_value.shape, dtype=torch.float32, device=query.device)
+        launch(grad_values, True, False)
+        launch(grad_values.sum(0), False, True)
+    grad_biases = (
+        _sum(table).to(bias.dtype) if has else query.new_empty(0)
+        for table, bias, has in zip(tables, (aggregation_bias, broadcast_bias), has_biases, strict=True)
+    )
+    return grad_q, grad_k, grad_v, _sum(grad_agents).to(agent.dtype), *grad_biases
+
+
+def _sum(parts: Tensor) -> Tensor:
+    return parts.sum(0) if len(parts) > 1 else parts[0]
+
+
+def _fake(query, key, value, agent, aggregation_bias, broadcast_bias, scale):
+    batch, _, heads, dim = query.shape
+    agents = agent.shape[1]
+    return (
+        query.new_empty(query.shape),
+        query.new_empty((batch, heads, agents, dim)),
+        query.new_empty((batch, heads, agents), dtype=torch.float32),
+    )
+
+
+def _fake_backward(grad_out, query, key, value, agent, aggregation_bias, broadcast_bias, *others):
+    grads = (t.new_empty(t.shape) for t in (query, key, value, agent))
+    biases = (aggregation_bias, broadcast_bias)
+    return *grads, *(query.new_empty(0) if bias is None else bias.new_empty(bias.shape) for bias in biases)
+
+
+_call = register("agent_attention", _agent, _fake, _agent_backward, _fake_backward)
+
+
+@register_flop_formula(torch.ops.densezoo.agent_attention)
+def _(query, key, value, agent, *args, **kwargs) -> int:
+    batch, tokens, heads, dim = query
+    # Scores and weighted sums of both steps.
+    return 8 * batch * tokens * heads * dim * agent[1]
+
+
+@register_flop_formula(torch.ops.densezoo.agent_attention_backward)
+def _(grad_out, query, key, value, agent, *args, **kwargs) -> int:
+    batch, tokens, heads, dim = query
+    # Of each step the scores once more, and the gradients of its four factors.
+    return 20 * batch * tokens * heads * dim * agent[1]
+
+
+def agent_attention_triton(query, key, value, agent, aggregation_bias, broadcast_bias, scale) -> Tensor:
+    """Compute `densezoo.ops.agent_attention` with the kernels; arguments checked."""
+    return _call(query, key, value, agent, aggregation_bias, broadcast_bias, scale)

@@ -1,0 +1,725 @@
+"""QuadTree attention of type B in Triton, forward and backward.
+
+Level 0 is the finest. The queries and keys of the coarser levels, means of quads, are kept in float32, so that keys are
+chosen by the scores that the reference chooses by: a third of the tokens in all. What is chosen is the only thing that
+the forward leaves for the backward, beside the normalisers: 4 bytes a kept key, numbered over images, heads and levels.
+
+- `_coarsen` takes queries and keys, and in the backward the gradient of the output, to the next coarser level.
+- `_all_forward`, `_all_backward_query`, `_all_backward_key`: dense attention at the coarsest level, in tiles of queries
+  against chunks of keys, or of keys against chunks of queries.
+- `_children_forward`, `_children_backward_query`: a program owns the queries of PARENTS neighbouring parents of a head.
+  A parent has 4 queries and its own 4 * topk candidates, too few for the tensor cores: the products take 16 queries
+  against the candidates of all parents, and what belongs to another parent is masked. The candidates are gathered from
+  the maps as they are; nothing gathered is stored.
+- `_keep` chooses the topk keys of every query, from scores that the forward kernels left in float32.
+- `_children_backward_key`: a program owns the four children of a key, and visits the parents that kept it: those lie
+  next to each other once the kept keys are sorted by number, stably, and so are summed in one order. 4 queries of each.
+
+Gradients go from coarse to fine: a level's gradients of queries and keys take their share of those of the means.
+Scores are kept in base 2, scaled by log2(e).
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from densezoo.ops.registration import register
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def _place(x, row, column, stride_h, stride_w, d, INDEX: tl.constexpr):
+    """Pointers (positions, dim) to positions of an image's head at `x`."""
+    return x + (row.to(INDEX) * stride_h + column.to(INDEX) * stride_w)[:, None] + d[None, :]
+
+
+@triton.jit
+def _share(row, column, height, width):
+    """What a position is given of its quad's mean: a last position where a side is odd stands twice."""
+    twice = tl.where(row == height - 1, 2 - row % 2, 1) * tl.where(column == width - 1, 2 - column % 2, 1)
+    return 0.25 * twice.to(tl.float32)
+
+
+@triton.jit
+def _quads(
+    x, out, row, column, out_at, height, width, stride_h, stride_w, mask, d,
+    SUM: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """Write the means of quads, where the last positions of an odd side stand twice, or the sums of what is there."""
+    acc = tl.zeros(mask.shape, tl.float32)
+    for i in tl.static_range(4):
+        child_row = 2 * row + i // 2
+        child_column = 2 * column + i % 2
+        if SUM:
+            here = mask & ((child_row < height) & (child_column < width))[:, None]
+        else:
+            child_row = tl.minimum(child_row, height - 1)
+            child_column = tl.minimum(child_column, width - 1)
+            here = mask
+        acc += tl.load(_place(x, child_row, child_column, stride_h, stride_w, d, INDEX), mask=here, other=0.0)
+    if not SUM:
+        acc *= 0.25
+    tl.store(out + out_at, acc, mask=mask)
+
+
+@triton.jit(do_not_specialize=["height", "width", "heads"])
+def _coarsen(
+    q, k, grad, q_out, k_out, grad_out, height, width, heads, q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n,
+    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, GRAD: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    rows = (height + 1) // 2
+    columns = (width + 1) // 2
+    head = tl.program_id(0) % heads
+    image = tl.program_id(1).to(tl.int64)
+    position = tl.program_id(0) // heads * BLOCK + tl.arange(0, BLOCK)
+    row = position // columns
+    column = position % columns
+    d = tl.arange(0, BLOCK_DIM)
+    mask = (position < rows * columns)[:, None] & (d < DIM)[None, :]
+    out_at = ((image * rows * columns + position) * heads + head)[:, None] * DIM + d[None, :]
+    _quads(
+        q + image * q_b + head * q_n, q_out, row, column, out_at, height, width, q_h, q_w, mask, d, False, INDEX
+    )  # fmt: skip
+    _quads(
+        k + image * k_b + head * k_n, k_out, row, column, out_at, height, width, k_h, k_w, mask, d, False, INDEX
+    )  # fmt: skip
+    if GRAD:
+        grad += image * height * width * heads * DIM + head * DIM
+        _quads(
+            grad, grad_out, row, column, out_at, height, width, width * heads * DIM, heads * DIM, mask, d, True, INDEX
+        )
+
+
+@triton.jit
+def _tokens(x, position, width, image, head, b, h, w, n, d, INDEX: tl.constexpr):
+    """Pointers (positions, dim) to positions of a map, given by their number."""
+    return _place(x + image * b + head * n, position // width, position % width, h, w, d, INDEX)
+
+
+@triton.jit(do_not_specialize=["height", "width", "heads"])
+def _all_forward(
+    q, k, v, out, lse, scores, height, width, heads, scale,
+    q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
+    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, KEEP: tl.constexpr,
+    PRECISION: tl.constexpr, SCORES: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0) % heads
+    image = tl.program_id(1).to(tl.int64)
+    count = height * width
+    m = tl.program_id(0) // heads * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, BLOCK_DIM)
+    inside = (m < count)[:, None] & (d < DIM)[None, :]
+    dtype = q.dtype.element_ty
+    q_tile = tl.load(_tokens(q, m, width, image, head, q_b, q_h, q_w, q_n, d, INDEX), mask=inside, other=0.0)
+    top = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    acc = tl.zeros((BLOCK, BLOCK_DIM), tl.float32)
+    first = (image * heads + head) * count
+    for start in range(0, count, CHUNK):
+        n = start + tl.arange(0, CHUNK)
+        here = (n < count)[:, None] & (d < DIM)[None, :]
+        k_tile = tl.load(_tokens(k, n, width, image, head, k_b, k_h, k_w, k_n, d, INDEX), mask=here, other=0.0)
+        v_tile = tl.load(_tokens(v, n, width, image, head, v_b, v_h, v_w, v_n, d, INDEX), mask=here, other=0.0)
+        s = tl.dot(q_tile, k_tile.T, input_precision=SCORES) * (scale * 1.4426950408889634)
+        if KEEP:
+            place = (first + m)[:, None] * count + n[None, :]
+            tl.store(scores + place, s, mask=(m < count)[:, None] & (n < count)[None, :])
+        s = tl.where((n < count)[None, :], s, float("-inf"))
+        new = tl.maximum(top, tl.max(s, 1))
+        p = tl.exp2(s - new[:, None])
+        decay = tl.exp2(top - new)
+        total = total * decay + tl.sum(p, 1)
+        acc = acc * decay[:, None] + tl.dot(p.to(dtype), v_tile.to(dtype), input_precision=PRECISION)
+        top = new
+    acc /= total[:, None]
+    rows = ((image * count + m) * heads + head)[:, None] * DIM + d[None, :]
+    tl.store(out + rows, acc.to(out.dtype.element_ty), mask=inside)
+    tl.store(lse + first + m, top + tl.log2(total), mask=m < count)
+
+
+@triton.jit(do_not_specialize=["height", "width", "heads"])
+def _all_backward_query(
+    q, k, v, lse, grad, delta, grad_q, height, width, heads, scale,
+    q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
+    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr, SCORES: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0) % heads
+    image = tl.program_id(1).to(tl.int64)
+    count = height * width
+    m = tl.program_id(0) // heads * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, BLOCK_DIM)
+    inside = (m < count)[:, None] & (d < DIM)[None, :]
+    dtype = q.dtype.element_ty
+    rows = ((image * count + m) * heads + head)[:, None] * DIM + d[None, :]
+    first = (image * heads + head) * count
+    q_tile = tl.load(_tokens(q, m, width, image, head, q_b, q_h, q_w, q_n, d, INDEX), mask=inside, other=0.0)
+    g_tile = tl.load(grad + rows, mask=inside, other=0.0)
+    norm = tl.load(lse + first + m, mask=m < count, other=0.0)
+    row_delta = tl.zeros((BLOCK,), tl.float32)
+    acc = tl.zeros((BLOCK, BLOCK_DIM), tl.float32)
+    # The coarsest level's own output is not kept: one pass for its product with the gradient, one for the gradient.
+    for sweep in range(2):
+        for start in range(0, count, CHUNK):
+            n = start + tl.arange(0, CHUNK)
+            here = (n < count)[:, None] & (d < DIM)[None, :]
+            k_tile = tl.load(_tokens(k, n, width, image, head, k_b, k_h, k_w, k_n, d, INDEX), mask=here, other=0.0)
+            v_tile = tl.load(_tokens(v, n, width, image, head, v_b, v_h, v_w, v_n, d, INDEX), mask=here, other=0.0)
+            s = tl.dot(q_tile, k_tile.T, input_precision=SCORES) * (scale * 1.4426950408889634)
+            p = tl.where((n < count)[None, :], tl.exp2(s - norm[:, None]), 0.0)
+            dp = tl.dot(g_tile.to(dtype), v_tile.to(dtype).T, input_precision=PRECISION)
+            if sweep == 0:
+                row_delta += tl.sum(p * dp, 1)
+            else:
+                ds = p * (dp - row_delta[:, None])
+                acc += tl.dot(ds.to(dtype), k_tile, input_precision=PRECISION)
+    acc *= scale
+    tl.store(grad_q + rows, acc.to(grad_q.dtype.element_ty), mask=inside)
+    tl.store(delta + first + m, row_delta, mask=m < count)
+
+
+@triton.jit(do_not_specialize=["height", "width", "heads"])
+def _all_backward_key(
+    q, k, v, lse, grad, delta, grad_k, grad_v, height, width, heads, scale,
+    q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
+    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr, SCORES: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0) % heads
+    image = tl.program_id(1).to(tl.int64)
+    count = height * width
+    n = tl.program_id(0) // heads * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, BLOCK_DIM)
+    inside = (n < count)[:, None] & (d < DIM)[None, :]
+    dtype = q.dtype.element_ty
+    first = (image * heads + head) * count
+    k_tile = tl.load(_tokens(k, n, width, image, head, k_b, k_h, k_w, k_n, d, INDEX), mask=inside, other=0.0)
+    v_tile = tl.load(_tokens(v, n, width, image, head, v_b, v_h, v_w, v_n, d, INDEX), mask=inside, other=0.0)
+    acc_k = tl.zeros((BLOCK, BLOCK_DIM), tl.float32)
+    acc_v = tl.zeros((BLOCK, BLOCK_DIM), tl.float32)
+    for start in range(0, count, CHUNK):
+        m = start + tl.arange(0, CHUNK)
+        here = (m < count)[:, None] & (d < DIM)[None, :]
+        rows = ((image * count + m) * heads + head)[:, None] * DIM + d[None, :]
+        q_tile = tl.load(_tokens(q, m, width, image, head, q_b, q_h, q_w, q_n, d, INDEX), mask=here, other=0.0)
+        g_tile = tl.load(grad + rows, mask=here, other=0.0).to(dtype)
+        norm = tl.load(lse + first + m, mask=m < count, other=0.0)
+        row_delta = tl.load(delta + first + m, mask=m < count, other=0.0)
+        s = tl.dot(k_tile, q_tile.T, input_precision=SCORES) * (scale * 1.4426950408889634)
+        p = tl.where((m < count)[None, :], tl.exp2(s - norm[None, :]), 0.0)
+        acc_v += tl.dot(p.to(dtype), g_tile, input_precision=PRECISION)
+        dp = tl.dot(v_tile.to(dtype), g_tile.T, input_precision=PRECISION)
+        ds = p * (dp - row_delta[None, :])
+        acc_k += tl.dot(ds.to(dtype), q_tile, input_precision=PRECISION)
+    acc_k *= scale
+    rows = ((image * count + n) * heads + head)[:, None] * DIM + d[None, :]
+    tl.store(grad_k + rows, acc_k.to(grad_k.dtype.element_ty), mask=inside)
+    tl.store(grad_v + rows, acc_v.to(grad_v.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["height", "width", "first", "first_coarser", "outside", "count", "queries"])
+def _keep(
+    scores, kept, coarser, height, width, first, first_coarser, outside, count, queries,
+    TOPK: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COARSEST: tl.constexpr,
+):  # fmt: skip
+    query = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = query < queries
+    positions = height * width
+    map_of = query // positions
+    j = tl.arange(0, BLOCK)
+    here = inside[:, None] & (j < count)[None, :]
+    s = tl.load(scores + query[:, None].to(tl.int64) * count + j[None, :], mask=here, other=float("-inf"))
+    if COARSEST:
+        key = tl.broadcast_to(j[None, :], s.shape)
+    else:
+        rows = (height + 1) // 2
+        columns = (width + 1) // 2
+        position = query % positions
+        parent = map_of * rows * columns + position // width // 2 * columns + position % width // 2
+        slot = parent.to(tl.int64)[:, None] * TOPK + (j // 4)[None, :]
+        key = tl.load(coarser + slot, mask=here & (j // 4 < TOPK)[None, :], other=0)
+        key -= first_coarser + (map_of * rows * columns)[:, None]
+        key = (key // columns * 2 + (j % 4 // 2)[None, :]) * width + key % columns * 2 + (j % 2)[None, :]
+    # What lies outside of the map has the score -inf.
+    key = tl.where(s > float("-inf"), key + first + (map_of * positions)[:, None], outside)
+    # Integers of the floats' order, below which there is one for what has been chosen.
+    bits = s.to(tl.int32, bitcast=True)
+    bits ^= (bits >> 31) & 0x7FFFFFFF
+    rank = tl.full((ROWS, BLOCK), TOPK, tl.int32)
+    for r in range(TOPK):
+        best = tl.max(bits, 1)
+        place = tl.min(tl.where(bits == best[:, None], j[None, :], BLOCK), 1)
+        hit = j[None, :] == place[:, None]
+        rank = tl.where(hit, r, rank)
+        bits = tl.where(hit, -2147483648, bits)
+    tl.store(kept + query.to(tl.int64)[:, None] * TOPK + rank, key, mask=inside[:, None] & (rank < TOPK))
+
+
+@triton.jit
+def _family(tile, rows, columns, height, width, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
+    """Queries of a tile's parents, 16 of them at least: parent's number in the tile, place, and whether it exists."""
+    tiles_w = tl.cdiv(columns, TILE_W)
+    m = tl.arange(0, 16)
+    parent = m // 4
+    parent_row = tile // tiles_w * TILE_H + parent // TILE_W
+    parent_column = tile % tiles_w * TILE_W + parent % TILE_W
+    row = 2 * parent_row + m % 4 // 2
+    column = 2 * parent_column + m % 2
+    exists = (parent < TILE_H * TILE_W) & (parent_row < rows) & (parent_column < columns)
+    exists = exists & (row < height) & (column < width)
+    return parent, row, column, exists
+
+
+@triton.jit
+def _candidates(
+    kept, tile, first, rows, columns, height, width,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, TOPK: tl.constexpr, CANDIDATES: tl.constexpr,
+):  # fmt: skip
+    """Candidates of a tile's parents: the parent's number in the tile, the key's place, and whether it exists.
+
+    `kept` is that of the head, `first` its first key's number.
+    """
+    tiles_w = tl.cdiv(columns, TILE_W)
+    n = tl.arange(0, TILE_H * TILE_W * CANDIDATES)
+    parent = n // CANDIDATES
+    parent_row = tile // tiles_w * TILE_H + parent // TILE_W
+    parent_column = tile % tiles_w * TILE_W + parent % TILE_W
+    slot = n % CANDIDATES // 4
+    exists = (parent_row < rows) & (parent_column < columns) & (slot < TOPK)
+    key = tl.load(kept + (parent_row * columns + parent_column) * TOPK + slot, mask=exists, other=2147483647) - first
+    row = 2 * (key // columns) + n % 4 // 2
+    column = 2 * (key % columns) + n % 2
+    exists = exists & (key < rows * columns) & (row < height) & (column < width)
+    return parent, row, column, exists
+
+
+@triton.jit(do_not_specialize=["first", "height", "width", "heads"])
+def _children_forward(
+    q, k, v, kept, coarser, out, lse, scores, first, height, width, heads, scale,
+    q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
+    TOPK: tl.constexpr, CANDIDATES: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, KEEP: tl.constexpr,
+    PRECISION: tl.constexpr, SCORES: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    rows = (height + 1) // 2
+    columns = (width + 1) // 2
+    head = tl.program_id(0) % heads
+    tile = tl.program_id(0) // heads
+    image = tl.program_id(1).to(tl.int64)
+    map_of = image * heads + head
+    parent, row, column, exists = _family(tile, rows, columns, height, width, TILE_H, TILE_W)
+    owner, key_row, key_column, seen = _candidates(
+        kept + map_of * rows * columns * TOPK, tile, (first + map_of * rows * columns).to(tl.int32),
+        rows, columns, height, width, TILE_H, TILE_W, TOPK, CANDIDATES,
+    )  # fmt: skip
+    d = tl.arange(0, BLOCK_DIM)
+    inside = exists[:, None] & (d < DIM)[None, :]
+    here = seen[:, None] & (d < DIM)[None, :]
+    dtype = q.dtype.element_ty
+    k_tile = tl.load(_place(k + image * k_b + head * k_n, key_row, key_column, k_h, k_w, d, INDEX), here, 0.0)
+    v_tile = tl.load(_place(v + image * v_b + head * v_n, key_row, key_column, v_h, v_w, d, INDEX), here, 0.0)
+    q_tile = tl.load(_place(q + image * q_b + head * q_n, row, column, q_h, q_w, d, INDEX), inside, 0.0)
+    s = tl.dot(q_tile, k_tile.T, input_precision=SCORES) * (scale * 1.4426950408889634)
+    own = exists[:, None] & (parent[:, None] == owner[None, :])
+    s = tl.where(own & seen[None, :], s, float("-inf"))
+    query = map_of * height * width + row * width + column
+    if KEEP:
+        place = query[:, None] * (TOPK * 4) + (tl.arange(0, TILE_H * TILE_W * CANDIDATES) % CANDIDATES)[None, :]
+        slot = tl.arange(0, TILE_H * TILE_W * CANDIDATES) % CANDIDATES // 4
+        tl.store(scores + place, s, mask=own & (slot < TOPK)[None, :])
+    # Rows of no query see nothing; -inf must not be subtracted from -inf.
+    top = tl.where(exists, tl.max(s, 1), 0.0)
+    p = tl.exp2(s - top[:, None])
+    total = tl.where(exists, tl.sum(p, 1), 1.0)
+    acc = tl.dot(p.to(dtype), v_tile.to(dtype), input_precision=PRECISION) / total[:, None]
+    above = ((image * rows * columns + row // 2 * columns + column // 2) * heads + head)[:, None] * DIM + d[None, :]
+    acc += tl.load(coarser + above, mask=inside, other=0.0)
+    here = ((image * height * width + row * width + column) * heads + head)[:, None] * DIM + d[None, :]
+    tl.store(out + here, acc.to(out.dtype.element_ty), mask=inside)
+    tl.store(lse + query, top + tl.log2(total), mask=exists)
+
+
+@triton.jit(do_not_specialize=["first", "height", "width", "heads"])
+def _children_backward_query(
+    q, k, v, kept, lse, grad, delta, coarser, grad_q, first, height, width, heads, scale,
+    q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
+    TOPK: tl.constexpr, CANDIDATES: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    PRECISION: tl.constexpr, SCORES: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    rows = (height + 1) // 2
+    columns = (width + 1) // 2
+    head = tl.program_id(0) % heads
+    tile = tl.program_id(0) // heads
+    image = tl.program_id(1).to(tl.int64)
+    map_of = image * heads + head
+    parent, row, column, exists = _family(tile, rows, columns, height, width, TILE_H, TILE_W)
+    owner, key_row, key_column, seen = _candidates(
+        kept + map_of * rows * columns * TOPK, tile, (first + map_of * rows * columns).to(tl.int32),
+        rows, columns, height, width, TILE_H, TILE_W, TOPK, CANDIDATES,
+    )  # fmt: skip
+    d = tl.arange(0, BLOCK_DIM)
+    inside = exists[:, None] & (d < DIM)[None, :]
+    here = seen[:, None] & (d < DIM)[None, :]
+    dtype = q.dtype.element_ty
+    k_tile = tl.load(_place(k + image * k_b + head * k_n, key_row, key_column, k_h, k_w, d, INDEX), here, 0.0)
+    v_tile = tl.load(_place(v + image * v_b + head * v_n, key_row, key_column, v_h, v_w, d, INDEX), here, 0.0)
+    q_tile = tl.load(_place(q + image * q_b + head * q_n, row, column, q_h, q_w, d, INDEX), inside, 0.0)
+    here = ((image * height * width + row * width + column) * heads + head)[:, None] * DIM + d[None, :]
+    g_tile = tl.load(grad + here, mask=inside, other=0.0).to(dtype)
+    query = map_of * height * width + row * width + column
+    norm = tl.load(lse + query, mask=exists, other=0.0)
+    s = tl.dot(q_tile, k_tile.T, input_precision=SCORES) * (scale * 1.4426950408889634)
+    own = exists[:, None] & (parent[:, None] == owner[None, :]) & seen[None, :]
+    p = tl.where(own, tl.exp2(s - norm[:, None]), 0.0)
+    dp = tl.dot(g_tile, v_tile.to(dtype).T, input_precision=PRECISION)
+    row_delta = tl.sum(p * dp, 1)
+    ds = p * (dp - row_delta[:, None])
+    acc = tl.dot(ds.to(dtype), k_tile, input_precision=PRECISION) * scale
+    above = ((image * rows * columns + row // 2 * columns + column // 2) * heads + head)[:, None] * DIM + d[None, :]
+    acc += tl.load(coarser + above, mask=inside, other=0.0) * _share(row, column, height, width)[:, None]
+    tl.store(grad_q + here, acc.to(grad_q.dtype.element_ty), mask=inside)
+    tl.store(delta + query, row_delta, mask=exists)
+
+
+@triton.jit(do_not_specialize=["first", "height", "width", "heads"])
+def _children_backward_key(
+    q, k, v, starts, order, lse, grad, delta, coarser, grad_k, grad_v, first, height, width, heads, scale,
+    q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
+    TOPK: tl.constexpr, PARENTS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    PRECISION: tl.constexpr, SCORES: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    rows = (height + 1) // 2
+    columns = (width + 1) // 2
+    head = tl.program_id(0) % heads
+    quad = tl.program_id(0) // heads
+    image = tl.program_id(1).to(tl.int64)
+    map_of = image * heads + head
+    d = tl.arange(0, BLOCK_DIM)
+    # 4 keys, in a tile of 16 for the tensor cores.
+    c = tl.arange(0, 16)
+    key_row = 2 * (quad // columns) + c % 4 // 2
+    key_column = 2 * (quad % columns) + c % 2
+    exists = (c < 4) & (key_row < height) & (key_column < width)
+    inside = exists[:, None] & (d < DIM)[None, :]
+    dtype = q.dtype.element_ty
+    k_tile = tl.load(_place(k + image * k_b + head * k_n, key_row, key_column, k_h, k_w, d, INDEX), inside, 0.0)
+    v_tile = tl.load(_place(v + image * v_b + head * v_n, key_row, key_column, v_h, v_w, d, INDEX), inside, 0.0)
+    v_tile = v_tile.to(dtype)
+    acc_k = tl.zeros((16, BLOCK_DIM), tl.float32)
+    acc_v = tl.zeros((16, BLOCK_DIM), tl.float32)
+
+    q += image * q_b + head * q_n
+    grad += image * height * width * heads * DIM + head * DIM
+    lse += map_of * height * width
+    delta += map_of * height * width
+    i = tl.arange(0, 4 * PARENTS)
+    starts += first + map_of * rows * columns + quad
+    last = tl.load(starts + 1)
+    for at in range(tl.load(starts), last, PARENTS):
+        entry = at + i // 4
+        listed = entry < last
+        parent = tl.load(order + entry, mask=listed, other=0) // TOPK
+        parent = tl.where(listed, parent - first - map_of * rows * columns, 0).to(tl.int32)
+        row = 2 * (parent // columns) + i % 4 // 2
+        column = 2 * (parent % columns) + i % 2
+        listed = listed & (row < height) & (column < width)
+        here = listed[:, None] & (d < DIM)[None, :]
+        q_tile = tl.load(_place(q, row, column, q_h, q_w, d, INDEX), mask=here, other=0.0)
+        g_tile = tl.load(_place(grad, row, column, width * heads * DIM, heads * DIM, d, INDEX), mask=here, other=0.0)
+        g_tile = g_tile.to(dtype)
+        norm = tl.load(lse + row * width + column, mask=listed, other=0.0)
+        row_delta = tl.load(delta + row * width + column, mask=listed, other=0.0)
+        s = tl.dot(k_tile, q_tile.T, input_precision=SCORES) * (scale * 1.4426950408889634)
+        p = tl.where(exists[:, None] & listed[None, :], tl.exp2(s - norm[None, :]), 0.0)
+        acc_v += tl.dot(p.to(dtype), g_tile, input_precision=PRECISION)
+        dp = tl.dot(v_tile, g_tile.T, input_precision=PRECISION)
+        ds = p * (dp - row_delta[None, :])
+        acc_k += tl.dot(ds.to(dtype), q_tile, input_precision=PRECISION)
+    above = ((image * rows * columns + quad) * heads + head) * DIM + d[None, :]
+    acc_k *= scale
+    acc_k += tl.load(coarser + above, mask=(d < DIM)[None, :], other=0.0) * (
+        _share(key_row, key_column, height, width)[:, None]
+    )  # fmt: skip
+    here = ((image * height * width + key_row * width + key_column) * heads + head)[:, None] * DIM + d[None, :]
+    tl.store(grad_k + here, acc_k.to(grad_k.dtype.element_ty), mask=inside)
+    tl.store(grad_v + here, acc_v.to(grad_v.dtype.element_ty), mask=inside)
+
+
+class _Launch(NamedTuple):
+    """Rows a program owns, what it visits at once, warps a program and loads in flight.
+
+    Where either number follows from topk it is 0.
+    """
+
+    block: int
+    chunk: int
+    warps: int
+    stages: int
+
+
+# By kernel, for maps of 16-bit and of 32-bit numbers.
+LAUNCH = {
+    "coarsen": (_Launch(32, 0, 4, 1), _Launch(32, 0, 4, 1)),
+    "all_forward": (_Launch(64, 64, 4, 2), _Launch(32, 64, 4, 2)),
+    "all_backward_query": (_Launch(64, 64, 4, 2), _Launch(32, 64, 4, 2)),
+    "all_backward_key": (_Launch(64, 64, 4, 2), _Launch(32, 64, 4, 2)),
+    "children_forward": (_Launch(0, 128, 4, 1), _Launch(0, 128, 4, 1)),
+    "children_backward_query": (_Launch(0, 128, 4, 1), _Launch(0, 128, 4, 1)),
+    "children_backward_key": (_Launch(0, 8, 1, 1), _Launch(0, 8, 2, 1)),
+}
+# Scores that a program of `_keep` holds.
+KEEP_TILE = 2048
+
+
+class _Map(NamedTuple):
+    """The sides of a level, and where its part of `kept` and of its keys' numbers begins."""
+
+    height: int
+    width: int
+    first: int
+
+
+def _maps(query: Tensor, levels: int) -> tuple[list[_Map], int]:
+    """Return the levels, the finest first, and how many keys there are at all levels but the finest."""
+    batch, height, width, heads, _ = query.shape
+    maps, first = [], 0
+    for level in range(levels):
+        maps.append(_Map(height, width, first))
+        if level:
+            first += batch * heads * height * width
+        height, width = (height + 1) // 2, (width + 1) // 2
+    return maps, first
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    return x.stride()[:4]
+
+
+class _Problem:
+    """What the launches of one call share."""
+
+    def __init__(self, query: Tensor, key: Tensor, values: tuple[Tensor | None, ...], topk: int, scale: float):
+        self.values = [_dense(v) for v in values if v is not None]
+        self.levels = len(self.values)
+        self.queries, self.keys = [_dense(query)], [_dense(key)]
+        self.batch, _, _, self.heads, self.dim = query.shape
+        self.topk, self.scale = topk, scale
+        self.maps, self.coarse_keys = _maps(query, self.levels)
+        inputs = (self.queries[0], self.keys[0], *self.values)
+        tf32 = query.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32
+        self.dims = {"DIM": self.dim, "BLOCK_DIM": max(16, triton.next_power_of_2(self.dim))}
+        # 32-bit offsets within an image halve the registers of addresses; images themselves are 64 bits apart.
+        self.index = {"INDEX": tl.int32 if max(map(_extent, inputs)) < 2**31 else tl.int64}
+        # Keys are chosen by scores of full precision, whatever the rest may be.
+        self.precision = {"PRECISION": "tf32" if tf32 else "ieee", "SCORES": "tf32x3" if tf32 else "ieee"}
+        candidates = triton.next_power_of_2(4 * topk)
+        self.family = {"TOPK": topk, "CANDIDATES": candidates}
+
+    def launch(self, kernel: str, level: int) -> _Launch:
+        """Return a kernel's settings at a level."""
+        return LAUNCH[kernel][self.queries[level].itemsize == 4]
+
+    def buffers(self) -> list[Tensor]:
+        """Return an empty map for each level but the finest."""
+        return [self.queries[0].new_empty(self.shape(i), dtype=torch.float32) for i in range(1, self.levels)]
+
+    def shape(self, level: int) -> tuple[int, ...]:
+        """Return the shape of a level's maps."""
+        return self.batch, self.maps[level].height, self.maps[level].width, self.heads, self.dim
+
+    def coarsen(self, grad: Tensor | None = None) -> list[Tensor]:
+        """Make the queries and keys of the coarser levels, and return the gradients of the outputs of all levels."""
+        self.queries += self.buffers()
+        self.keys += self.buffers()
+        grads = [grad, *(self.buffers() if grad is not None else [None] * (self.levels - 1))]
+        for level in range(1, self.levels):
+            height, width, _ = self.maps[level - 1]
+            launch = self.launch("coarsen", level - 1)
+            tiles = triton.cdiv(self.maps[level].height * self.maps[level].width, launch.block)
+            q, k = self.queries[level - 1], self.keys[level - 1]
+            _coarsen[(tiles * self.heads, self.batch)](
+                q, k, q if grad is None else grads[level - 1],
+                self.queries[level], self.keys[level], q if grad is None else grads[level],
+                height, width, self.heads, *_strides(q), *_strides(k), **self.dims, **self.index,
+                BLOCK=launch.block, GRAD=grad is not None, num_warps=launch.warps,
+            )  # fmt: skip
+        return grads
+
+    def options(self, level: int) -> tuple:
+        """Return the arguments that follow a level's tensors."""
+        height, width, _ = self.maps[level]
+        strides = (s for t in (self.queries[level], self.keys[level], self.values[level]) for s in _strides(t))
+        return height, width, self.heads, self.scale, *strides
+
+    def all(self, kernel: str, level: int) -> tuple[tuple[int, int], dict]:
+        """Return the grid and the constants of a kernel over all pairs."""
+        launch, (height, width, _) = self.launch(kernel, level), self.maps[level]
+        # Small tiles for small maps.
+        chunk = max(16, min(launch.chunk, triton.next_power_of_2(height * width)))
+        grid = (triton.cdiv(height * width, launch.block) * self.heads, self.batch)
+        return grid, {
+            **self.dims, **self.index, **self.precision, "BLOCK": launch.block, "CHUNK": chunk,
+            "num_warps": launch.warps, "num_stages": launch.stages,
+        }  # fmt: skip
+
+    def children(self, kernel: str, level: int) -> tuple[tuple[int, int], dict]:
+        """Return the grid and the constants of a kernel over the parents of a level's queries."""
+        launch, (height, width, _) = self.launch(kernel, level), self.maps[level + 1]
+        parents = min(4, max(1, launch.chunk // self.family["CANDIDATES"]))
+        tile_h, tile_w = {1: (1, 1), 2: (1, 2), 4: (2, 2)}[parents]
+        tiles = triton.cdiv(height, tile_h) * triton.cdiv(width, tile_w)
+        return (tiles * self.heads, self.batch), {
+            **self.dims, **self.index, **self.precision, **self.family, "TILE_H": tile_h, "TILE_W": tile_w,
+            "num_warps": launch.warps, "num_stages": launch.stages,
+        }  # fmt: skip
+
+    def keep(self, level: int, scores: Tensor, kept: Tensor) -> None:
+        """Write what the queries of a level keep, by their scores (queries, candidates), into its part of `kept`."""
+        queries, count = scores.shape
+        coarsest = level == self.levels - 1
+        height, width, first = self.maps[level]
+        # A map of fewer keys than are kept is filled up with what lies outside.
+        block = triton.next_power_of_2(max(count, self.topk))
+        rows = max(1, KEEP_TILE // block)
+        first_coarser = first if coarsest else self.maps[level + 1].first
+        _keep[(triton.cdiv(queries, rows),)](
+            scores, kept[first * self.topk :], kept[first_coarser * self.topk :],
+            height, width, first, first_coarser, self.coarse_keys, count, queries,
+            TOPK=self.topk, BLOCK=block, ROWS=rows, COARSEST=coarsest, num_warps=4,
+        )  # fmt: skip
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _extent(x: Tensor) -> int:
+    """Return the largest offset within an image."""
+    return max(sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True)), x.shape[1:].numel())
+
+
+def _quadtree(
+    query: Tensor, key: Tensor, value: Tensor, value1: Tensor | None, value2: Tensor | None, value3: Tensor | None,
+    topk: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    problem = _Problem(query, key, (value, value1, value2, value3), topk, scale)
+    problem.coarsen()
+    out, lse, kept = _fake(query, key, value, value1, value2, value3, topk, scale)
+    # Normalisers of the finest level come last, so that the coarser ones lie where the numbers of their keys say.
+    coarser = None
+    for level in reversed(range(problem.levels)):
+        height, width, first = problem.maps[level]
+        queries = query.shape[0] * problem.heads * height * width
+        first = problem.coarse_keys if level == 0 else first
+        coarsest = level == problem.levels - 1
+        result = out if level == 0 else query.new_empty(problem.shape(level), dtype=torch.float32)
+        count = height * width if coarsest else 4 * topk
+        scores = lse if level == 0 else query.new_empty(queries, count, dtype=torch.float32)
+        tensors = problem.queries[level], problem.keys[level], problem.values[level]
+        if coarsest:
+            grid, constants = problem.all("all_forward", level)
+            _all_forward[grid](
+                *tensors, result, lse[first:], scores, *problem.options(level), **constants, KEEP=level > 0
+            )
+        else:
+            grid, constants = problem.children("children_forward", level)
+            above = problem.maps[level + 1].first
+            _children_forward[grid](
+                *tensors, kept[above * topk :], coarser, result, lse[first:], scores, above,
+                *problem.options(level), **constants, KEEP=level > 0,
+            )  # fmt: skip
+        if level:
+            problem.keep(level, scores, kept)
+        coarser = result
+    return out, lse, kept
+
+
+def _quadtree_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, value1: Tensor | None, value2: Tensor | None,
+    value3: Tensor | None, out: Tensor, lse: Tensor, kept: Tensor, topk: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    problem = _Problem(query, key, (value, value1, value2, value3), topk, scale)
+    grads = problem.coarsen(grad_out.contiguous())
+    delta = torch.empty_like(lse)
+    levels = problem.levels
+    order = starts = kept
+    if levels > 1:
+        # For each key, where it stands in `kept`.
+        numbers, order = kept.sort(stable=True)
+        keys = torch.arange(problem.coarse_keys + 1, device=kept.device, dtype=torch.int32)
+        starts = torch.searchsorted(numbers, keys, out_int32=True)
+        del numbers, keys
+    grad_values = [torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in problem.values]
+    above_q = above_k = None
+    for level in reversed(range(levels)):
+        dtype = problem.queries[level].dtype
+        grad_q, grad_k = (query.new_empty(problem.shape(level), dtype=dtype) for _ in range(2))
+        first = problem.coarse_keys if level == 0 else problem.maps[level].first
+        tensors = problem.queries[level], problem.keys[level], problem.values[level]
+        saved = lse[first:], grads[level], delta[first:]
+        options = problem.options(level)
+        if level == levels - 1:
+            grid, constants = problem.all("all_backward_query", level)
+            _all_backward_query[grid](*tensors, *saved, grad_q, *options, **constants)
+            grid, constants = problem.all("all_backward_key", level)
+            _all_backward_key[grid](*tensors, *saved, grad_k, grad_values[level], *options, **constants)
+        else:
+            above = problem.maps[level + 1]
+            grid, constants = problem.children("children_backward_query", level)
+            _children_backward_query[grid](
+                *tensors, kept[above.first * topk :], *saved, above_q, grad_q, above.first, *options, **constants
+            )
+            launch = problem.launch("children_backward_key", level)
+            _children_backward_key[(above.height * above.width * problem.heads, problem.batch)](
+                *tensors, starts, order, *saved, above_k, grad_k, grad_values[level], above.first, *options,
+                **problem.dims, **problem.index, **problem.precision, TOPK=topk, PARENTS=launch.chunk,
+                num_warps=launch.warps, num_stages=launch.stages,
+            )  # fmt: skip
+        above_q, above_k = grad_q, grad_k
+    return grad_q, grad_k, *grad_values, *(query.new_empty(0) for _ in range(4 - levels))
+
+
+def _fake(query, key, value, value1, value2, value3, topk, scale):
+    batch, height, width, heads, _ = query.shape
+    coarse_keys = _maps(query, 1 + sum(v is not None for v in (value1, value2, value3)))[1]
+    out = query.new_empty(query.shape)
+    lse = query.new_empty(coarse_keys + batch * heads * height * width, dtype=torch.float32)
+    return out, lse, query.new_empty(coarse_keys * topk, dtype=torch.int32)
+
+
+def _fake_backward(grad_out, query, key, value, value1, value2, value3, *others):
+    tensors = (query, key, value, value1, value2, value3)
+    return tuple(query.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors)
+
+
+_call = register("quadtree_attention", _quadtree, _fake, _quadtree_backward, _fake_backward)
+
+
+def _products(query, values, topk: int) -> int:
+    """Return the products of a query and a key, over all levels."""
+    batch, _, _, heads, dim = query
+    positions = [v[1] * v[2] for v in values if v is not None]
+    pairs = sum(4 * topk * n for n in positions[:-1]) + positions[-1] ** 2
+    return batch * heads * dim * pairs
+
+
+@register_flop_formula(torch.ops.densezoo.quadtree_attention)
+def _(query, key, value, value1, value2, value3, topk, *args, **kwargs) -> int:
+    # The products with the keys and with the values, each a multiplication and an addition.
+    return 4 * _products(query, (value, value1, value2, value3), topk)
+
+
+@register_flop_formula(torch.ops.densezoo.quadtree_attention_backward)
+def _(grad_out, query, key, value, value1, value2, value3, out, lse, kept, topk, *args, **kwargs) -> int:
+    # Five products: the scores once more, and the gradients of query, key, value and weights.
+    return 10 * _products(query, (value, value1, value2, value3), topk)
+
+
+def quadtree_attention_triton(query: Tensor, key: Tensor, value: list[Tensor], topk: int, scale: float) -> Tensor:
+    """Compute `densezoo.ops.quadtree_attention` of type B with the kernels; arguments checked, at most 4 levels."""
+    return _call(query, key, *value, *[None] * (4 - len(value)), topk, scale)

@@ -1,0 +1,103 @@
+"""Whole models for tools/benchmark.py: inference and training, eager and compiled, beside timm's."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import timm
+import torch
+from torch import Tensor, nn
+from triton.testing import do_bench
+
+import densezoo  # noqa: F401  (registers the models)
+
+# What a user would take instead of each: timm's version, or the network that it modifies.
+RIVALS = {
+    "densezoo_davit_tiny": "davit_tiny",
+    "densezoo_maxvit_tiny_tf_224": "maxvit_tiny_tf_224",
+    "densezoo_focalnet_tiny_srf": "focalnet_tiny_srf",
+    "densezoo_focalnet_tiny_lrf": "focalnet_tiny_lrf",
+    "densezoo_poolformer_s12": "poolformer_s12",
+    "nat_tiny": "swin_tiny_patch4_window7_224",
+    "dinat_tiny": "swin_tiny_patch4_window7_224",
+    "dinat_s_tiny": "swin_tiny_patch4_window7_224",
+    "quadtree_b2": "pvt_v2_b2",
+    "agent_deit_tiny": "deit_tiny_patch16_224",
+    "agent_swin_tiny": "swin_tiny_patch4_window7_224",
+    "flatten_swin_tiny": "swin_tiny_patch4_window7_224",
+    "flatten_pvt_v2_b1": "pvt_v2_b1",
+}
+MODELS = (*dict.fromkeys(("swin_tiny_patch4_window7_224", "convnext_tiny", *RIVALS.values(), *RIVALS)),)
+
+
+def per_second(step: Callable[[], object], images: int) -> float:
+    """Return the images per second of a step over `images`, by its median time."""
+    return images / do_bench(step, warmup=200, rep=1000, return_mode="median") * 1e3
+
+
+def build(name: str, dense: bool, size: tuple[int, int]) -> nn.Module:
+    """Build a model, or its dense backbone for inputs of `size`."""
+    kwargs = dict(features_only=True) if dense else {}
+    try:
+        model = timm.create_model(name, **kwargs, img_size=size if dense else 224)
+    except TypeError:  # takes any size
+        model = timm.create_model(name, **kwargs)
+    return model.cuda().to(memory_format=torch.channels_last)
+
+
+def model_rows(names: Iterable[str], dense: bool, mode: str) -> Iterator[dict]:
+    """Time each model in bfloat16 autocast, channels last: 128 images of 224x224, or a dense backbone on 2 of 800x1216.
+
+    Compiled with torch.compile's `mode`.
+
+    Yields:
+        The model's name and images per second, and the peak memory of training in MiB, of each way.
+    """
+    batch, size = (2, (800, 1216)) if dense else (128, (224, 224))
+    x = torch.randn(batch, 3, *size, device="cuda").to(memory_format=torch.channels_last)
+    for name in names:
+        row = {"model": name}
+        for way in ("eager", "compiled"):
+            torch._dynamo.reset()
+            try:
+                model = build(name, dense, size)
+                forward = torch.compile(model, dynamic=False, mode=mode) if way == "compiled" else model
+
+                def infer(model=model, forward=forward) -> None:
+                    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
+                        forward(x)
+
+                def train(model=model, forward=forward) -> None:
+                    with torch.autocast("cuda", torch.bfloat16):
+                        out = forward(x)
+                    loss = (
+                        out.float().logsumexp(1).mean()
+                        if isinstance(out, Tensor)
+                        else sum(o.float().mean() for o in out)
+                    )
+                    model.zero_grad(set_to_none=True)
+                    loss.backward()
+
+                model.eval()
+                row[f"{way} inference"] = per_second(infer, batch)
+                model.train()
+                torch.cuda.reset_peak_memory_stats()
+                row[f"{way} training"] = per_second(train, batch)
+                row[f"{way} peak MiB"] = torch.cuda.max_memory_allocated() / 2**20
+            except Exception as e:  # what cannot run this size is a result too
+                row[f"{way} error"] = f"{type(e).__name__}: {str(e).splitlines()[0][:150]}"
+        yield row
+
+
+def model_table(rows: list[dict]) -> str:
+    """Return the rows as a Markdown table, with the ratio to what a user would take instead."""
+    columns = [f"{way} {what}" for way in ("eager", "compiled") for what in ("inference", "training", "peak MiB")]
+    header = ["model", *columns, "beside", "compiled inference", "compiled training"]
+    lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
+    by_name = {row["model"]: row for row in rows}
+    for row in rows:
+        cells = [row["model"], *(f"{row[c]:.0f}" if c in row else "" for c in columns)]
+        rival = by_name.get(RIVALS.get(row["model"]), {})
+        cells.append(rival.get("model", ""))
+        for c in ("compiled inference", "compiled training"):
+            cells.append(f"{row[c] / rival[c]:.2f}x" if c in row and c in rival else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
