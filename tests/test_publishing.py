@@ -158,3 +158,29 @@ def test_importing_stays_light():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False True\n"
     with pytest.raises(AttributeError, match="no attribute 'laod'"):
         densezoo.laod  # noqa: B018
+
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+CHECKED = ("nat/mask-rcnn_nat-tiny_fpn_3x_coco.py", "agent/semantic-fpn_agent-pvt-tiny_40k_ade20k-512x512.py")
+WHOLE = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("[!_]*/*.py") if "_in1k" not in path.name)
+
+
+@pytest.mark.parametrize("config", [pytest.param(c, marks=[] if c in CHECKED else pytest.mark.slow) for c in WHOLE])
+def test_configs_survive_as_json(config):
+    """The whole model and, from timm, its backbone have the tensors that the config's model has."""
+    pytest.importorskip("mmdet")
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, init_default_scope
+
+    cfg = Config.fromfile(CONFIGS / config)
+    info = publishing.describe_config(cfg.to_dict())
+    init_default_scope(cfg.default_scope)
+    with torch.device("meta"):
+        own = {key: value.shape for key, value in MODELS.build(cfg.model).state_dict().items()}
+        again = publishing._build_openmmlab(info["densezoo"]["config"], Path(config)).state_dict()
+        assert {key: value.shape for key, value in again.items()} == own
+        # Backbones without their last stages are none that timm can build.
+        if "architecture" in info:
+            body = timm.create_model(info["architecture"], **info["model_args"]).state_dict()
+            shapes = {key.removeprefix("backbone."): own[key] for key in own if key.startswith("backbone.")}
+            assert {key: value.shape for key, value in body.items()} == shapes
