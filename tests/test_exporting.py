@@ -29,7 +29,9 @@ sys.path.pop(0)
 
 STATED = ROOT / "model_cards" / "exports.json"
 # One variant of each class; the others are of the same code.
-CLASSES = {architecture(name)["cls"].__name__: name for name in reversed(VARIANTS)}
+CLASSES = {}
+for variant in VARIANTS:
+    CLASSES.setdefault(architecture(variant)["cls"].__name__, variant)
 TRACED, SIZES = (96, 128), [(1, 67, 224), (3, 33, 48)]
 # A detector's last level has to have more than one row and column.
 TRACED_WHOLE, SIZES_WHOLE = (160, 224), [(1, 150, 260), (3, 141, 133)]
@@ -94,14 +96,14 @@ def openmmlab(name: str) -> nn.Module:
     for key, parameter in model.named_parameters():
         if any(part in key for part in ("retina_", "atss_", "rpn_cls", "rpn_reg", "fc_", "conv_seg", "conv_logits")):
             # not so sure that scores are equal
-            nn.init.normal_(parameter, std=0.05 if "retina_" in key or "atss_" in key else 0.3)
+            nn.init.normal_(parameter, std=0.02 if "retina_" in key or "atss_" in key else 0.3)
         elif parameter.dim() == 1 and "layer_scale" in key:
             nn.init.ones_(parameter)
     return model
 
 
 def measure(model: nn.Module, folder: Path, traced=TRACED, sizes=SIZES) -> dict[str, float]:
-    """Return the largest difference from the model of its program and of its ONNX form, at sizes not traced with."""
+    """Return the largest difference of a model's program and of its ONNX form at other sizes, labels aside."""
     onnxruntime = pytest.importorskip("onnxruntime")
     module, names = exporting.exportable(model)
     program = exporting.to_program(module, traced)
@@ -122,7 +124,8 @@ def measure(model: nn.Module, folder: Path, traced=TRACED, sizes=SIZES) -> dict[
         images = exporting.sample(module, size)
         for form, run in runs.items():
             found = exporting.differences(module, run, images, names)
-            errors[form] = max(errors[form], *found.values())
+            assert exporting.agree(found), (form, size, found)
+            errors[form] = max([errors[form], *(error for name, error in found.items() if name != "labels")])
     return errors
 
 

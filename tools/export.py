@@ -129,7 +129,7 @@ def compare(module: nn.Module, run: Callable, size: Sequence[int], names: Sequen
         errors = exporting.differences(module, run, images, names)
         shown = ", ".join(f"{name} {error:.0e}" for name, error in errors.items())
         print(f"{batch} images of {other[0]}x{other[1]}: largest difference from the model, relative: {shown}")
-        if not max(errors.values()) < exporting.TOLERANCE:
+        if not exporting.agree(errors):
             raise ValueError(f"the exported model differs from the model at {other[0]}x{other[1]}: {shown}")
 
 
