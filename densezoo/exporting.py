@@ -2,8 +2,9 @@
 
 What is exported takes one tensor, `images` (B, 3, H, W) in float32. A timm model takes them as its training did. A
 detector or segmentor of OpenMMLab takes pixels as its pipelines load them (BGR, 0 to 255): the program normalises and
-pads them, and gives every image the same number of detections, of which those with score 0 are none. Programs hold
-operators of torch and torchvision alone, so they run where densezoo and OpenMMLab are not installed.
+pads them, and gives every image the same number of detections, of which those with score 0 are none. Images for a
+detector are larger than its last level's stride. Programs hold operators of torch and torchvision alone, so they run
+where densezoo and OpenMMLab are not installed.
 """
 
 import copy
@@ -31,6 +32,8 @@ def exportable(model: nn.Module) -> tuple[nn.Module, list[str]]:
     Raises:
         ValueError: There is no form of it for export; says which there are.
     """
+    if type(model).__name__ == "TimmClassifier":
+        model = model.model
     if hasattr(model, "data_preprocessor"):
         model = copy.deepcopy(model).eval()
         _replace_adaptive_pools(model)
@@ -60,7 +63,7 @@ def to_program(model: nn.Module, size: Sequence[int] = (224, 224)) -> ExportedPr
         model: As for `exportable`, or what that returned.
         size: Height and width of the images that it is traced with.
     """
-    module, _ = exportable(model) if hasattr(model, "data_preprocessor") else (model, None)
+    module = exportable(model)[0] if hasattr(model, "data_preprocessor") else model
     images = torch.randn(2, in_channels(module), *size)
     free = {axis: Dim.DYNAMIC for axis in (0, 2, 3)}
     with _Subsampling():

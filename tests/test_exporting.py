@@ -107,6 +107,8 @@ def measure(model: nn.Module, folder: Path, traced=TRACED, sizes=SIZES) -> dict[
     onnxruntime = pytest.importorskip("onnxruntime")
     module, names = exporting.exportable(model)
     program = exporting.to_program(module, traced)
+    # It runs where densezoo is not installed.
+    assert not any("densezoo" in str(node.target) for node in program.graph.nodes)
     free = program.module()
     exporting.to_onnx(program, folder / "x.onnx", names)
     session = onnxruntime.InferenceSession(folder / "x.onnx", providers=["CPUExecutionProvider"])
