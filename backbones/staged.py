@@ -78,7 +78,7 @@ class Blocks(nn.Sequential):
 
 
 class StagedBackbone(nn.Module):
-    """A stem and stages over channels-last maps, with timm's model contract.
+    """A stem and stages, with timm's model contract, over channels-last maps or, where `output_fmt` says so, "NCHW".
 
     A family's class builds `patch_embed` and its stages (their blocks in `Blocks`) under the published names, lists the
     stages in `feature_info`, then calls `build_head`. It defines `forward_stage`, `keep_stages` and `group_matcher`.
@@ -199,8 +199,10 @@ class StagedBackbone(nn.Module):
             x = self.forward_stage(i, x)
             if i in wanted:
                 out = self.norm_output(i, x, final_norm=norm)
+                if output_fmt != self.output_fmt:
+                    out = out.permute(0, 3, 1, 2) if output_fmt == "NCHW" else out.permute(0, 2, 3, 1)
                 # Contiguous: compiled detection operators read NCHW memory whatever the strides say.
-                intermediates.append(out.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else out)
+                intermediates.append(out.contiguous() if output_fmt == "NCHW" else out)
         if intermediates_only:
             return {"image_intermediates": intermediates} if output_dict else intermediates
         x = self.norm_output(i, x)
