@@ -68,13 +68,21 @@ def check_out_norms(out_norms: Sequence[int], stages: int) -> None:
 
 
 class Blocks(nn.Sequential):
-    """The blocks of a stage; with `grad_checkpointing` each is recomputed in the backward instead of stored."""
+    """The blocks of a stage; with `grad_checkpointing` each is recomputed in the backward instead of stored.
+
+    `feedback`, where a recursive neck has set it, is a map of the output's shape; it is added after the first block.
+    """
 
     grad_checkpointing = False
+    feedback: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the blocks in order."""
-        return checkpoint_seq(self, x) if self.grad_checkpointing else super().forward(x)
+        for i, block in enumerate(self):
+            x = checkpoint_seq([block], x) if self.grad_checkpointing else block(x)
+            if i == 0 and self.feedback is not None:
+                x = x + self.feedback
+        return x
 
 
 class StagedBackbone(nn.Module):

@@ -8,6 +8,10 @@ and in a ResNet of theirs, with any module of `densezoo.ops.plugins`,
 
     plugins=[dict(cfg=dict(type="densezoo.CBAM"), stages=(True, True, True, True), position="after_conv3")]
 
+and after any backbone, with any module of `densezoo.necks`,
+
+    neck=dict(type="densezoo.RCNet", in_channels=[64, 128, 256, 512], start_level=1)
+
 Importing it again or reloading it is harmless. mmcv's operators need no compiler after it (see `densezoo.mmcv_ops`).
 """
 
@@ -32,7 +36,7 @@ from timm.models import group_parameters
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
-from densezoo import mmcv_ops, panoptic
+from densezoo import mmcv_ops, necks, panoptic
 from densezoo.backbones import (
     agent,
     attention_mobilenet,
@@ -100,6 +104,8 @@ _EXTENSIONS = {
     "IoUAwareFocalLoss": "densezoo.mmdet_heads",
     "RelationDINO": "densezoo.mmdet_heads",
     "RelationDINOHead": "densezoo.mmdet_heads",
+    "SEPCFreeAnchorRetinaHead": "densezoo.mmdet_sepc",
+    "SEPCRetinaHead": "densezoo.mmdet_sepc",
     "MEUHead": "densezoo.mmseg_heads",
     "P2ATHead": "densezoo.mmseg_heads",
 }
@@ -139,6 +145,7 @@ class _Backbone:
             and stay in eval mode.
         with_cp: Whether to recompute activations in the backward instead of storing them.
         norm_eval: Whether batch norms stay in eval mode while training, as with few images a GPU.
+        output_img: Whether to return the images before the maps, for `densezoo.RFP`.
         init_cfg: `dict(type="Pretrained", checkpoint=...)` loads a published checkpoint strictly, by
             `densezoo.checkpoints.load_published`; without it the family's own initialisation stays.
         kwargs: Other arguments of the family's class, such as `drop_path_rate`, `in_chans` or `dilations`.
@@ -175,6 +182,7 @@ class _Backbone:
         frozen_stages: int = -1,
         with_cp: bool = False,
         norm_eval: bool = False,
+        output_img: bool = False,
         init_cfg: dict | list[dict] | None = None,
         **kwargs,
     ):
@@ -201,6 +209,7 @@ class _Backbone:
             out_norms = out_indices if default_norms is None else default_norms
         super().__init__(**kwargs, out_norms=tuple(out_norms))
         self.init_cfg = copy.deepcopy(init_cfg)
+        self.output_img = output_img
         self.out_indices = tuple(self.prune_intermediate_layers(out_indices, prune_norm=True))
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
@@ -219,7 +228,8 @@ class _Backbone:
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Take images (B, in_chans, H, W) to one map (B, C, H / stride, W / stride) a stage of `out_indices`."""
-        return tuple(self.forward_intermediates(x, indices=list(self.out_indices), intermediates_only=True))
+        maps = self.forward_intermediates(x, indices=list(self.out_indices), intermediates_only=True)
+        return (x, *maps) if self.output_img else tuple(maps)
 
     def train(self, mode: bool = True) -> nn.Module:
         """Set the mode of all but the frozen stages and, with `norm_eval`, the batch norms."""
@@ -479,3 +489,21 @@ class Triplet(_Plugin, plugins.Triplet):
 
 class ULSAM(_Plugin, plugins.ULSAM):
     """ULSAM (arXiv 2006.15102); arguments as for `densezoo.ops.plugins.ULSAM`."""
+
+
+class RFP(necks.RFP):
+    """Recursive feature pyramid (arXiv 2006.02334); arguments as for `densezoo.necks.RFP`.
+
+    `rfp_backbone` is the second backbone's config; the first one has `output_img=True`.
+    """
+
+    def __init__(self, in_channels: Sequence[int], rfp_backbone: dict, **kwargs):
+        super().__init__(in_channels, MODELS.build(rfp_backbone), **kwargs)
+
+    def init_weights(self) -> None:
+        """Apply the second backbone's `init_cfg`."""
+        self.rfp_modules[0].init_weights()
+
+
+for _neck in (necks.FPN, necks.PAFPN, necks.SEPC, necks.GatherDistribute, necks.RCNet, necks.SimpleFeaturePyramid, RFP):
+    MODELS.register_module(module=_neck, force=True)
