@@ -251,15 +251,24 @@ _TOWER = "vision_tower."
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Convert a published state dict (official, dense, timm's, Florence-2's) to the keys of `model`.
+    """Convert a published state dict (official, dense, timm's, mmpretrain's, Florence-2's) to the keys of `model`.
 
     Of a whole Florence-2 only the image tower is kept. It has no norms after its stages: those of `model` stay.
     """
     tower = {name.removeprefix(_TOWER): value for name, value in state_dict.items() if name.startswith(_TOWER)}
+    if "patch_embed.projection.weight" in state_dict:
+        state_dict = _from_mmpretrain(state_dict)
     if not tower:
         return rename_keys(state_dict, _RENAMED)
     norms = {name: value for name, value in model.state_dict().items() if name.startswith("norm")}
     return norms | rename_keys(tower, _RENAMED)
+
+
+def _from_mmpretrain(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the stem, and the parts of which mmpretrain has the downsampling at the end of the stage before."""
+    rules = {rf"^stages\.{i}\.downsample\.": f"stages.{i + 1}.next." for i in range(3)}
+    rules |= {r"\.next\.": ".downsample.", r"\.projection\.": ".conv.", r"\.attn\.w_msa\.": ".attn."}
+    return rename_keys(state_dict, rules | {r"\.ffn\.layers\.0\.0\.": ".mlp.fc1.", r"\.ffn\.layers\.1\.": ".mlp.fc2."})
 
 
 _TINY = dict(embed_dim=96, depths=(1, 1, 3, 1), num_heads=(3, 6, 12, 24))

@@ -1,6 +1,7 @@
 """Published checkpoints: read as data, converted to the zoo's keys, verified strictly, and only then loaded."""
 
 import difflib
+import functools
 import logging
 import pickle
 import re
@@ -27,6 +28,8 @@ _log = logging.getLogger("densezoo")
 _ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
 # What wrappers put before every name: DDP, torch.compile, timm's feature nets, OpenMMLab's models.
 _PREFIXES = ("module.", "_orig_mod.", "model.", "timm_model.", "backbone.")
+# What stands beside the backbone in mmpretrain's classifiers.
+_CLASSIFIER = ("head.fc.weight", "head.fc.bias")
 
 
 @dataclass(frozen=True)
@@ -263,7 +266,14 @@ def _strip(published: Mapping[str, Tensor]) -> dict[str, str]:
         prefix = next(shared, None) or next(beside, None)
         if prefix is None:
             return names
+        classifier = {key: name.replace(".fc.", ".") for key, name in names.items() if name in _CLASSIFIER}
         names = {key: name.removeprefix(prefix) for key, name in names.items() if name.startswith(prefix)}
+        if prefix == "backbone." and classifier:
+            # The norm of the only output is the final one.
+            norms = {match[0] for name in names.values() if (match := re.match(r"norm\d+\.", name))}
+            if len(norms) == 1:
+                names = {key: re.sub(r"^norm\d+\.", "norm.", name) for key, name in names.items()}
+            return names | classifier
 
 
 def _trace(state: dict[str, Tensor], loaded: dict[str, Tensor], published: dict[str, str]) -> dict[str, str]:
@@ -387,7 +397,11 @@ def _hint(
 def _models_like(state: Mapping[str, Tensor]) -> list[str]:
     """Return the zoo's models whose tensors have the shapes of `state`, heads and norms of outputs aside."""
     likely = []
+    size = sum(tensor.numel() for tensor in state.values())
     for name, family in backbones.VARIANTS.items():
+        # Building all of them takes seconds.
+        if not 0.5 < size / _size_of(name) < 2:
+            continue
         with torch.device("meta"):
             model = timm.create_model(name)
         try:
@@ -397,6 +411,12 @@ def _models_like(state: Mapping[str, Tensor]) -> list[str]:
         if _body(converted) == _body(model.state_dict()):
             likely.append(name)
     return likely
+
+
+@functools.cache
+def _size_of(name: str) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in timm.create_model(name).parameters())
 
 
 def _body(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:

@@ -2,7 +2,7 @@
 
 FLOPs are those in model_cards/flops.json, G multiply-adds at the size of training, as tools/get_flops.py counts them.
 Errors of the comparison with the published implementations are those in model_cards/parity.json, which
-tests/backbones/test_parity.py measures.
+tests/backbones/test_parity.py measures. What exports is in model_cards/exports.json, by tests/test_exporting.py.
 
     python tools/make_cards.py            write what is out of date
     python tools/make_cards.py --check    write nothing; name what is out of date and exit with 1
@@ -34,6 +34,7 @@ from densezoo.openmmlab import config_for
 ROOT = Path(__file__).resolve().parents[1]
 CARDS = ROOT / "model_cards"
 MARKERS = ("<!-- models -->", "<!-- /models -->")
+EXPORT_MARKERS = ("<!-- exports -->", "<!-- /exports -->")
 STATUSES = ("published", "converted", "reproduced")
 # Key in the facts -> name, Hugging Face's metric, Hugging Face's task; the first that a result has names its task.
 METRICS = {
@@ -144,11 +145,20 @@ def generate() -> tuple[dict[Path, str], str]:
     return cards, templates.get_template("models.md.j2").render(models=models)
 
 
-def put_table(text: str, table: str) -> str:
+def exports_table(stated: dict) -> str:
+    """Return README.md's table of what exports, from model_cards/exports.json."""
+    rows = ["| model | torch.export | ONNX |", "| --- | --- | --- |"]
+    for kind in ("backbones", "models"):
+        for name, errors in stated[kind].items():
+            rows.append(f"| {name} | {errors['program']:.0e} | {errors['onnx']:.0e} |")
+    return "\n".join(rows) + "\n"
+
+
+def put_table(text: str, table: str, markers: tuple[str, str] = MARKERS) -> str:
     """Return `text` with `table` between the markers; raise ValueError if they are not there once each, in order."""
-    found = re.fullmatch(f"(.*{MARKERS[0]}\n).*({MARKERS[1]}.*)", text, re.DOTALL)
-    if not found or any(text.count(marker) != 1 for marker in MARKERS):
-        raise ValueError(f"README.md: expected the lines {MARKERS[0]} and {MARKERS[1]} once each, in this order")
+    found = re.fullmatch(f"(.*{markers[0]}\n).*({markers[1]}.*)", text, re.DOTALL)
+    if not found or any(text.count(marker) != 1 for marker in markers):
+        raise ValueError(f"README.md: expected the lines {markers[0]} and {markers[1]} once each, in this order")
     return found[1] + table + found[2]
 
 
@@ -166,6 +176,9 @@ def main() -> int:
     try:
         texts, table = generate()
         texts[readme] = put_table(readme.read_text(), table)
+        if (exports := CARDS / "exports.json").is_file():
+            table = exports_table(json.loads(exports.read_text()))
+            texts[readme] = put_table(texts[readme], table, EXPORT_MARKERS)
     except (ValueError, OSError) as error:
         print(f"make_cards: {error}", file=sys.stderr)
         return 2

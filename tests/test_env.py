@@ -1,0 +1,61 @@
+"""python -m densezoo.env: what it says of this machine, and of others."""
+
+import importlib.metadata
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from densezoo import __version__, env, ops
+
+
+def test_report():
+    done = subprocess.run([sys.executable, "-m", "densezoo.env"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(f"densezoo {__version__}")
+    assert ["torch", torch.__version__.split("+")[0]] in [line.split() for line in lines]
+    for name in set(ops.__all__) - {"get_backend", "set_backend"}:
+        (line,) = (line for line in lines if line.split()[:1] == [name])
+        assert line.split()[1] in ("reference", "triton")
+    assert "missing:" in lines
+    if not torch.cuda.is_available():
+        assert "GPUs: none" in lines
+
+
+@pytest.mark.parametrize(
+    ("backend", "kernels", "expected", "why"),
+    [
+        ("auto", True, "reference", "no GPU"),
+        ("auto", False, "reference", "no kernels"),
+        ("reference", True, "reference", "DENSEZOO_BACKEND"),
+    ],
+)
+def test_backend_of_a_cpu(monkeypatch, backend, kernels, expected, why):
+    monkeypatch.setattr(ops.backend, "_backend", backend)
+    monkeypatch.setattr(ops.backend, "_has_triton", True)
+    found, reason = env.backend_of("na2d", kernels, "cpu")
+    assert found == expected and why in reason
+
+
+def test_backend_without_triton(monkeypatch):
+    monkeypatch.setattr(ops.backend, "_has_triton", False)
+    assert env.backend_of("na2d", True, "cpu") == ("reference", "triton is not installed (pip install triton)")
+    monkeypatch.setattr(ops.backend, "_backend", "triton")
+    found, reason = env.backend_of("na2d", True, "cpu")
+    assert found == "none" and "pip install triton" in reason
+
+
+def test_missing_names_the_command(monkeypatch):
+    def version(name):
+        if name in ("onnx", "triton", "onedl-mmcv"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(env.platform, "system", lambda: "Linux")
+    found = dict(env.missing())
+    assert found["triton"] == "pip install triton"
+    assert found["onnx"] == "pip install 'densezoo[export]'"
+    assert found["onedl-mmcv"] == "pip install 'densezoo[openmmlab]'"

@@ -1,0 +1,260 @@
+"""Exported models give what the models give, at sizes that they were not traced with, and detectors what mmdet's give.
+
+model_cards/exports.json says which models these tests have exported, and how far the results lay from the model's; run
+as a script, this file adds what is not in it, or measures what is named: `python tests/test_exporting.py [NAME ...]`.
+"""
+
+import json
+import sys
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parents[1]
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT / "tests" / "backbones"))
+from densezoo.backbones import VARIANTS  # noqa: E402
+from test_backbones import architecture, build  # noqa: E402
+
+from densezoo import exporting  # noqa: E402
+
+sys.path.pop(0)
+
+STATED = ROOT / "model_cards" / "exports.json"
+# One variant of each class; the others are of the same code.
+CLASSES = {}
+for variant in VARIANTS:
+    CLASSES.setdefault(architecture(variant)["cls"].__name__, variant)
+TRACED, SIZES = (96, 128), [(1, 67, 224), (3, 33, 48)]
+# A detector's last level has to have more than one row and column.
+TRACED_WHOLE, SIZES_WHOLE = (160, 224), [(1, 150, 260), (3, 141, 133)]
+
+BASE = ROOT / "configs" / "_base_" / "models"
+BACKBONE = dict(
+    type="densezoo.PoolFormer", arch=dict(embed_dims=(16, 16, 32, 32), depths=(1, 1, 1, 1)), out_norms=(0, 1, 2, 3)
+)
+NECK = {"neck.in_channels": [16, 16, 32, 32], "neck.out_channels": 16}
+RPN = {"rpn_head.in_channels": 16, "rpn_head.feat_channels": 16}
+BOXES = {"roi_head.bbox_roi_extractor.out_channels": 16, "test_cfg.rpn.nms_pre": 100, "test_cfg.rpn.max_per_img": 50}
+DENSE = {"bbox_head.in_channels": 16, "bbox_head.feat_channels": 16, "bbox_head.stacked_convs": 1}
+# The models of the configs, with few channels.
+MODELS = {
+    "Mask R-CNN": (
+        "mask-rcnn_fpn.py",
+        NECK | RPN | BOXES | {
+            "roi_head.bbox_head.in_channels": 16, "roi_head.bbox_head.fc_out_channels": 16,
+            "roi_head.mask_roi_extractor.out_channels": 16, "roi_head.mask_head.num_convs": 1,
+            "roi_head.mask_head.in_channels": 16, "roi_head.mask_head.conv_out_channels": 16,
+        },
+    ),
+    "Cascade Mask R-CNN": (
+        "cascade-mask-rcnn_fpn.py",
+        NECK | RPN | BOXES | {
+            f"roi_head.bbox_head.{i}.{key}": value for i in range(3)
+            for key, value in dict(in_channels=16, conv_out_channels=16, fc_out_channels=16, num_shared_convs=1).items()
+        } | {
+            "roi_head.mask_roi_extractor.out_channels": 16, "roi_head.mask_head.num_convs": 1,
+            "roi_head.mask_head.in_channels": 16, "roi_head.mask_head.conv_out_channels": 16,
+        },
+    ),
+    "RetinaNet": ("retinanet_fpn.py", NECK | DENSE | {"test_cfg.nms_pre": 100}),
+    "ATSS": ("atss_fpn.py", NECK | DENSE | {"test_cfg.nms_pre": 100, "neck.start_level": 1, "neck.out_channels": 32}
+             | {"bbox_head.in_channels": 32, "bbox_head.feat_channels": 32}),
+    "UPerNet": (
+        "upernet.py",
+        {"decode_head.in_channels": [16, 16, 32, 32], "decode_head.channels": 16, "auxiliary_head": None},
+    ),
+    "Semantic FPN": (
+        "semantic-fpn.py", NECK | {"decode_head.in_channels": [16] * 4, "decode_head.channels": 16},
+    ),
+}  # fmt: skip
+
+
+@cache
+def openmmlab(name: str) -> nn.Module:
+    """Return a small model that is sure of enough to give detections."""
+    from mmengine.config import Config
+    from mmengine.registry import MODELS as REGISTRY
+    from mmengine.registry import DefaultScope
+
+    import densezoo.openmmlab  # noqa: F401
+
+    file, changes = MODELS[name]
+    cfg = Config.fromfile(BASE / file)
+    cfg.model.backbone = BACKBONE
+    cfg.merge_from_dict({f"model.{key}": value for key, value in changes.items()})
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope("mmseg" if "decode_head" in cfg.model else "mmdet"):
+        model = REGISTRY.build(cfg.model).eval()
+    for key, parameter in model.named_parameters():
+        if any(part in key for part in ("retina_", "atss_", "rpn_cls", "rpn_reg", "fc_", "conv_seg", "conv_logits")):
+            # not so sure that scores are equal
+            nn.init.normal_(parameter, std=0.02 if "retina_" in key or "atss_" in key else 0.3)
+        elif parameter.dim() == 1 and "layer_scale" in key:
+            nn.init.ones_(parameter)
+    return model
+
+
+def measure(model: nn.Module, folder: Path, traced=TRACED, sizes=SIZES) -> dict[str, float]:
+    """Return the largest difference of a model's program and of its ONNX form at other sizes, labels aside."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    module, names = exporting.exportable(model)
+    program = exporting.to_program(module, traced)
+    # It runs where densezoo is not installed.
+    assert not any("densezoo" in str(node.target) for node in program.graph.nodes)
+    free = program.module()
+    exporting.to_onnx(program, folder / "x.onnx", names)
+    session = onnxruntime.InferenceSession(folder / "x.onnx", providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == names
+    axes = session.get_inputs()[0].shape
+    assert (axes[0], axes[2], axes[3]) == ("batch", "height", "width")
+    runs = {
+        "program": lambda images: exporting.flat(free(images)),
+        "onnx": lambda images: [
+            torch.from_numpy(np.asarray(x)) for x in session.run(None, {"images": images.numpy()})
+        ],
+    }
+    errors = dict.fromkeys(runs, 0.0)
+    for size in sizes:
+        images = exporting.sample(module, size)
+        for form, run in runs.items():
+            found = exporting.differences(module, run, images, names)
+            assert exporting.agree(found), (form, size, found)
+            errors[form] = max([errors[form], *(error for name, error in found.items() if name != "labels")])
+    return errors
+
+
+def backbone(cls: str) -> nn.Module:
+    return build(CLASSES[cls], blocks=1, features_only=True).eval()
+
+
+def test_every_class_and_model_is_stated():
+    stated = json.loads(STATED.read_text())
+    assert list(stated["backbones"]) == list(CLASSES)
+    assert {"Mask R-CNN", "RetinaNet", "UPerNet"} <= stated["models"].keys() <= MODELS.keys()
+    assert all(error < exporting.TOLERANCE for kind in stated.values() for m in kind.values() for error in m.values())
+
+
+def test_readme_has_the_table():
+    pytest.importorskip("mmengine")
+    from tiny import tool
+
+    make_cards, readme = tool("make_cards"), (ROOT / "README.md").read_text()
+    table = make_cards.exports_table(json.loads(STATED.read_text()))
+    assert readme == make_cards.put_table(readme, table, make_cards.EXPORT_MARKERS)
+
+
+# The families' exports take minutes together: a quick one stands for them in the fast run.
+QUICK = ("PoolFormer",)
+
+
+@pytest.mark.parametrize("cls", [pytest.param(c, marks=[] if c in QUICK else pytest.mark.slow) for c in CLASSES])
+def test_backbones(cls, tmp_path):
+    errors = measure(backbone(cls), tmp_path)
+    assert errors.keys() == {"program", "onnx"} and all(error < 1e-4 for error in errors.values()), errors
+
+
+def test_classifier_and_its_names(tmp_path):
+    small = dict(embed_dims=(8, 8), depths=(1, 1), token_mixers=("pooling",) * 2)
+    model = timm.create_model("densezoo_poolformer_s12", **small)
+    assert exporting.exportable(model)[1] == ["logits"]
+    assert all(error < 1e-4 for error in measure(model, tmp_path).values())
+
+
+@pytest.mark.parametrize("name", ["Mask R-CNN", "Cascade Mask R-CNN", "RetinaNet", "ATSS"])
+def test_detectors_are_mmdets(name):
+    """What is exported, in plain PyTorch, gives the detections of mmdet."""
+    pytest.importorskip("mmdet")
+    from mmdet.structures import DetDataSample
+
+    model = openmmlab(name)
+    module, names = exporting.exportable(model)
+    images = torch.randint(0, 256, (2, 3, 100, 130), generator=torch.Generator().manual_seed(1))
+    meta = dict(img_shape=(100, 130), ori_shape=(100, 130), scale_factor=(1.0, 1.0))
+    with torch.no_grad():
+        outputs = dict(zip(names, module(images.float()), strict=True))
+        samples = [DetDataSample(metainfo=meta) for _ in images]
+        expected = model.test_step(dict(inputs=list(images), data_samples=samples))
+        for i, sample in enumerate(expected):
+            found = outputs["scores"][i] > 0
+            wanted = sample.pred_instances
+            assert found.sum() == len(wanted) > 5
+            torch.testing.assert_close(outputs["scores"][i][found], wanted.scores, rtol=1e-4, atol=1e-4)
+            # Those of nearly equal scores may have changed places.
+            distance = (outputs["boxes"][i][found][:, None] - wanted.bboxes).abs().amax(-1)
+            distance = distance + (outputs["labels"][i][found][:, None] != wanted.labels) * 1e3
+            assert distance.min(0)[0].max() < 1e-2 and distance.min(1)[0].max() < 1e-2
+        if "masks" in names:
+            masks = outputs["masks"]
+            assert masks.shape == (2, outputs["boxes"].shape[1], 28, 28) and masks.min() >= 0 and masks.max() <= 1
+            x = model.extract_feat(module.preprocess(images.float()))
+            rois = torch.cat([torch.zeros(5, 1), outputs["boxes"][0, :5]], 1)
+            stages = [(i,) for i in range(3)] if name.startswith("Cascade") else [()]
+            theirs = sum(model.roi_head._mask_forward(*i, x, rois)["mask_preds"].sigmoid() for i in stages)
+            theirs = theirs[torch.arange(5), outputs["labels"][0, :5]] / len(stages)
+            torch.testing.assert_close(masks[0, :5], theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["UPerNet", "Semantic FPN"])
+def test_segmentors_are_mmsegs(name):
+    pytest.importorskip("mmseg")
+    from mmseg.structures import SegDataSample
+
+    model = openmmlab(name)
+    images = torch.randint(0, 256, (2, 3, 100, 132), generator=torch.Generator().manual_seed(1))
+    meta = dict(img_shape=(100, 132), ori_shape=(100, 132), pad_shape=(100, 132))
+    with torch.no_grad():
+        logits, labels = exporting.exportable(model)[0](images.float())
+        samples = [SegDataSample(metainfo=meta) for _ in images]
+        expected = model.test_step(dict(inputs=list(images), data_samples=samples))
+    for i, sample in enumerate(expected):
+        torch.testing.assert_close(logits[i], sample.seg_logits.data, rtol=1e-3, atol=1e-4)
+        assert (labels[i] == sample.pred_sem_seg.data[0]).float().mean() > 0.999
+    assert len(labels.unique()) > 3
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "UPerNet" else pytest.mark.slow) for n in MODELS])
+def test_models(name, tmp_path):
+    pytest.importorskip("mmdet")
+    errors = measure(openmmlab(name), tmp_path, TRACED_WHOLE, SIZES_WHOLE)
+    assert all(error < exporting.TOLERANCE for error in errors.values()), errors
+
+
+def test_adaptive_pooling_is_torchs():
+    x = torch.randn(2, 3, 7, 11)
+    for size in [(1, 1), (2, 3), (6, 6)]:
+        torch.testing.assert_close(exporting._AdaptivePool(size)(x), nn.AdaptiveAvgPool2d(size)(x))
+
+
+def test_models_without_a_form_are_refused():
+    model = nn.Module()
+    model.data_preprocessor = nn.Identity()
+    with pytest.raises(ValueError, match="Module has no form for export; there are forms for"):
+        exporting.exportable(model)
+
+
+def write(names: list[str]) -> None:
+    """Measure what is named, or else all that is not stated yet, and state it."""
+    stated = json.loads(STATED.read_text()) if STATED.exists() else {}
+    whole = (TRACED_WHOLE, SIZES_WHOLE)
+    for kind, known, make, sizes in (("backbones", CLASSES, backbone, ()), ("models", MODELS, openmmlab, whole)):
+        found = {name: errors for name, errors in stated.get(kind, {}).items() if name in known}
+        for name in known:
+            if name in names or not names and name not in found:
+                with TemporaryDirectory() as folder:
+                    errors = measure(make(name), Path(folder), *sizes)
+                print(name, errors, flush=True)
+                found[name] = {form: float(f"{error:.0e}") for form, error in errors.items()}
+                stated[kind] = {name: found[name] for name in known if name in found}
+                STATED.write_text(json.dumps(stated, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    write(sys.argv[1:])
