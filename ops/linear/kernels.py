@@ -435,8 +435,8 @@ class _Launch(NamedTuple):
     registers: int | None = None
 
 
-# By kernel and the channels of a tile, measured on an H200. Never one warp with loads in flight: Triton 3.6 then leaves out the barrier
-# after an asynchronous copy.
+# By kernel and the channels of a tile, measured on an H200. Never one warp with loads in flight: Triton 3.6 then leaves
+# out the barrier after an asynchronous copy.
 LAUNCH = {
     ("forward", 32): _Launch(64, 4, 3),
     ("forward", 64): _Launch(32, 4, 3, 128),
