@@ -14,7 +14,7 @@ from mmengine.dataset import InfiniteSampler
 from mmengine.device import get_device
 from mmengine.dist import is_distributed, master_only
 from mmengine.logging import MMLogger
-from mmengine.model import is_model_wrapper, revert_sync_batchnorm
+from mmengine.model import BaseTTAModel, is_model_wrapper, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.runner import EpochBasedTrainLoop
 from mmengine.runner.checkpoint import CheckpointLoader
@@ -182,6 +182,8 @@ class Runner(mmengine.runner.Runner):
         checkpoint.get("meta", {}).pop("config", None)
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         model = self.model.module if is_model_wrapper(self.model) else self.model
+        # Test-time augmentation wraps the model once more.
+        model = model.module if isinstance(model, BaseTTAModel) else model
         self.logger.info(load_weights(model, checkpoint, filename, strict or self._is_test or self._resume))
         self._has_loaded = True
         return checkpoint
