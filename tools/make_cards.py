@@ -86,15 +86,21 @@ def describe(name: str, facts: dict, flops: dict[str, float], errors: dict[str, 
     )  # fmt: skip
 
 
-def generate() -> tuple[dict[Path, str], str]:
-    """Return the text of every card, by path, and README.md's table."""
-    loader = jinja2.FileSystemLoader(ROOT / "tools")
-    templates = jinja2.Environment(loader=loader, trim_blocks=True, keep_trailing_newline=True)
+def read_models() -> list[dict]:
+    """Return what the templates say of every model of the facts."""
     flops, errors = (json.loads((CARDS / name).read_text()) for name in ("flops.json", "parity.json"))
     models = []
     for path in sorted((CARDS / "facts").glob("*.yaml")):
         facts = load_facts(path)
         models += [describe(name, facts, flops, errors) for name in facts["models"]]
+    return models
+
+
+def generate() -> tuple[dict[Path, str], str]:
+    """Return the text of every card, by path, and README.md's table."""
+    loader = jinja2.FileSystemLoader(ROOT / "tools")
+    templates = jinja2.Environment(loader=loader, trim_blocks=True, keep_trailing_newline=True)
+    models = read_models()
     card = templates.get_template("card.md.j2")
     cards = {CARDS / f"{model['name']}.md": card.render(model) for model in models}
     return cards, templates.get_template("models.md.j2").render(models=models)
