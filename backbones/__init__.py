@@ -4,6 +4,8 @@ from types import ModuleType
 
 from densezoo.backbones import (
     agent,
+    attention_mobilenet,
+    attention_resnet,
     davit,
     dinat_s,
     flatten,
@@ -28,6 +30,8 @@ FAMILIES: tuple[ModuleType, ...] = (
     flatten,
     focalnet,
     poolformer,
+    attention_resnet,
+    attention_mobilenet,
 )
 """The modules of the families; each has `VARIANTS`, `default_cfgs` and `checkpoint_filter_fn`."""
 

@@ -68,17 +68,25 @@ def check_out_norms(out_norms: Sequence[int], stages: int) -> None:
 
 
 class Blocks(nn.Sequential):
-    """The blocks of a stage; with `grad_checkpointing` each is recomputed in the backward instead of stored."""
+    """The blocks of a stage; with `grad_checkpointing` each is recomputed in the backward instead of stored.
+
+    `feedback`, where a recursive neck has set it, is a map of the output's shape; it is added after the first block.
+    """
 
     grad_checkpointing = False
+    feedback: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the blocks in order."""
-        return checkpoint_seq(self, x) if self.grad_checkpointing else super().forward(x)
+        for i, block in enumerate(self):
+            x = checkpoint_seq([block], x) if self.grad_checkpointing else block(x)
+            if i == 0 and self.feedback is not None:
+                x = x + self.feedback
+        return x
 
 
 class StagedBackbone(nn.Module):
-    """A stem and stages over channels-last maps, with timm's model contract.
+    """A stem and stages, with timm's model contract, over channels-last maps or, where `output_fmt` says so, "NCHW".
 
     A family's class builds `patch_embed` and its stages (their blocks in `Blocks`) under the published names, lists the
     stages in `feature_info`, then calls `build_head`. It defines `forward_stage`, `keep_stages` and `group_matcher`.
@@ -199,8 +207,10 @@ class StagedBackbone(nn.Module):
             x = self.forward_stage(i, x)
             if i in wanted:
                 out = self.norm_output(i, x, final_norm=norm)
+                if output_fmt != self.output_fmt:
+                    out = out.permute(0, 3, 1, 2) if output_fmt == "NCHW" else out.permute(0, 2, 3, 1)
                 # Contiguous: compiled detection operators read NCHW memory whatever the strides say.
-                intermediates.append(out.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else out)
+                intermediates.append(out.contiguous() if output_fmt == "NCHW" else out)
         if intermediates_only:
             return {"image_intermediates": intermediates} if output_dict else intermediates
         x = self.norm_output(i, x)

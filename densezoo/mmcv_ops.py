@@ -423,6 +423,15 @@ def _deform_conv_grads(
     return torch.ops.torchvision._deform_conv2d_backward(grad, input, weight, offset, mask, bias, *geometry, modulated)
 
 
+def _first_numbers(x: Tensor, output: Tensor) -> Tensor:
+    """Return a view of each image's first numbers in memory, as a map of the output's size.
+
+    mmcv's modulated kernels read larger offsets and masks so, on which mmdet's DyHead relies.
+    """
+    channels, size = x.shape[1], output.shape[2:]
+    return x.flatten(1)[:, : channels * size.numel()].unflatten(1, (channels, *size))
+
+
 @_operator
 def modulated_deform_conv_forward(
     input: Tensor, weight: Tensor, bias: Tensor, ones: Tensor, offset: Tensor, mask: Tensor, output: Tensor,
@@ -430,7 +439,7 @@ def modulated_deform_conv_forward(
     dilation_h: int, dilation_w: int, group: int, deformable_group: int, with_bias: bool,
 ) -> None:  # fmt: skip
     """Modulated deformable convolution (arXiv 1811.11168) of input (B, C, H, W) into output."""
-    x, w, b, o, m = _native(input, weight, bias, offset, mask)
+    x, w, b, o, m = _native(input, weight, bias, _first_numbers(offset, output), _first_numbers(mask, output))
     geometry = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w)
     output.copy_(torchvision.ops.deform_conv2d(x, o, w, b if with_bias else None, *geometry, m))
 
@@ -444,11 +453,13 @@ def modulated_deform_conv_backward(
 ) -> None:  # fmt: skip
     """Add the gradients of `modulated_deform_conv_forward` to those given; write those of offset and mask."""
     geometry = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group)
-    grads = _deform_conv_grads(grad_output, input, weight, offset, mask, geometry)
+    first = (_first_numbers(x, grad_output) for x in (offset, mask))
+    grads = _deform_conv_grads(grad_output, input, weight, *first, geometry)
     grad_input += grads[0]
     grad_weight += grads[1]
-    grad_offset.copy_(grads[2])
-    grad_mask.copy_(grads[3])
+    for x, grad in ((grad_offset, grads[2]), (grad_mask, grads[3])):
+        x.zero_()
+        _first_numbers(x, grad_output).copy_(grad)
     if with_bias:
         grad_bias += grads[4]
 

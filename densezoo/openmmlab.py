@@ -8,6 +8,10 @@ and in a ResNet of theirs, with any module of `densezoo.ops.plugins`,
 
     plugins=[dict(cfg=dict(type="densezoo.CBAM"), stages=(True, True, True, True), position="after_conv3")]
 
+and after any backbone, with any module of `densezoo.necks`,
+
+    neck=dict(type="densezoo.RCNet", in_channels=[64, 128, 256, 512], start_level=1)
+
 Importing it again or reloading it is harmless. mmcv's operators need no compiler after it (see `densezoo.mmcv_ops`).
 """
 
@@ -32,9 +36,11 @@ from timm.models import group_parameters
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
-from densezoo import mmcv_ops, panoptic
+from densezoo import mmcv_ops, necks, panoptic
 from densezoo.backbones import (
     agent,
+    attention_mobilenet,
+    attention_resnet,
     davit,
     dinat_s,
     flatten,
@@ -46,6 +52,7 @@ from densezoo.backbones import (
     quadtree,
 )
 from densezoo.checkpoints import load_published
+from densezoo.heads import dyhead
 from densezoo.ops import plugins
 
 
@@ -74,13 +81,39 @@ panoptic.install()
 _leave_out_language_models()
 
 
+class _Registry(mmengine.Registry):
+    def get(self, key: str) -> type | None:
+        # Not before they are named: they import mmdet or mmseg, which takes seconds.
+        if key.rpartition(".")[2] in _EXTENSIONS:
+            importlib.import_module(_EXTENSIONS[key.rpartition(".")[2]])
+        return super().get(key)
+
+
 def _registry(parent: mmengine.Registry) -> mmengine.Registry:
     if "densezoo" in parent.children:
         return parent.children["densezoo"]
-    return mmengine.Registry(parent.name, parent=parent, scope="densezoo")
+    return _Registry(parent.name, parent=parent, scope="densezoo")
+
+
+# What extends classes of mmdet and mmseg -> the module that has it.
+_EXTENSIONS = {
+    "BVRATSSHead": "densezoo.mmdet_heads",
+    "BVRFCOSHead": "densezoo.mmdet_heads",
+    "BVRRetinaHead": "densezoo.mmdet_heads",
+    "BVRRoIHead": "densezoo.mmdet_heads",
+    "IoUAwareFocalLoss": "densezoo.mmdet_heads",
+    "RelationDINO": "densezoo.mmdet_heads",
+    "RelationDINOHead": "densezoo.mmdet_heads",
+    "SEPCFreeAnchorRetinaHead": "densezoo.mmdet_sepc",
+    "SEPCRetinaHead": "densezoo.mmdet_sepc",
+    "MEUHead": "densezoo.mmseg_heads",
+    "P2ATHead": "densezoo.mmseg_heads",
+}
 
 
 MODELS = _registry(mmengine.MODELS)
+# A neck as it is.
+MODELS.register_module(module=dyhead.DyHead, force=True)
 
 _CONFIGS: dict[str, dict] = {}
 
@@ -111,6 +144,8 @@ class _Backbone:
         frozen_stages: Freeze nothing (-1), the stem (0), or the stem and the first n stages (n): they get no gradients
             and stay in eval mode.
         with_cp: Whether to recompute activations in the backward instead of storing them.
+        norm_eval: Whether batch norms stay in eval mode while training, as with few images a GPU.
+        output_img: Whether to return the images before the maps, for `densezoo.RFP`.
         init_cfg: `dict(type="Pretrained", checkpoint=...)` loads a published checkpoint strictly, by
             `densezoo.checkpoints.load_published`; without it the family's own initialisation stays.
         kwargs: Other arguments of the family's class, such as `drop_path_rate`, `in_chans` or `dilations`.
@@ -146,6 +181,8 @@ class _Backbone:
         out_norms: Sequence[int] | None = None,
         frozen_stages: int = -1,
         with_cp: bool = False,
+        norm_eval: bool = False,
+        output_img: bool = False,
         init_cfg: dict | list[dict] | None = None,
         **kwargs,
     ):
@@ -172,8 +209,10 @@ class _Backbone:
             out_norms = out_indices if default_norms is None else default_norms
         super().__init__(**kwargs, out_norms=tuple(out_norms))
         self.init_cfg = copy.deepcopy(init_cfg)
+        self.output_img = output_img
         self.out_indices = tuple(self.prune_intermediate_layers(out_indices, prune_norm=True))
         self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
         self.set_grad_checkpointing(with_cp)
         self._freeze()
 
@@ -189,15 +228,20 @@ class _Backbone:
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Take images (B, in_chans, H, W) to one map (B, C, H / stride, W / stride) a stage of `out_indices`."""
-        return tuple(self.forward_intermediates(x, indices=list(self.out_indices), intermediates_only=True))
+        maps = self.forward_intermediates(x, indices=list(self.out_indices), intermediates_only=True)
+        return (x, *maps) if self.output_img else tuple(maps)
 
     def train(self, mode: bool = True) -> nn.Module:
-        """Set the mode of all but the frozen stages."""
+        """Set the mode of all but the frozen stages and, with `norm_eval`, the batch norms."""
         super().train(mode)
         self._freeze()
         return self
 
     def _freeze(self) -> None:
+        if self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
         if self.frozen_stages < 0:
             return
         # The stages after the last output are not there.
@@ -342,6 +386,57 @@ class MetaFormer(_Backbone, poolformer.PoolFormer, BaseModule, prefix="metaforme
     """MetaFormers with other token mixers (arXiv 2111.11418); arguments as for `_Backbone`."""
 
 
+class SEResNet(
+    _Backbone, attention_resnet.AttentionResNet, BaseModule, prefix="se_resnet", out_norms=(), attention="se"
+):
+    """SE-ResNet (arXiv 1709.01507); arguments as for `_Backbone`."""
+
+
+class CBAMResNet(
+    _Backbone, attention_resnet.AttentionResNet, BaseModule, prefix="cbam_resnet", out_norms=(), attention="cbam"
+):
+    """ResNet with CBAM (arXiv 1807.06521); arguments as for `_Backbone`."""
+
+
+class BAMResNet(
+    _Backbone, attention_resnet.AttentionResNet, BaseModule, prefix="bam_resnet", out_norms=(), attention="bam"
+):
+    """ResNet with BAM (arXiv 1807.06514); arguments as for `_Backbone`."""
+
+
+class ECAResNet(
+    _Backbone, attention_resnet.AttentionResNet, BaseModule, prefix="eca_resnet", out_norms=(), attention="eca"
+):
+    """ECA-Net (arXiv 1910.03151); arguments as for `_Backbone`."""
+
+
+class TripletResNet(
+    _Backbone, attention_resnet.AttentionResNet, BaseModule, prefix="triplet_resnet", out_norms=(), attention="triplet"
+):
+    """ResNet with triplet attention (arXiv 2010.03045); arguments as for `_Backbone`."""
+
+
+class FcaNet(_Backbone, attention_resnet.AttentionResNet, BaseModule, prefix="fcanet", out_norms=(), attention="fca"):
+    """FcaNet (arXiv 2012.11879); arguments as for `_Backbone`."""
+
+
+class ECAMobileNetV2(
+    _Backbone, attention_mobilenet.AttentionMobileNetV2, BaseModule, prefix="eca_", out_norms=(), attention="eca"
+):
+    """MobileNetV2 with ECA (arXiv 1910.03151); arguments as for `_Backbone`."""
+
+
+class TripletMobileNetV2(
+    _Backbone,
+    attention_mobilenet.AttentionMobileNetV2,
+    BaseModule,
+    prefix="triplet_",
+    out_norms=(),
+    attention="triplet",
+):
+    """MobileNetV2 with triplet attention (arXiv 2010.03045); arguments as for `_Backbone`."""
+
+
 class _Plugin:
     """What turns an attention module, the second base, into a plugin layer of mmcv, which says `in_channels`."""
 
@@ -360,12 +455,28 @@ class CBAM(_Plugin, plugins.CBAM):
     """CBAM (arXiv 1807.06521); arguments as for `densezoo.ops.plugins.CBAM`."""
 
 
+class DAS(_Plugin, plugins.DAS):
+    """DAS (arXiv 2311.12091); arguments as for `densezoo.ops.plugins.DAS`."""
+
+
 class ECA(_Plugin, plugins.ECA):
     """ECA (arXiv 1910.03151); arguments as for `densezoo.ops.plugins.ECA`."""
 
 
+class ELA(_Plugin, plugins.ELA):
+    """ELA (arXiv 2403.01123); arguments as for `densezoo.ops.plugins.ELA`."""
+
+
 class FCA(_Plugin, plugins.FCA):
     """FcaNet's attention (arXiv 2012.11879); arguments as for `densezoo.ops.plugins.FCA`."""
+
+
+class GatherExcite(_Plugin, plugins.GatherExcite):
+    """Gather-Excite (arXiv 1810.12348); arguments as for `densezoo.ops.plugins.GatherExcite`."""
+
+
+class PKCAM(_Plugin, plugins.PKCAM):
+    """PKCAM (arXiv 2211.07521); arguments as for `densezoo.ops.plugins.PKCAM`."""
 
 
 class SE(_Plugin, plugins.SE):
@@ -374,3 +485,25 @@ class SE(_Plugin, plugins.SE):
 
 class Triplet(_Plugin, plugins.Triplet):
     """Triplet attention (arXiv 2010.03045); arguments as for `densezoo.ops.plugins.Triplet`."""
+
+
+class ULSAM(_Plugin, plugins.ULSAM):
+    """ULSAM (arXiv 2006.15102); arguments as for `densezoo.ops.plugins.ULSAM`."""
+
+
+class RFP(necks.RFP):
+    """Recursive feature pyramid (arXiv 2006.02334); arguments as for `densezoo.necks.RFP`.
+
+    `rfp_backbone` is the second backbone's config; the first one has `output_img=True`.
+    """
+
+    def __init__(self, in_channels: Sequence[int], rfp_backbone: dict, **kwargs):
+        super().__init__(in_channels, MODELS.build(rfp_backbone), **kwargs)
+
+    def init_weights(self) -> None:
+        """Apply the second backbone's `init_cfg`."""
+        self.rfp_modules[0].init_weights()
+
+
+for _neck in (necks.FPN, necks.PAFPN, necks.SEPC, necks.GatherDistribute, necks.RCNet, necks.SimpleFeaturePyramid, RFP):
+    MODELS.register_module(module=_neck, force=True)

@@ -526,6 +526,20 @@ def test_deform_conv_gradients(geometry):
     assert gradcheck(lambda *x: mmcv.ops.modulated_deform_conv2d(*x, None, *geometry), (images, offset, mask, weight))
 
 
+def test_modulated_deform_conv_reads_larger_offsets_from_their_start(device):
+    geometry = ((1, 1), (1, 1), (1, 1), 1, 1)
+    images = torch.randn(2, 4, 3, 4, dtype=torch.float64, device=device)
+    offset = torch.randn(2, 18, 6, 8, dtype=torch.float64, device=device, requires_grad=True)
+    mask = torch.rand(2, 9, 6, 8, dtype=torch.float64, device=device, requires_grad=True)
+    weight = torch.randn(5, 4, 3, 3, dtype=torch.float64, device=device)
+    first = [x.flatten(1)[:, : x.shape[1] * 12].unflatten(1, (-1, 3, 4)) for x in (offset, mask)]
+    expected = mmcv.ops.modulated_deform_conv2d(images, *first, weight, None, *geometry)
+    output = mmcv.ops.modulated_deform_conv2d(images, offset, mask, weight, None, *geometry)
+    torch.testing.assert_close(output, expected)
+    for a, b in zip(*(torch.autograd.grad(x.square().sum(), (offset, mask)) for x in (output, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_deform_conv_layers(device):
     x = torch.randn(2, 4, 8, 8, device=device)
     for layer in (mmcv.ops.DeformConv2dPack, mmcv.ops.ModulatedDeformConv2dPack):

@@ -31,6 +31,8 @@ STAGED = dict(embed_dim=16, depths=[1, 2, 1, 1], num_heads=[1, 2, 4, 8], kernel_
 HALVING = dict(embed_dim=16, depths=[1, 2, 1, 1], num_heads=[1, 2, 4, 8])
 PYRAMID = dict(embed_dims=[16, 32, 64, 128], depths=[1, 2, 1, 1], num_heads=[1, 2, 4, 8])
 POOLING = dict(embed_dims=[8, 16, 24, 32], depths=[1, 2, 1, 1])
+MOBILE = dict(depths=[1, 2, 2, 2])
+RESIDUAL = dict(embed_dims=[16, 16, 32, 32], depths=[1, 2, 1, 1])
 ISOTROPIC = dict(embed_dim=16, depth=3, num_heads=2)
 # A timm name of every type, and what makes it small.
 TYPES = {
@@ -59,9 +61,17 @@ TYPES = {
     "PoolFormer": ("densezoo_poolformer_s12", POOLING),
     "PoolFormerV2": ("densezoo_poolformerv2_s12", POOLING),
     "MetaFormer": ("metaformer_ppaa_s12_224", POOLING | dict(embed_dims=[8, 16, 32, 64])),
+    "SEResNet": ("se_resnet18", RESIDUAL),
+    "CBAMResNet": ("cbam_resnet50", RESIDUAL),
+    "BAMResNet": ("bam_resnet18", RESIDUAL),
+    "ECAResNet": ("eca_resnet50", RESIDUAL),
+    "TripletResNet": ("triplet_resnet50_k3", RESIDUAL),
+    "FcaNet": ("fcanet50", RESIDUAL),
+    "ECAMobileNetV2": ("eca_mobilenetv2", MOBILE),
+    "TripletMobileNetV2": ("triplet_mobilenetv2_k3", MOBILE),
 }
 # Without norms on their outputs in the published detectors and segmentors.
-NORMLESS = ("AgentPVT", "FLattenPVT")
+NORMLESS = ("AgentPVT", "FLattenPVT", *(kind for kind, (_, small) in TYPES.items() if small in (RESIDUAL, MOBILE)))
 
 
 def build(kind: str = "NAT", **kwargs) -> torch.nn.Module:
@@ -170,6 +180,7 @@ PVT_STEM = ("patch_embed1.", "pos_embed1")
         ("MaxViT", parts("stages.{}.")),
         ("FocalNet", parts("layers.{}.")),
         ("PoolFormer", parts("stages.{}.")),
+        ("ECAResNet", [("patch_embed.",), *((f"layer{i}.",) for i in range(1, 5))]),
         ("AgentSwin", parts("layers.{}.")),
         ("FLattenDeiT", parts("blocks.", 1)),
         # The stem is the first stage's embedding.
@@ -201,6 +212,19 @@ def test_frozen_stages(kind, parts):
             # Stochastic depth may skip a block, so that its parameters get no gradient.
             sum(output.pow(3).mean() for output in model.eval()(images())).backward()
             assert with_gradient(model) == trainable(model)
+
+
+def test_batch_norms_in_eval_mode():
+    for norm_eval in (True, False):
+        model = build("CBAMResNet", norm_eval=norm_eval, frozen_stages=1)
+        for _ in range(2):
+            model.train()
+            norms = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
+            assert any(".SpatialGate." in name for name in norms)
+            for name, norm in norms.items():
+                assert norm.training == (not norm_eval and not name.startswith(("patch_embed.", "layer1."))), name
+        assert model.training and model.layer2[0].training
+        assert "layer2.0.bn1.weight" in trainable(model) and "layer1.0.bn1.weight" not in trainable(model)
 
 
 def test_frozen_stages_of_a_pruned_model():

@@ -85,19 +85,3 @@ def model_rows(names: Iterable[str], dense: bool, mode: str) -> Iterator[dict]:
             except Exception as e:  # what cannot run this size is a result too
                 row[f"{way} error"] = f"{type(e).__name__}: {str(e).splitlines()[0][:150]}"
         yield row
-
-
-def model_table(rows: list[dict]) -> str:
-    """Return the rows as a Markdown table, with the ratio to what a user would take instead."""
-    columns = [f"{way} {what}" for way in ("eager", "compiled") for what in ("inference", "training", "peak MiB")]
-    header = ["model", *columns, "beside", "compiled inference", "compiled training"]
-    lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
-    by_name = {row["model"]: row for row in rows}
-    for row in rows:
-        cells = [row["model"], *(f"{row[c]:.0f}" if c in row else "" for c in columns)]
-        rival = by_name.get(RIVALS.get(row["model"]), {})
-        cells.append(rival.get("model", ""))
-        for c in ("compiled inference", "compiled training"):
-            cells.append(f"{row[c] / rival[c]:.2f}x" if c in row and c in rival else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)

@@ -19,7 +19,7 @@ METRICS = {
     "macc": ("mAcc", "mAcc", "semantic-segmentation"),
 }
 FAMILY_KEYS = ("source", "license", "weights_base", "papers", "models")
-MODEL_KEYS = ("paper", "license", "note", "weights", "results")
+MODEL_KEYS = ("paper", "source", "license", "note", "weights", "results")
 RESULT_KEYS = ("dataset", "method", "size", "params", "flops", "config", "weights", "status", *METRICS)
 
 

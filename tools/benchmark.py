@@ -4,6 +4,7 @@
     python tools/benchmark.py ops na2d --dtype float16 --json na2d.json
     python tools/benchmark.py models                    tiny models at 224, in images per second
     python tools/benchmark.py models nat_tiny swin_tiny_patch4_window7_224 --dense
+    python tools/benchmark.py report *.json             tables and plots of what --json saved, in ops/benchmarks.md
 
 Times of operators are medians of many, in microseconds. The floor is the bytes of each input read once and each output
 written once over the copy bandwidth measured in the same run. A kernel that disagrees with its float64 reference is
@@ -12,7 +13,6 @@ not timed.
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Callable
 from datetime import date
@@ -21,11 +21,14 @@ from pathlib import Path
 
 import timm
 import torch
-from _benchmark_models import MODELS, model_rows, model_table
+from _benchmark_models import MODELS, model_rows
 from _benchmark_ops import OPERATORS, TOLERANCE, Case
+from _benchmark_report import operator_table, report, write
 from triton.testing import do_bench
 
 from densezoo import __version__
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "ops/benchmarks.md"
 
 
 def median_us(function: Callable[[], object]) -> float:
@@ -80,22 +83,8 @@ def measure(case: Case, bandwidth: float, dtype: torch.dtype) -> list[dict]:
     return rows
 
 
-def table(rows: list[dict]) -> str:
-    """Return the rows as a Markdown table: times, and ours over the floor and against each other way."""
-    ways = list(dict.fromkeys(way for row in rows for way in row["us"]))
-    header = ["case", "", "floor", *ways, "over the floor", *(f"{w} / {ways[0]}" for w in ways[1:])]
-    lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
-    for row in rows:
-        ours = row["us"].get(ways[0], float("nan"))
-        times = [f"{row['us'][w]:.1f}" if w in row["us"] else "" for w in ways]
-        ratios = [f"{row['us'][w] / ours:.1f}" if w in row["us"] else "" for w in ways[1:]]
-        cells = [row["case"], row["pass"], f"{row['floor_us']:.1f}", *times, f"{ours / row['floor_us']:.2f}", *ratios]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def time_operators(names: list[str], dtype: torch.dtype) -> tuple[list[dict], str]:
-    """Time the cases of operators; return a row for each pass, and what to print of them."""
+    """Time the cases of operators; return a row for each pass, and what was measured with."""
     # The backward is timed apart from the forward, so its saved tensors must outlive it.
     torch._functorch.config.donated_buffer = False
     rows = []
@@ -106,27 +95,29 @@ def time_operators(names: list[str], dtype: torch.dtype) -> tuple[list[dict], st
             for case in OPERATORS[name](dtype, "cuda"):
                 rows += (new := measure(case, bandwidth, dtype))
                 # Comparing takes minutes: what is known is shown at once.
-                print(*table(new).splitlines()[2:], sep="\n", file=sys.stderr, flush=True)
-    median = statistics.median(r["us"]["densezoo"] / r["floor_us"] for r in rows)
-    return rows, f"copy bandwidth {bandwidth / 1e6:.2f} TB/s; median over the floor {median:.2f}\n\n{table(rows)}"
+                print(*operator_table(new).splitlines()[2:], sep="\n", file=sys.stderr, flush=True)
+    return rows, f"copy bandwidth {bandwidth / 1e6:.2f} TB/s"
 
 
 def time_models(names: list[str], dense: bool, mode: str) -> tuple[list[dict], str]:
-    """Time models; return a row for each, and what to print of them."""
+    """Time models; return a row for each, and how it was measured."""
     rows = []
     for row in model_rows(names, dense, mode):
         rows.append(row)
         print(row, file=sys.stderr, flush=True)
     size = "800x1216, batch 2" if dense else "224x224, batch 128"
-    return rows, f"images per second, {size}, torch.compile mode {mode}\n\n{model_table(rows)}"
+    return rows, f"images per second, {size}, torch.compile mode {mode}"
 
 
 def main() -> None:
     """Run the benchmark that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["ops", "models"])
+    parser.add_argument("what", choices=["ops", "models", "report"])
     parser.add_argument(
-        "names", nargs="*", metavar="name", help=f"operators, of {', '.join(OPERATORS)}, or timm models"
+        "names",
+        nargs="*",
+        metavar="name",
+        help=f"operators, of {', '.join(OPERATORS)}, timm models, or files of --json",
     )
     parser.add_argument(
         "--dtype",
@@ -143,6 +134,11 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args()
+    if args.what == "report":
+        try:
+            return write([json.loads(Path(name).read_text()) for name in args.names], BENCHMARKS)
+        except (OSError, ValueError, KeyError) as e:
+            parser.error(f"report: {e}; expected files that --json saved")
     known = OPERATORS if args.what == "ops" else timm.list_models()
     if unknown := set(args.names) - set(known):
         hint = ", ".join(OPERATORS) if args.what == "ops" else "timm's and the zoo's models"
@@ -151,17 +147,21 @@ def main() -> None:
         parser.error("needs a CUDA GPU: times on a CPU say nothing about the kernels")
 
     if args.what == "ops":
-        rows, report = time_operators(args.names or list(OPERATORS), getattr(torch, args.dtype))
+        rows, measured = time_operators(args.names or list(OPERATORS), getattr(torch, args.dtype))
     else:
-        rows, report = time_models(args.names or list(MODELS), args.dense, args.mode)
-    machine = (
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {version('triton')}, "
-        f"timm {timm.__version__}, "
-        f"densezoo {__version__}, {args.dtype if args.what == 'ops' else 'bfloat16 autocast'}, {date.today()}"
-    )
-    print(f"{machine}, {report}")
+        rows, measured = time_models(args.names or list(MODELS), args.dense, args.mode)
+    dtype = args.dtype if args.what == "ops" else "bfloat16 autocast"
+    run = {
+        "what": args.what,
+        "command": " ".join(["python", "tools/benchmark.py", *sys.argv[1:]]),
+        "machine": f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {version('triton')}, timm "
+        f"{timm.__version__}, densezoo {__version__}, {dtype}, {measured}",
+        "date": str(date.today()),
+        "rows": rows,
+    }
+    print(report([run]))
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        args.json.write_text(json.dumps(run, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ image; nothing is computed, so that the size costs neither time nor memory.
 
 import argparse
 from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
 
-import densezoo.ops.neighborhood.kernels  # noqa: F401  (tells what the kernels count)
+import densezoo.ops
 import timm
 import torch
 from rich.console import Console
@@ -18,6 +20,10 @@ from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
+
+# They tell what the operators count.
+for file in Path(densezoo.ops.__file__).parent.glob("*/kernels.py"):
+    import_module(f"densezoo.ops.{file.parent.name}.kernels")
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ All agents of a head fit into one tile, so that scores between agents and a tile
 Scores are kept in base 2, scaled by log2(e).
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -242,97 +243,115 @@ def _backward(
 
 
 class _Launch(NamedTuple):
-    """Tokens a tile, warps a program, loads in flight."""
+    """Tokens a tile, warps a program, loads in flight, and the most registers of a thread."""
 
     tokens: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
-# By kernel and the most agents of a tile. Never one warp with loads in flight: Triton 3.6 then leaves out the barrier
-# after an asynchronous copy.
+# By kernel, the most agents of a tile, and the channels of a tile. Never one warp with loads in flight: Triton 3.6 then
+# leaves out the barrier after an asynchronous copy.
 LAUNCH = {
-    ("forward", 16): _Launch(64, 4, 2),
-    ("forward", 64): _Launch(64, 4, 2),
-    ("backward", 16): _Launch(64, 4, 2),
-    ("backward", 64): _Launch(32, 8, 2),
+    ("forward", 16, 32): _Launch(64, 4, 2),
+    ("forward", 16, 64): _Launch(64, 4, 2),
+    ("forward", 16, 128): _Launch(64, 8, 2),
+    ("forward", 64, 32): _Launch(64, 4, 2),
+    ("forward", 64, 64): _Launch(64, 4, 1, 168),
+    ("forward", 64, 128): _Launch(64, 8, 2),
+    ("backward", 16, 32): _Launch(64, 4, 1),
+    ("backward", 16, 64): _Launch(64, 4, 1),
+    ("backward", 16, 128): _Launch(64, 8, 1),
+    ("backward", 64, 32): _Launch(32, 4, 1),
+    ("backward", 64, 64): _Launch(32, 4, 1),
+    ("backward", 64, 128): _Launch(32, 8, 1),
 }
 # Programs that fill the GPU: fewer are split into runs of at least RUN tokens, more take several images each.
 PROGRAMS = 384
 RUN = 512
 
 
-def _dense(*tensors: Tensor) -> list[Tensor]:
-    """Return tensors with one set of strides, dense in the last axis; views of one projection pass as they are."""
-    if all(t.stride() == tensors[0].stride() and t.stride(-1) == 1 for t in tensors):
-        return list(tensors)
-    return [t.contiguous() for t in tensors]
+class _Plan:
+    """How the kernels are launched on inputs of one layout."""
 
-
-class _Problem:
-    """The arguments that the kernels share, and how a launch is split."""
-
-    def __init__(self, query, key, value, agent, aggregation_bias, broadcast_bias, scale: float):
-        (self.query,), (self.key, self.value), (self.agent,) = _dense(query), _dense(key, value), _dense(agent)
-        # Kernels have no use for a missing bias, but need a pointer.
-        biases = [query if bias is None else bias for bias in (aggregation_bias, broadcast_bias)]
-        self.tensors = (self.query, self.key, self.value, self.agent, *biases)
-        self.batch, self.tokens, self.heads, self.dim = query.shape
-        self.agents = agent.shape[1]
-        self.scale = scale
-        self.strides = [n for t in (self.query, self.key, self.agent) for n in t.stride()[:3]]
-        for bias in biases:
-            self.strides += bias.stride()[:3]
-        largest = max(
-            sum((n - 1) * s for n, s in zip(t.shape[1:], t.stride()[1:], strict=True)) for t in (self.query, self.key)
-        )
-        tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    def __init__(self, shape, agents: int, strides, bias_strides, tf32: bool):
+        self.batch, self.tokens, self.heads, self.dim = shape
+        self.agents = agents
+        # Of a missing bias nothing is read.
+        self.strides = [n for stride in strides for n in stride[:3]]
+        for stride in bias_strides:
+            self.strides += stride or (0, 0, 0)
+        largest = max(sum((n - 1) * s for n, s in zip(shape[1:], stride[1:], strict=True)) for stride in strides[:2])
         self.constants = {
-            "HAS_A": aggregation_bias is not None,
-            "HAS_B": broadcast_bias is not None,
+            "HAS_A": bias_strides[0] is not None,
+            "HAS_B": bias_strides[1] is not None,
             "HEADS": self.heads,
             "DIM": self.dim,
             "BLOCK_DIM": max(16, triton.next_power_of_2(self.dim)),
-            "AGENTS": max(16, triton.next_power_of_2(self.agents)),
+            "AGENTS": max(16, triton.next_power_of_2(agents)),
             "PRECISION": "tf32" if tf32 else "ieee",
             # 32-bit offsets within an image halve the registers of addresses; images themselves are 64 bits apart.
-            "INDEX": tl.int32 if max(largest, query.shape[1:].numel()) < 2**31 else tl.int64,
+            "INDEX": tl.int32 if max(largest, self.tokens * self.heads * self.dim) < 2**31 else tl.int64,
         }
-
-    def launch(self, kernel: str) -> dict:
-        """Return the constants of a kernel's tile; wide heads take more warps."""
-        launch = LAUNCH[kernel, 16 if self.constants["AGENTS"] == 16 else 64]
-        warps = launch.warps * (2 if self.constants["BLOCK_DIM"] > 64 else 1)
-        return {**self.constants, "TOKENS": launch.tokens, "num_warps": warps, "num_stages": launch.stages}
-
-    def split(self) -> tuple[int, int]:
-        """Return how many runs a head's tokens are cut into, and the tokens of a run."""
+        self.forward, self.backward = self._launch("forward"), self._launch("backward")
         programs = self.batch * self.heads
         runs = 1 if programs >= PROGRAMS else max(1, min(self.tokens // RUN, 2 * PROGRAMS // programs))
-        run = triton.cdiv(triton.cdiv(self.tokens, runs), 64) * 64
-        return triton.cdiv(self.tokens, run), run
+        self.run = triton.cdiv(triton.cdiv(self.tokens, runs), 64) * 64
+        self.runs = triton.cdiv(self.tokens, self.run)
+        self.images = 1 << (max(1, programs * self.runs // PROGRAMS).bit_length() - 1)
+        self.groups = triton.cdiv(self.batch, self.images)
+        table = self.groups * self.heads * agents * self.tokens
+        self.tables = [0 if stride is None else table for stride in bias_strides]
+
+    def _launch(self, kernel: str) -> dict:
+        """Return the constants of a kernel."""
+        agents = 16 if self.constants["AGENTS"] == 16 else 64
+        launch = LAUNCH[kernel, agents, max(32, self.constants["BLOCK_DIM"])]
+        options = {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.registers}
+        return {**self.constants, "TOKENS": launch.tokens, **options}
+
+
+_plan = lru_cache(maxsize=1024)(_Plan)
+
+
+def _prepare(query, key, value, agent, *biases) -> tuple[_Plan, tuple[Tensor, ...]]:
+    """Return the plan, and the tensors that all kernels read."""
+    if query.stride(3) != 1:
+        query = query.contiguous()
+    if key.stride() != value.stride() or key.stride(3) != 1:
+        key, value = key.contiguous(), value.contiguous()
+    if agent.stride(3) != 1:
+        agent = agent.contiguous()
+    tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    strides = (query.stride(), key.stride(), agent.stride())
+    bias_strides = tuple(None if bias is None else bias.stride() for bias in biases)
+    plan = _plan(query.shape, agent.shape[1], strides, bias_strides, tf32)
+    # Kernels have no use for a missing bias, but need a pointer.
+    return plan, (query, key, value, agent, *(query if bias is None else bias for bias in biases))
 
 
 def _agent(
     query: Tensor, key: Tensor, value: Tensor, agent: Tensor,
     aggregation_bias: Tensor | None, broadcast_bias: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    problem = _Problem(query, key, value, agent, aggregation_bias, broadcast_bias, scale)
+    plan, tensors = _prepare(query, key, value, agent, aggregation_bias, broadcast_bias)
     batch, tokens, heads, dim = query.shape
-    agents = problem.agents
+    agents, runs = plan.agents, plan.runs
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     agent_value = torch.empty(batch, heads, agents, dim, dtype=query.dtype, device=query.device)
     lse = torch.empty(batch, heads, agents, dtype=torch.float32, device=query.device)
-    runs, run = problem.split()
     parts = part_norms = lse
     if runs > 1:
-        parts = torch.empty(runs, *agent_value.shape, dtype=torch.float32, device=query.device)
-        part_norms = torch.empty(runs, *lse.shape, 2, dtype=torch.float32, device=query.device)
+        rows = runs * batch * heads * agents
+        parts, part_norms = torch.empty(rows * (dim + 2), dtype=torch.float32, device=query.device).split(
+            (rows * dim, rows * 2)
+        )
 
     def launch(gather: bool, spread: bool) -> None:
         _forward[(batch * heads, runs)](
-            *problem.tensors, parts, part_norms, out, agent_value, lse, tokens, agents, run, runs, scale,
-            *problem.strides, **problem.launch("forward"), GATHER=gather, SPREAD=spread,
+            *tensors, parts, part_norms, out, agent_value, lse, tokens, agents, plan.run, runs, scale,
+            *plan.strides, **plan.forward, GATHER=gather, SPREAD=spread,
         )  # fmt: skip
 
     launch(True, runs == 1)
@@ -346,29 +365,23 @@ def _agent_backward(
     aggregation_bias: Tensor | None, broadcast_bias: Tensor | None, out: Tensor, agent_value: Tensor, lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    problem = _Problem(query, key, value, agent, aggregation_bias, broadcast_bias, scale)
+    biases = (aggregation_bias, broadcast_bias)
+    plan, tensors = _prepare(query, key, value, agent, *biases)
     batch, tokens, heads, dim = query.shape
-    agents = problem.agents
+    agents, runs, groups = plan.agents, plan.runs, plan.groups
     grad_out = grad_out.contiguous()
-    grad_q, grad_k, grad_v = (torch.empty_like(out) for _ in range(3))
-    runs, run = problem.split()
-    images = 1 << (max(1, batch * heads * runs // PROGRAMS).bit_length() - 1)
-    groups = triton.cdiv(batch, images)
-    has_biases = [bias is not None for bias in (aggregation_bias, broadcast_bias)]
+    grad_q, grad_k, grad_v = torch.empty_like(out), torch.empty_like(out), torch.empty_like(out)
     if runs == 1:
         grad_agents = torch.empty(1, batch, agents, heads, dim, dtype=agent.dtype, device=query.device)
     else:
         grad_agents = torch.empty(2 * runs, batch, agents, heads, dim, dtype=torch.float32, device=query.device)
-    tables = [
-        torch.empty((groups if has else 0, heads, *sizes), dtype=torch.float32, device=query.device)
-        for has, sizes in zip(has_biases, ((agents, tokens), (tokens, agents)), strict=True)
-    ]
+    tables = torch.empty(sum(plan.tables), dtype=torch.float32, device=query.device).split(plan.tables)
 
     def launch(grad_value: Tensor, queries: bool, keys: bool) -> None:
         _backward[(groups * heads, runs)](
-            *problem.tensors, agent_value, lse, grad_out, grad_q, grad_k, grad_v, grad_value, grad_agents, *tables,
-            batch, images, tokens, agents, run, scale, *problem.strides,
-            **problem.launch("backward"), QUERIES=queries, KEYS=keys,
+            *tensors, agent_value, lse, grad_out, grad_q, grad_k, grad_v, grad_value, grad_agents, *tables,
+            batch, plan.images, tokens, agents, plan.run, scale, *plan.strides,
+            **plan.backward, QUERIES=queries, KEYS=keys,
         )  # fmt: skip
 
     if runs == 1:
@@ -378,8 +391,8 @@ def _agent_backward(
         launch(grad_values, True, False)
         launch(grad_values.sum(0), False, True)
     grad_biases = (
-        _sum(table).to(bias.dtype) if has else query.new_empty(0)
-        for table, bias, has in zip(tables, (aggregation_bias, broadcast_bias), has_biases, strict=True)
+        query.new_empty(0) if bias is None else table.view(groups, *bias.shape).sum(0).to(bias.dtype)
+        for table, bias in zip(tables, biases, strict=True)
     )
     return grad_q, grad_k, grad_v, _sum(grad_agents).to(agent.dtype), *grad_biases
 

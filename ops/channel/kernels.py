@@ -5,14 +5,15 @@ positions: one that sums a product of two tensors, and one that applies a matrix
 heads of one image, held as one block of channels: the products of channels of different heads are masked.
 
 - Where there are enough images and heads to fill the GPU, `_forward` and `_backward` do both passes.
-- Else the positions are split: `_sums` writes the product of each piece, and each program of the second pass adds up
-  those of its heads, which are few and tiny, before it applies the result to its piece.
+- Else the positions are split: `_sums` writes the product of each piece, PyTorch adds them up, and each program of the
+  second pass applies the result to its piece.
 
 The forward reads and writes every tensor once, and so does the backward but for `grad_out`, which both passes read. The
 weights are kept for the backward where they are small beside the query. Elsewhere maps are so small that the backward
 computes them again from what its caches hold.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -80,16 +81,6 @@ def _apply(
 
 
 @triton.jit
-def _total(partial, image, splits, heads, entries, exist, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum of an image's products over its pieces."""
-    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
-    partial += image * splits * heads * DIM * DIM
-    for s in range(splits):
-        acc += tl.load(partial + (s * heads * DIM * DIM + entries), mask=exist, other=0.0)
-    return acc
-
-
-@triton.jit
 def _softmax(scores, scale, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr):
     """Softmax of each row within its head; rows that do not exist are finite."""
     c = tl.arange(0, BLOCK)
@@ -118,9 +109,9 @@ def _sums(
     tl.store(partial + entries, acc, mask=exist)
 
 
-@triton.jit(do_not_specialize=["splits", "chunk"])
+@triton.jit(do_not_specialize=["chunk"])
 def _forward(
-    q, k, v, partial, weights, out, tokens, heads, splits, chunk, scale, stride_b, stride_t, stride_n,
+    q, k, v, product, weights, out, tokens, heads, chunk, scale, stride_b, stride_t, stride_n,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
     INDEX: tl.constexpr, SPLIT: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
@@ -132,7 +123,7 @@ def _forward(
     first = tl.program_id(1) * chunk
     last = tl.minimum(first + chunk, tokens)
     if SPLIT:
-        scores = _total(partial, image, splits, heads, entries, entries_exist, DIM, BLOCK)
+        scores = tl.load(product + image * heads * DIM * DIM + entries, mask=entries_exist, other=0.0)
     else:
         scores = _product(
             q + origin, k + origin, stride_t, stride_t, channels, channels, exist, first, last,
@@ -148,9 +139,9 @@ def _forward(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["splits", "chunk"])
+@triton.jit(do_not_specialize=["chunk"])
 def _backward(
-    q, k, v, grad_out, partial, weights, grad_q, grad_k, grad_v, tokens, heads, splits, chunk, scale,
+    q, k, v, grad_out, product, weights, grad_q, grad_k, grad_v, tokens, heads, chunk, scale,
     stride_b, stride_t, stride_n,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
     INDEX: tl.constexpr, SPLIT: tl.constexpr, SAVED: tl.constexpr,
@@ -171,7 +162,7 @@ def _backward(
         )  # fmt: skip
         mix = _softmax(scores, scale, DIM, BLOCK_DIM, BLOCK)
     if SPLIT:
-        grad_mix = _total(partial, image, splits, heads, entries, entries_exist, DIM, BLOCK)
+        grad_mix = tl.load(product + image * heads * DIM * DIM + entries, mask=entries_exist, other=0.0)
     else:
         grad_mix = _product(
             grad_out + out_origin, v + origin, heads * DIM, stride_t, out_channels, channels, exist, first, last,
@@ -207,7 +198,7 @@ class _Launch(NamedTuple):
 
 
 # Never one warp with loads in flight: Triton 3.6 then leaves out the barrier after an asynchronous copy.
-LAUNCH = {"forward": _Launch(32, 128, 4, 3), "backward": _Launch(32, 128, 4, 3), "sums": _Launch(32, 128, 4, 3)}
+LAUNCH = {"forward": _Launch(64, 64, 4, 3), "backward": _Launch(64, 64, 4, 3), "sums": _Launch(64, 64, 4, 3)}
 # Fewer programs than this leave a large GPU idle: positions are split then.
 PROGRAMS = 256
 
@@ -221,32 +212,32 @@ def _strided(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor,
 
 
 class _Problem:
-    """Arguments that the kernels share, and the grid of a launch."""
+    """How a call is cut into programs, and what the kernels share; the same for all calls alike."""
 
-    def __init__(self, query: Tensor):
-        self.batch, self.tokens, self.heads, self.dim = query.shape
-        self.strides = query.stride()[:3]
+    def __init__(self, shape: tuple, strides: tuple, itemsize: int, allows_tf32: bool):
+        self.batch, self.tokens, self.heads, self.dim = shape
+        self.strides = strides[:3]
         self.out_strides = (self.tokens * self.heads * self.dim, self.heads * self.dim, self.dim)
         self.block_dim = max(16, triton.next_power_of_2(self.dim))
-        self.itemsize = query.itemsize
-        tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-        extent = sum((size - 1) * stride for size, stride in zip(query.shape[1:], query.stride()[1:], strict=True))
+        self.itemsize = itemsize
+        extent = sum((size - 1) * stride for size, stride in zip(shape[1:], strides[1:], strict=True))
         self.constants = {
             "DIM": self.dim,
             "BLOCK_DIM": self.block_dim,
-            "PRECISION": "tf32" if tf32 else "ieee",
+            "PRECISION": "tf32" if itemsize == 4 and allows_tf32 else "ieee",
             # 32-bit offsets within an image halve the registers of addresses; images themselves are 64 bits apart.
-            "INDEX": tl.int32 if max(extent, query.shape[1:].numel()) < 2**31 else tl.int64,
+            "INDEX": tl.int32 if max(extent, self.out_strides[0]) < 2**31 else tl.int64,
         }
         # Splitting a map pays where its pieces are several blocks long.
         pairs = self.batch * self.heads
         self.splits = 1
-        if 0 < pairs < PROGRAMS and _saves(query):
+        if 0 < pairs < PROGRAMS and self.tokens >= 8 * self.dim:
             self.splits = max(1, min(2 * PROGRAMS // pairs, self.tokens // 256))
         self.chunk = triton.cdiv(triton.cdiv(self.tokens, self.splits), 128) * 128
         self.splits = triton.cdiv(self.tokens, max(self.chunk, 1))
+        self.sums, self.forward, self.backward = (self._tiling(name) for name in ("sums", "forward", "backward"))
 
-    def tiling(self, name: str) -> tuple[tuple[int, int], dict]:
+    def _tiling(self, name: str) -> tuple[tuple[int, int], dict]:
         """Return the grid and the constants of the kernel called `name`."""
         launch = LAUNCH[name]
         block = max(self.block_dim, min(launch.channels, self.block_dim * triton.next_power_of_2(self.heads)))
@@ -254,9 +245,18 @@ class _Problem:
         most = (16384 if self.itemsize == 2 else 8192) // (block * self.itemsize)
         tokens = max(16, min(launch.tokens, most, triton.next_power_of_2(self.tokens)))
         warps = max(launch.warps, block * self.itemsize // 32)
+        # A loop that ends after one block has nothing to load ahead.
+        stages = min(launch.stages, 2) if self.tokens <= tokens else launch.stages
         grid = (self.batch * triton.cdiv(self.heads, block // self.block_dim), max(self.splits, 1))
-        constants = {"BLOCK": block, "TOKENS": tokens, "num_warps": warps, "num_stages": launch.stages}
+        constants = {"BLOCK": block, "TOKENS": tokens, "num_warps": warps, "num_stages": stages}
         return grid, self.constants | constants
+
+
+_problem = lru_cache(_Problem)
+
+
+def _plan(query: Tensor) -> _Problem:
+    return _problem(query.shape, query.stride(), query.itemsize, torch.backends.cuda.matmul.allow_tf32)
 
 
 def _saves(query: Tensor) -> bool:
@@ -268,28 +268,28 @@ def _weights_shape(query: Tensor) -> tuple[int, ...]:
     return (query.shape[0], *query.shape[-2:], query.shape[-1]) if _saves(query) else (0,)
 
 
-def _partial_sums(problem: _Problem, a: Tensor, b: Tensor, a_strides: tuple, b_strides: tuple) -> Tensor:
-    """Return the products of each piece of the positions; any tensor where they are not split."""
+def _product_of_pieces(problem: _Problem, a: Tensor, b: Tensor, a_strides: tuple, b_strides: tuple) -> Tensor:
+    """Return the product over all positions; any tensor where they are not split."""
     if problem.splits <= 1:
         return a
     shape = (problem.batch, problem.splits, problem.heads, problem.dim, problem.dim)
     partial = torch.empty(shape, dtype=torch.float32, device=a.device)
-    grid, constants = problem.tiling("sums")
+    grid, constants = problem.sums
     _sums[grid](
         a, b, partial, problem.tokens, problem.heads, problem.splits, problem.chunk, *a_strides, *b_strides, **constants
     )
-    return partial
+    return partial.sum(1)
 
 
 def _channel_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     weights = torch.empty(_weights_shape(query), dtype=torch.float32, device=query.device)
     query, key, value = _strided(query, key, value)
-    problem = _Problem(query)
-    partial = _partial_sums(problem, query, key, problem.strides, problem.strides)
-    grid, constants = problem.tiling("forward")
+    problem = _plan(query)
+    product = _product_of_pieces(problem, query, key, problem.strides, problem.strides)
+    grid, constants = problem.forward
     _forward[grid](
-        query, key, value, partial, weights, out, problem.tokens, problem.heads, problem.splits, problem.chunk, scale,
+        query, key, value, product, weights, out, problem.tokens, problem.heads, problem.chunk, scale,
         *problem.strides, **constants, SPLIT=problem.splits > 1, SAVE=weights.numel() > 0,
     )  # fmt: skip
     return out, weights
@@ -301,12 +301,12 @@ def _channel_attention_backward(
     grads = [torch.empty_like(out) for _ in range(3)]
     grad_out = grad_out.contiguous()
     query, key, value = _strided(query, key, value)
-    problem = _Problem(query)
-    partial = _partial_sums(problem, grad_out, value, problem.out_strides, problem.strides)
-    grid, constants = problem.tiling("backward")
+    problem = _plan(query)
+    product = _product_of_pieces(problem, grad_out, value, problem.out_strides, problem.strides)
+    grid, constants = problem.backward
     _backward[grid](
-        query, key, value, grad_out, partial, weights, *grads,
-        problem.tokens, problem.heads, problem.splits, problem.chunk, scale,
+        query, key, value, grad_out, product, weights, *grads,
+        problem.tokens, problem.heads, problem.chunk, scale,
         *problem.strides, **constants, SPLIT=problem.splits > 1, SAVED=weights.numel() > 0,
     )  # fmt: skip
     return tuple(grads)

@@ -1,25 +1,27 @@
 """Focal modulation in Triton, forward and backward.
 
-A level's convolution is arithmetic more than traffic: 9 to 121 products a number read. It is computed in strips: a
-strip is ROWS positions below each other, of which a thread holds the sums for some channels, so that a number is
-loaded and widened once for all positions of the strip that it serves. A program owns STRIPS strips of one image, side
-by side and wrapping at the end of a row of strips, and CHANNELS channels.
+A level's convolution is arithmetic more than traffic: 9 to 121 products a number read. A thread therefore holds one
+channel and walks down a strip of COLS columns, row by row, with all taps in registers: a number is loaded and widened
+once for all the products that it takes part in down the strip, and a program's threads load neighbouring channels. A
+program owns CHANNELS channels of a strip of one image, or of a piece of `rows` rows of it where images are few.
 
-- `_level` convolves one level into the next: before the GELU, which the backward needs, and after it, which the next
-  level needs. At the last level only the sum over its positions is kept of the latter.
+- `_level` convolves one level into the next. Sums of KERNEL rows are under way at a time; the topmost is complete when
+  a row has been read. It writes the level before the GELU, which the backward needs, and after it, which the next level
+  needs. At the last level only the sum over its positions is kept of the latter.
 - `_combine` gates the levels and the mean of the last, position by position.
 
-The backward goes the other way. `_backward_mean` sums what reaches the mean, `_backward_last` takes it through the last
-GELU, and `_backward_level` through one convolution and the GELU before it. The latter also multiplies the gradients
-that it has loaded by the level that was convolved, for the kernel's gradient: one partial table a program, for IMAGES
-images in turn. Gradients of the gates are sums over channels: one partial value a block of channels. PyTorch sums
-partial values: two deterministic stages.
+The backward goes the other way. `_backward_mean` sums what reaches the mean, and `_backward_last` takes it through the
+last GELU. Then two kernels a level: `_backward_level` goes through the convolution, in the manner of `_level`, and the
+GELU before it. `_backward_weight` holds KERNEL rows of the level that was convolved and multiplies them by each row of
+gradients, for the kernel's gradient: one partial table a program. Gradients of the gates are sums over channels: one
+partial value a block of channels. PyTorch sums partial values: two deterministic stages.
 
 Of the levels what precedes the GELU is kept for the backward, in the context's dtype: to convolve all of them again
-would cost half of the backward's arithmetic.
+would cost a third of the backward's arithmetic.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -32,18 +34,29 @@ from torch.utils.flop_counter import register_flop_formula
 
 @triton.jit
 def _normal(z):
-    """Cumulative distribution and density of the normal distribution, to 1e-7 (Abramowitz and Stegun, 26.2.17)."""
-    density = tl.exp2(z * z * -0.7213475204444817) * 0.3989422804014327
-    t = 1.0 / (1.0 + 0.2316419 * tl.abs(z))
-    tail = t * (0.319381530 + t * (-0.356563782 + t * (1.781477937 + t * (-1.821255978 + t * 1.330274429))))
-    tail *= density
-    return tl.where(z < 0, tail, 1.0 - tail), density
+    """Cumulative distribution of the normal distribution; z times it is right to 6e-7."""
+    # 1 / (1 + 2^(z p)), with a polynomial p of z^2 fitted to it: cheaper than erf, and the tails keep their digits.
+    s = z * z
+    p = -5.209907543800543e-09 * s + 3.850449398212734e-07
+    p = p * s - 1.1452428973382406e-05
+    p = p * s + 1.5939940480161385e-04
+    p = p * s + 9.559295651805719e-05
+    p = p * s - 0.10483858127994435
+    p = p * s - 2.302207203588972
+    # Its square is fewer instructions than a division, which allows for numbers that do not occur.
+    root = tl.rsqrt(1.0 + tl.exp2(z * p))
+    return root * root
 
 
 @triton.jit
 def _gelu(z):
-    below, _ = _normal(z)
-    return z * below
+    return z * _normal(z)
+
+
+@triton.jit
+def _gelu_slope(z, below):
+    """Derivative of the GELU, given the cumulative distribution."""
+    return below + z * (tl.exp2(z * z * -0.7213475204444817) * 0.3989422804014327)
 
 
 @triton.jit
@@ -54,80 +67,124 @@ def _block(tile, blocks, channels, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _strips(tile, width, ROWS: tl.constexpr, STRIPS: tl.constexpr):
-    """First row and column of a tile's strips; the rows of strips that do not exist lie below the map."""
-    s = tile * STRIPS + tl.arange(0, STRIPS)
-    return s // width * ROWS, s % width
-
-
-@triton.jit
-def _level(
-    x, weights, level, context, partial, height, width, channels, stride_b, stride_h, stride_w,
-    KERNEL: tl.constexpr, ROWS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, IS_LAST: tl.constexpr,
-    INDEX: tl.constexpr,
-):  # fmt: skip
+def _strip(width, channels, rows, height, COLS: tl.constexpr, CHANNELS: tl.constexpr):
+    """A program's strip: first column, first and last row, its channels, which of them exist, and its tile's number."""
     blocks = tl.cdiv(channels, CHANNELS)
-    tile, c, exist = _block(tl.program_id(0), blocks, channels, CHANNELS)
-    image = tl.program_id(1).to(tl.int64)
-    row, col = _strips(tile, width, ROWS, STRIPS)
-    top, left = row - KERNEL // 2, col - KERNEL // 2
-    x += image * stride_b + top.to(INDEX)[:, None] * stride_h + left.to(INDEX)[:, None] * stride_w + c[None, :]
-
-    acc = ()
-    for _ in tl.static_range(ROWS):
-        acc = acc + (tl.zeros((STRIPS, CHANNELS), tl.float32),)
-    for j in range(KERNEL):
-        inside = ((left + j >= 0) & (left + j < width))[:, None] & exist[None, :]
-        column = ()
-        for i in tl.static_range(KERNEL):
-            column = column + (tl.load(weights + (i * KERNEL + j) * channels + c, exist, 0.0).to(tl.float32)[None, :],)
-        for i in tl.static_range(ROWS + KERNEL - 1):
-            mask = ((top + i >= 0) & (top + i < height))[:, None] & inside
-            value = tl.load(x + (i * stride_h + j * stride_w), mask=mask, other=0.0).to(tl.float32)
-            sums = ()
-            for r in tl.static_range(ROWS):
-                if i - r >= 0 and i - r < KERNEL:
-                    sums = sums + (acc[r] + value * column[i - r],)
-                else:
-                    sums = sums + (acc[r],)
-            acc = sums
-
-    dtype = level.dtype.element_ty
-    at = image * height * width * channels + ((row * width + col).to(INDEX) * channels)[:, None] + c[None, :]
-    total = tl.zeros((STRIPS, CHANNELS), tl.float32)
-    for r in tl.static_range(ROWS):
-        mask = (row + r < height)[:, None] & exist[None, :]
-        tl.store(level + at + r * width * channels, acc[r].to(dtype), mask=mask)
-        value = _gelu(acc[r])
-        if IS_LAST:
-            total += tl.where(mask, value, 0.0)
-        else:
-            tl.store(context + at + r * width * channels, value.to(dtype), mask=mask)
-    if IS_LAST:
-        tiles = tl.num_programs(0) // blocks
-        tl.store(partial + (image * tiles + tile) * channels + c, tl.sum(total, 0), mask=exist)
+    strips = tl.cdiv(width, COLS)
+    tile = tl.program_id(0) // blocks
+    c = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
+    top = tile // strips * rows
+    return tile % strips * COLS, top, tl.minimum(top + rows, height), c, c < channels, tile
 
 
 @triton.jit
-def _total(partial, image, tiles, channels, c, exist, CHANNELS: tl.constexpr):
-    """Sum of a partial sum over an image's tiles."""
-    total = tl.zeros((CHANNELS,), tl.float32)
-    for tile in range(tiles):
-        total += tl.load(partial + (image * tiles + tile) * channels + c, mask=exist, other=0.0)
+def _taps(weights, channels, c, exist, KERNEL: tl.constexpr, TURNED: tl.constexpr):
+    """A kernel's taps in order, or turned around."""
+    taps = ()
+    for i in tl.static_range(KERNEL * KERNEL):
+        at = weights + (KERNEL * KERNEL - 1 - i if TURNED else i) * channels
+        taps = taps + (tl.load(at + c, mask=exist, other=0.0).to(tl.float32),)
+    return taps
+
+
+@triton.jit
+def _row(x, left, width, stride, exist, COUNT: tl.constexpr, INDEX: tl.constexpr):
+    """A row's values from column `left`, zero outside of the map; `x` points to column 0."""
+    row = ()
+    for i in tl.static_range(COUNT):
+        inside = (left + i >= 0) & (left + i < width)
+        row = row + (tl.load(x + (left + i).to(INDEX) * stride, mask=exist & inside, other=0.0).to(tl.float32),)
+    return row
+
+
+@triton.jit
+def _zeros(COUNT: tl.constexpr, CHANNELS: tl.constexpr):
+    values = ()
+    for _ in tl.static_range(COUNT):
+        values = values + (tl.zeros((CHANNELS,), tl.float32),)
+    return values
+
+
+@triton.jit
+def _spread(sums, row, taps, KERNEL: tl.constexpr, COLS: tl.constexpr):
+    """Add a row's products to the sums of the KERNEL rows that it reaches."""
+    new = ()
+    for k in tl.static_range(KERNEL):
+        for x in tl.static_range(COLS):
+            value = sums[k * COLS + x]
+            for j in tl.static_range(KERNEL):
+                value = tl.fma(row[x + j], taps[(KERNEL - 1 - k) * KERNEL + j], value)
+            new = new + (value,)
+    return new
+
+
+@triton.jit
+def _move_on(window, row, KERNEL: tl.constexpr, COLS: tl.constexpr):
+    """Drop a window's first row and take another as its last."""
+    new = ()
+    for i in tl.static_range(KERNEL * COLS - COLS):
+        new = new + (window[COLS + i],)
+    for i in tl.static_range(COLS):
+        new = new + (row[i],)
+    return new
+
+
+@triton.jit
+def _write_level(
+    sums, z, context, total, row, left, width, channels, exist, KEEP: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Write a level's row, and return `total` with what the row adds to the sum over the positions."""
+    for x in tl.static_range(COLS):
+        mask = exist & (left + x < width)
+        at = (row * width + left + x) * channels
+        tl.store(z + at, sums[x].to(z.dtype.element_ty), mask=mask)
+        value = _gelu(sums[x])
+        if KEEP:
+            tl.store(context + at, value.to(context.dtype.element_ty), mask=mask)
+        else:
+            total += tl.where(mask, value, 0.0)
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "rows"])
+def _level(
+    x, weights, level, context, partial, height, width, channels, rows, stride_b, stride_h, stride_w,
+    KERNEL: tl.constexpr, IS_LAST: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    left, top, bottom, c, exist, tile = _strip(width, channels, rows, height, COLS, CHANNELS)
+    image = tl.program_id(1).to(tl.int64)
+    x += image * stride_b + c
+    level += image * height * width * channels + c
+    context += image * height * width * channels + c
+    taps = _taps(weights, channels, c, exist, KERNEL, False)
+    sums = _zeros(KERNEL * COLS, CHANNELS)
+    blank = _zeros(COLS, CHANNELS)
+    total = tl.zeros((CHANNELS,), tl.float32)
+    REACH: tl.constexpr = KERNEL // 2
+    for y in range(tl.maximum(top - REACH, 0), bottom + REACH):
+        if y < height:
+            source = x + tl.cast(y, INDEX) * stride_h
+            row = _row(source, left - REACH, width, stride_w, exist, COLS + KERNEL - 1, INDEX)
+            sums = _spread(sums, row, taps, KERNEL, COLS)
+        if y >= top + REACH:
+            total = _write_level(
+                sums, level, context, total, tl.cast(y - REACH, INDEX), left, width, channels, exist, not IS_LAST, COLS
+            )
+        sums = _move_on(sums, blank, KERNEL, COLS)
+    if IS_LAST:
+        tiles = tl.num_programs(0) // tl.cdiv(channels, CHANNELS)
+        tl.store(partial + (image * tiles + tile) * channels + c, total, mask=exist)
+
+
+@triton.jit(do_not_specialize=["positions", "width"])
 def _combine(
-    levels, gates, partial, mean, out, positions, width, channels, tiles, factor, level_stride,
+    levels, gates, total, out, positions, width, channels, factor, level_stride,
     gate_stride_b, gate_stride_h, gate_stride_w,
     LEVELS: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     tile, c, exist = _block(tl.program_id(0), tl.cdiv(channels, CHANNELS), channels, CHANNELS)
     image = tl.program_id(1).to(tl.int64)
-    average = _total(partial, image, tiles, channels, c, exist, CHANNELS) / positions
-    tl.store(mean + image * channels + c, average, mask=exist & (tile == 0))
-
+    average = tl.load(total + image * channels + c, mask=exist, other=0.0) / positions
     n = tile * POSITIONS + tl.arange(0, POSITIONS)
     here = n < positions
     mask = here[:, None] & exist[None, :]
@@ -141,7 +198,7 @@ def _combine(
     tl.store(out + at, (acc * factor).to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions", "width"])
 def _backward_mean(
     grad_out, gates, partial, positions, width, channels, factor, gate_stride_b, gate_stride_h, gate_stride_w,
     LEVELS: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
@@ -159,19 +216,19 @@ def _backward_mean(
     tl.store(partial + (image * tiles + tile) * channels + c, tl.sum(grad * gate[:, None], 0) * factor, mask=exist)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "positions", "width"])
 def _backward_last(
-    grad_out, gates, level, mean, partial, grad_level, grad_gates, batch, positions, width, channels, tiles, factor,
+    grad_out, gates, level, total, to_mean, grad_level, grad_gates, batch, positions, width, channels, factor,
     gate_stride_b, gate_stride_h, gate_stride_w,
     LEVELS: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(channels, CHANNELS)
     tile, c, exist = _block(tl.program_id(0), blocks, channels, CHANNELS)
     image = tl.program_id(1).to(tl.int64)
-    average = tl.load(mean + image * channels + c, mask=exist, other=0.0)
-    below, density = _normal(average)
-    from_mean = _total(partial, image, tiles, channels, c, exist, CHANNELS) / positions
-    from_mean *= below + average * density
+    average = tl.load(total + image * channels + c, mask=exist, other=0.0) / positions
+    below = _normal(average)
+    from_mean = tl.load(to_mean + image * channels + c, mask=exist, other=0.0) / positions
+    from_mean *= _gelu_slope(average, below)
 
     n = tile * POSITIONS + tl.arange(0, POSITIONS)
     here = n < positions
@@ -183,227 +240,279 @@ def _backward_last(
     gate = tl.load(gates + LEVELS - 1, mask=here, other=0.0).to(tl.float32)
     grad_gates += ((tl.program_id(0) % blocks * batch + image) * positions + n) * (LEVELS + 1) + LEVELS
     tl.store(grad_gates, tl.sum(grad * (average * below)[None, :], 1), mask=here)
-    below, density = _normal(z)
+    below = _normal(z)
     tl.store(grad_gates - 1, tl.sum(grad * z * below, 1), mask=here)
-    grad = (grad * gate[:, None] + from_mean[None, :]) * (below + z * density)
+    grad = (grad * gate[:, None] + from_mean[None, :]) * _gelu_slope(z, below)
     tl.store(grad_level + at, grad.to(grad_level.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _backward_level(
-    grad_level, weights, x, grad_out, gates, grad_x, grad_gates, partial, batch, height, width, channels, factor,
-    stride_b, stride_h, stride_w, gate_stride_b, gate_stride_h, gate_stride_w, taps,
-    LEVEL: tl.constexpr, LEVELS: tl.constexpr, KERNEL: tl.constexpr, ROWS: tl.constexpr, STRIPS: tl.constexpr,
-    CHANNELS: tl.constexpr, IMAGES: tl.constexpr, INDEX: tl.constexpr,
+def _write_gradients(
+    sums, z, grad_out, gates, grad_x, grad_gates, row, left, width, channels, exist, factor, gate_stride_h,
+    gate_stride_w, LEVEL: tl.constexpr, LEVELS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(channels, CHANNELS)
-    tile, c, exist = _block(tl.program_id(0), blocks, channels, CHANNELS)
-    row, col = _strips(tile, width, ROWS, STRIPS)
-    top, left = row - KERNEL // 2, col - KERNEL // 2
-    here = (row * width + col).to(INDEX)
-    tiles = tl.num_programs(0) // blocks
-    partial += (tl.program_id(1).to(tl.int64) * tiles + tile) * taps * channels + c
-    first_image = tl.program_id(1).to(tl.int64) * IMAGES
-    for image in range(first_image, tl.minimum(first_image + IMAGES, batch)):
-        origin = image * height * width
-        source = origin * channels + ((top * width + left).to(INDEX) * channels)[:, None] + c[None, :]
-        at = image * stride_b + row.to(INDEX)[:, None] * stride_h + col.to(INDEX)[:, None] * stride_w + c[None, :]
-        values, acc = (), ()
-        for r in tl.static_range(ROWS):
-            mask = (row + r < height)[:, None] & exist[None, :]
-            value = tl.load(x + at + r * stride_h, mask=mask, other=0.0).to(tl.float32)
-            values = values + ((_gelu(value) if LEVEL > 0 else value),)
-            acc = acc + (tl.zeros((STRIPS, CHANNELS), tl.float32),)
-        for j in range(KERNEL):
-            inside = ((left + j >= 0) & (left + j < width))[:, None] & exist[None, :]
-            # Gradients come from the other side: the kernel is turned around.
-            tap = weights + (KERNEL * KERNEL - 1 - j) * channels + c
-            column, sums = (), ()
-            for i in tl.static_range(KERNEL):
-                column = column + (tl.load(tap - i * KERNEL * channels, exist, 0.0).to(tl.float32)[None, :],)
-                sums = sums + (tl.zeros((STRIPS, CHANNELS), tl.float32),)
-            for i in tl.static_range(ROWS + KERNEL - 1):
-                mask = ((top + i >= 0) & (top + i < height))[:, None] & inside
-                pointers = grad_level + source + (i * width + j) * channels
-                grad = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-                new_acc, new_sums = (), ()
-                for r in tl.static_range(ROWS):
-                    if i - r >= 0 and i - r < KERNEL:
-                        new_acc = new_acc + (acc[r] + grad * column[i - r],)
-                    else:
-                        new_acc = new_acc + (acc[r],)
-                for k in tl.static_range(KERNEL):
-                    if i - k >= 0 and i - k < ROWS:
-                        new_sums = new_sums + (sums[k] + grad * values[i - k],)
-                    else:
-                        new_sums = new_sums + (sums[k],)
-                acc, sums = new_acc, new_sums
-            for i in tl.static_range(KERNEL):
-                entry = partial + (KERNEL * KERNEL - 1 - j - i * KERNEL) * channels
-                total = tl.sum(sums[i], 0)
-                if image > first_image:
-                    total += tl.load(entry, mask=exist, other=0.0)
-                tl.store(entry, total, mask=exist)
-        if IMAGES > 1:
-            # The next image reads what other threads of this one wrote.
-            tl.debug_barrier()
+    """Take a row of gradients of a level's context through the gates and the GELU, and write them."""
+    for x in tl.static_range(COLS):
+        here = left + x < width
+        mask = exist & here
+        position = row * width + left + x
+        at = position * channels
+        grad = sums[x]
+        if LEVEL > 0:
+            value = tl.load(z + at, mask=mask, other=0.0).to(tl.float32)
+            from_out = tl.load(grad_out + at, mask=mask, other=0.0).to(tl.float32) * factor
+            gate = tl.load(gates + row * gate_stride_h + (left + x) * gate_stride_w + LEVEL - 1, mask=here, other=0.0)
+            below = _normal(value)
+            tl.store(grad_gates + position * (LEVELS + 1) + LEVEL - 1, tl.sum(from_out * value * below, 0), mask=here)
+            grad = tl.fma(from_out, gate.to(tl.float32), grad) * _gelu_slope(value, below)
+        tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=mask)
 
-        for r in tl.static_range(ROWS):
-            below_map = row + r < height
-            mask = below_map[:, None] & exist[None, :]
-            grad = acc[r]
-            pointers = origin * channels + ((here + r * width) * channels)[:, None] + c[None, :]
-            if LEVEL > 0:
-                z = tl.load(x + at + r * stride_h, mask=mask, other=0.0).to(tl.float32)
-                below, density = _normal(z)
-                from_out = tl.load(grad_out + pointers, mask=mask, other=0.0).to(tl.float32) * factor
-                gate = gates + image * gate_stride_b + (row + r).to(INDEX) * gate_stride_h
-                gate = tl.load(gate + col.to(INDEX) * gate_stride_w + LEVEL - 1, mask=below_map, other=0.0)
-                gate_entry = (tl.program_id(0) % blocks * batch + image) * height * width + here + r * width
-                gate_entry = grad_gates + gate_entry * (LEVELS + 1) + LEVEL - 1
-                tl.store(gate_entry, tl.sum(from_out * z * below, 1), mask=below_map)
-                grad = (grad + from_out * gate.to(tl.float32)[:, None]) * (below + z * density)
-            tl.store(grad_x + pointers, grad.to(grad_x.dtype.element_ty), mask=mask)
+
+@triton.jit(do_not_specialize=["batch", "height", "width", "rows"])
+def _backward_level(
+    grad_level, weights, z, grad_out, gates, grad_x, grad_gates, batch, height, width, channels, rows, factor,
+    gate_stride_b, gate_stride_h, gate_stride_w,
+    LEVEL: tl.constexpr, LEVELS: tl.constexpr, KERNEL: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr,
+    INDEX: tl.constexpr,
+):  # fmt: skip
+    left, top, bottom, c, exist, _ = _strip(width, channels, rows, height, COLS, CHANNELS)
+    image = tl.program_id(1).to(tl.int64)
+    origin = image * height * width * channels + c
+    grad_level += origin
+    z += origin
+    grad_out += origin
+    grad_x += origin
+    gates += image * gate_stride_b
+    block = tl.program_id(0) % tl.cdiv(channels, CHANNELS)
+    grad_gates += (block * batch + image) * height * width * (LEVELS + 1)
+    # Gradients come from the other side: the kernel is turned around.
+    taps = _taps(weights, channels, c, exist, KERNEL, True)
+    sums = _zeros(KERNEL * COLS, CHANNELS)
+    blank = _zeros(COLS, CHANNELS)
+    REACH: tl.constexpr = KERNEL // 2
+    for y in range(tl.maximum(top - REACH, 0), bottom + REACH):
+        if y < height:
+            source = grad_level + tl.cast(y, INDEX) * width * channels
+            row = _row(source, left - REACH, width, channels, exist, COLS + KERNEL - 1, INDEX)
+            sums = _spread(sums, row, taps, KERNEL, COLS)
+        if y >= top + REACH:
+            _write_gradients(
+                sums, z, grad_out, gates, grad_x, grad_gates, tl.cast(y - REACH, INDEX), left, width, channels, exist,
+                factor, gate_stride_h, gate_stride_w, LEVEL, LEVELS, COLS,
+            )  # fmt: skip
+        sums = _move_on(sums, blank, KERNEL, COLS)
+
+
+@triton.jit
+def _context_row(
+    x, row, last, left, width, stride_h, stride_w, exist, COLS: tl.constexpr, INDEX: tl.constexpr,
+    IS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """A row of what a level convolved, zero from row `last` on."""
+    values = _row(x + tl.cast(row, INDEX) * stride_h, left, width, stride_w, exist & (row < last), COLS, INDEX)
+    if not IS_FIRST:
+        passed = ()
+        for i in tl.static_range(COLS):
+            passed = passed + (_gelu(values[i]),)
+        values = passed
+    return values
+
+
+@triton.jit
+def _correlate(sums, window, row, KERNEL: tl.constexpr, COLS: tl.constexpr):
+    """Add to each tap's sum the products of the numbers that it joins: KERNEL rows of contexts, one of gradients."""
+    new = ()
+    for k in tl.static_range(KERNEL):
+        for j in tl.static_range(KERNEL):
+            value = sums[k * KERNEL + j]
+            for x in tl.static_range(COLS):
+                value = tl.fma(window[k * COLS + x], row[x + KERNEL - 1 - j], value)
+            new = new + (value,)
+    return new
+
+
+@triton.jit(do_not_specialize=["batch", "images", "height", "width", "rows", "taps"])
+def _backward_weight(
+    grad_level, x, partial, batch, images, height, width, channels, rows, taps, stride_b, stride_h, stride_w,
+    IS_FIRST: tl.constexpr, KERNEL: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    left, top, bottom, c, exist, tile = _strip(width, channels, rows, height, COLS, CHANNELS)
+    REACH: tl.constexpr = KERNEL // 2
+    sums = _zeros(KERNEL * KERNEL, CHANNELS)
+    start = tl.maximum(top - REACH, 0)
+    first = tl.program_id(1) * images
+    for number in range(first, tl.minimum(first + images, batch)):
+        image = tl.cast(number, tl.int64)
+        source = x + image * stride_b + c
+        grad = grad_level + image * height * width * channels + c
+        window = _zeros(KERNEL * COLS, CHANNELS)
+        for y in range(top, start + REACH):
+            row = _context_row(source, y, bottom, left, width, stride_h, stride_w, exist, COLS, INDEX, IS_FIRST)
+            window = _move_on(window, row, KERNEL, COLS)
+        for y in range(start, tl.minimum(bottom + REACH, height)):
+            row = _context_row(source, y + REACH, bottom, left, width, stride_h, stride_w, exist, COLS, INDEX, IS_FIRST)
+            window = _move_on(window, row, KERNEL, COLS)
+            from_row = grad + tl.cast(y, INDEX) * width * channels
+            row = _row(from_row, left - REACH, width, channels, exist, COLS + KERNEL - 1, INDEX)
+            sums = _correlate(sums, window, row, KERNEL, COLS)
+    tiles = tl.num_programs(0) // tl.cdiv(channels, CHANNELS)
+    partial += (tl.program_id(1).to(tl.int64) * tiles + tile) * taps * channels + c
+    for i in tl.static_range(KERNEL * KERNEL):
+        tl.store(partial + i * channels, sums[i], mask=exist)
 
 
 class _Launch(NamedTuple):
-    """Positions (or strips) times channels of a program, rows of a strip, images at most, and warps."""
+    """Positions times channels of a program, and warps."""
 
     elements: int
-    rows: int
-    images: int
     warps: int
 
 
-LAUNCH = {
-    "level": _Launch(1024, 7, 1, 4),
-    # Rows that do not begin at 16 bytes are loaded number by number: neighbouring threads then take neighbouring ones.
-    "level_unaligned": _Launch(128, 7, 1, 4),
-    "pointwise": _Launch(4096, 1, 1, 4),
-    "backward_level": _Launch(512, 4, 8, 4),
-}
-# Enough programs to fill the GPU come before many images a program.
-PROGRAMS = 1024
+POINTWISE = _Launch(4096, 4)
+# A warp takes a strip: a channel a thread.
+CHANNELS = 32
+# Enough programs to fill the GPU come before long strips, and before many images a program.
+PROGRAMS = 4096
+WEIGHT_PROGRAMS = 2048
+# A piece has these rows at least: it reads those around it as well.
+ROWS = 8
+# A thread's registers where it would take more and needs no more: each scheduler then has four warps to choose from.
+REGISTERS = 128
+
+
+def _columns(size: int, is_backward: bool) -> int:
+    """Return a strip's columns, so that taps, sums under way and a row's numbers fit the registers of a thread."""
+    return 7 if size <= (3 if is_backward else 5) else 4 if size <= 7 else 2 if size <= 9 else 1
+
+
+class _Strips(NamedTuple):
+    """Tiles of an image, rows of one, images of a program, and the constants of a launch."""
+
+    tiles: int
+    rows: int
+    images: int
+    constants: dict
 
 
 class _Problem:
-    """Arguments that the kernels share, and the grid of a launch."""
+    """How a call is cut into programs; the same for all calls alike."""
 
-    def __init__(self, context: Tensor, gates: Tensor, normalize: bool):
-        self.batch, self.height, self.width, self.channels = context.shape
-        self.levels = gates.shape[3] - 1
+    def __init__(self, shape, strides, gate_strides, sizes, normalize):
+        self.batch, self.height, self.width, self.channels = shape
+        self.levels = len(sizes)
         self.factor = 1.0 / (self.levels + 1) if normalize else 1.0
-        extent = max(
-            sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True))
-            for t in (context, gates)
-        )
+        # Where each level's kernel begins among the rows of the packed weights, and their number.
+        self.starts = [sum(size * size for size in sizes[:level]) for level in range(len(sizes) + 1)]
+        self.blocks = triton.cdiv(self.channels, CHANNELS)
         # 32-bit offsets within an image halve the registers of addresses; images themselves are 64 bits apart.
-        self.index = tl.int32 if max(extent, context.shape[1:].numel()) < 2**30 else tl.int64
+        dense = (self.width * self.channels, self.channels, 1)
+        sides = self.height, self.width, max(self.channels, self.levels + 1)
+        extent = max(
+            sum(side * stride for side, stride in zip(sides, each, strict=True))
+            for each in (strides[1:], gate_strides[1:], dense)
+        )
+        self.index = tl.int32 if extent < 2**30 else tl.int64
+        across = max(1, POINTWISE.elements // CHANNELS)
+        self.positions = self.height * self.width
+        self.tiles = triton.cdiv(self.positions, across)
+        self.grid = self.tiles * self.blocks, self.batch
+        self.pointwise = {
+            "LEVELS": self.levels, "POSITIONS": across, "CHANNELS": CHANNELS, "INDEX": self.index,
+            "num_warps": POINTWISE.warps,
+        }  # fmt: skip
+        self.level = [self._strips(size, _columns(size, False)) for size in sizes]
+        self.backward_level = [self._strips(size, _columns(size, True)) for size in sizes]
+        # One table of partial sums for all levels: the same strips for all.
+        self.weight = self._strips(max(sizes), min(4, _columns(max(sizes), True)))
 
-        # All kernels cut the channels alike; blocks of nothing but channels that exist come first.
-        self.block = min(max(self.channels & -self.channels, 32), 128)
-        self.blocks = triton.cdiv(self.channels, self.block)
+    def _strips(self, size: int, cols: int) -> _Strips:
+        strips = triton.cdiv(self.width, cols)
+        programs = max(1, strips * self.blocks * self.batch)
+        pieces = max(1, min(triton.cdiv(PROGRAMS, programs), self.height // ROWS))
+        rows = max(1, triton.cdiv(self.height, pieces))
+        pieces = triton.cdiv(self.height, rows)
+        images = max(1, programs * pieces // WEIGHT_PROGRAMS)
+        constants = {"COLS": cols, "CHANNELS": CHANNELS, "INDEX": self.index, "num_warps": 1, "num_stages": 1}
+        if 3 < size <= 7:
+            constants["maxnreg"] = REGISTERS
+        return _Strips(strips * pieces, rows, images, constants)
 
-    def tiling(self, name: str) -> tuple[int, dict]:
-        """Return the number of tiles of an image, and the constants, of the kernels called `name`."""
-        launch = LAUNCH[name]
-        constants = {"CHANNELS": self.block, "INDEX": self.index, "num_warps": launch.warps, "num_stages": 1}
-        across = max(1, launch.elements // self.block)
-        if name == "pointwise":
-            return triton.cdiv(self.height * self.width, across), constants | {"POSITIONS": across}
-        strips = triton.cdiv(self.height, launch.rows) * self.width
-        return triton.cdiv(strips, across), constants | {"STRIPS": across, "ROWS": launch.rows}
 
-    def images(self, programs: int) -> int:
-        """Return how many images a program of the backward takes: a power of two, so that few kernels are compiled."""
-        most = max(1, min(LAUNCH["backward_level"].images, self.batch * programs // PROGRAMS))
-        return 1 << (most.bit_length() - 1)
+_problem = lru_cache(_Problem)
 
 
 def _dense(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _is_aligned(t: Tensor) -> bool:
-    """Return whether every position begins at 16 bytes."""
-    return all(n * t.itemsize % 16 == 0 for n in t.stride()[:3]) and t.data_ptr() % 16 == 0
-
-
-def _taps(sizes: Sequence[int]) -> list[int]:
-    """Return where each level's kernel begins among the rows of the packed weights, and their number."""
-    return [sum(size * size for size in sizes[:level]) for level in range(len(sizes) + 1)]
+def _plan(context: Tensor, gates: Tensor, sizes: Sequence[int], normalize: bool) -> _Problem:
+    return _problem(context.shape, context.stride(), gates.stride(), tuple(sizes), normalize)
 
 
 def _focal_modulation(
     context: Tensor, gates: Tensor, weights: Tensor, sizes: list[int], normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     context, gates, weights = _dense(context), _dense(gates), weights.contiguous()
-    problem = _Problem(context, gates, normalize)
+    plan = _plan(context, gates, sizes, normalize)
     batch, height, width, channels = context.shape
-    levels = torch.empty((problem.levels, *context.shape), dtype=context.dtype, device=context.device)
-    out = torch.empty(context.shape, dtype=context.dtype, device=context.device)
-    mean = torch.empty((batch, channels), dtype=torch.float32, device=context.device)
+    levels = context.new_empty((plan.levels, *context.shape))
+    out = context.new_empty(context.shape)
+    # Sums over the last level; no other writes any.
+    partial = context.new_empty((batch, plan.level[-1].tiles, channels), dtype=torch.float32)
     x = context
-    for level, (size, start) in enumerate(zip(sizes, _taps(sizes), strict=False)):
-        tiles, constants = problem.tiling("level" if _is_aligned(x) else "level_unaligned")
-        # Sums over the last level; no other writes any.
-        partial = torch.empty((batch, tiles, channels), dtype=torch.float32, device=context.device)
-        is_last = level == problem.levels - 1
+    for level, (size, strips) in enumerate(zip(sizes, plan.level, strict=True)):
+        is_last = level == plan.levels - 1
         # The output's memory is free until the end, and the last level writes no context.
         target = out if level % 2 == 0 or is_last else torch.empty_like(out)
-        _level[(tiles * problem.blocks, batch)](
-            x, weights[start:], levels[level], target, partial, height, width, channels, *x.stride()[:3],
-            **constants, KERNEL=size, IS_LAST=is_last,
+        _level[(strips.tiles * plan.blocks, batch)](
+            x, weights[plan.starts[level] :], levels[level], target, partial, height, width, channels, strips.rows,
+            *x.stride()[:3], **strips.constants, KERNEL=size, IS_LAST=is_last,
         )  # fmt: skip
         x = target
-    positions_tiles, constants = problem.tiling("pointwise")
-    _combine[(positions_tiles * problem.blocks, batch)](
-        levels, gates, partial, mean, out, height * width, width, channels, tiles, problem.factor, levels.stride(0),
-        *gates.stride()[:3], **constants, LEVELS=problem.levels,
+    total = partial.sum(1)
+    _combine[plan.grid](
+        levels, gates, total, out, plan.positions, width, channels, plan.factor, levels.stride(0),
+        *gates.stride()[:3], **plan.pointwise,
     )  # fmt: skip
-    return out, levels, mean
+    return out, levels, total
 
 
 def _focal_modulation_backward(
-    grad_out: Tensor, context: Tensor, gates: Tensor, weights: Tensor, out: Tensor, levels: Tensor, mean: Tensor,
+    grad_out: Tensor, context: Tensor, gates: Tensor, weights: Tensor, out: Tensor, levels: Tensor, total: Tensor,
     sizes: list[int], normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     context, gates, weights, grad_out = _dense(context), _dense(gates), weights.contiguous(), grad_out.contiguous()
-    problem = _Problem(context, gates, normalize)
+    plan = _plan(context, gates, sizes, normalize)
     batch, height, width, channels = context.shape
+    gate_strides = gates.stride()[:3]
 
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=context.device)
-
-    tiles, constants = problem.tiling("pointwise")
-    grid = tiles * problem.blocks, batch
-    constants["LEVELS"] = problem.levels
-    grad_gates = empty(problem.blocks, *gates.shape)
-    partial = empty(batch, tiles, channels)
-    grad_level = torch.empty_like(out)
-    _backward_mean[grid](
-        grad_out, gates, partial, height * width, width, channels, problem.factor, *gates.stride()[:3], **constants
+    partial = total.new_empty((batch, plan.tiles, channels))
+    _backward_mean[plan.grid](
+        grad_out, gates, partial, plan.positions, width, channels, plan.factor, *gate_strides, **plan.pointwise
     )
-    _backward_last[grid](
-        grad_out, gates, levels[-1], mean, partial, grad_level, grad_gates, batch, height * width, width, channels,
-        tiles, problem.factor, *gates.stride()[:3], **constants,
+    grad_gates = total.new_empty((plan.blocks, *gates.shape))
+    grad_level, spare = torch.empty_like(out), torch.empty_like(out)
+    _backward_last[plan.grid](
+        grad_out, gates, levels[-1], total, partial.sum(1), grad_level, grad_gates, batch, plan.positions, width,
+        channels, plan.factor, *gate_strides, **plan.pointwise,
     )  # fmt: skip
 
-    tiles, constants = problem.tiling("backward_level")
-    images = problem.images(tiles * problem.blocks)
-    groups = triton.cdiv(batch, images)
-    starts = _taps(sizes)
-    partial = empty(groups, tiles, starts[-1], channels)
-    spare = torch.empty_like(out)
-    for level in reversed(range(problem.levels)):
-        x = levels[level - 1] if level else context
-        _backward_level[(tiles * problem.blocks, groups)](
-            grad_level, weights[starts[level] :], x, grad_out, gates, spare, grad_gates, partial[:, :, starts[level] :],
-            batch, height, width, channels, problem.factor, *x.stride()[:3], *gates.stride()[:3], starts[-1],
-            **constants, LEVEL=level, LEVELS=problem.levels, KERNEL=sizes[level], IMAGES=images,
+    weight, taps = plan.weight, plan.starts[-1]
+    groups = triton.cdiv(batch, weight.images)
+    partial = total.new_empty((groups * weight.tiles, taps, channels))
+    for level in reversed(range(plan.levels)):
+        x, start, strips = levels[level - 1] if level else context, plan.starts[level], plan.backward_level[level]
+        _backward_weight[(weight.tiles * plan.blocks, groups)](
+            grad_level, x, partial[:, start:], batch, weight.images, height, width, channels, weight.rows, taps,
+            *x.stride()[:3], **weight.constants, IS_FIRST=level == 0, KERNEL=sizes[level],
+        )  # fmt: skip
+        _backward_level[(strips.tiles * plan.blocks, batch)](
+            grad_level, weights[start:], x, grad_out, gates, spare, grad_gates, batch, height, width, channels,
+            strips.rows, plan.factor, *gate_strides, **strips.constants, LEVEL=level, LEVELS=plan.levels,
+            KERNEL=sizes[level],
         )  # fmt: skip
         grad_level, spare = spare, grad_level
-    return grad_level, grad_gates.sum(0).to(gates.dtype), partial.sum((0, 1)).to(weights.dtype)
+    return grad_level, grad_gates.sum(0).to(gates.dtype), partial.sum(0).to(weights.dtype)
 
 
 def _fake(context, gates, weights, sizes, normalize):

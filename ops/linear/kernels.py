@@ -3,21 +3,24 @@
 With a = x / |x| the features of a token over all heads (x as in `focused_linear_attention`) and w = a ** p / |a ** p|,
 phi(x) = |x| w. The two norms of a token are all that its heads share: once they are known, heads are independent.
 
-- `_norms`: a program owns a few tokens of query or key, all heads; writes 1 / |x| and 1 / |a ** p|.
-- `_forward`: a program owns one head of one image. It sums the state mean(phi(k)^T [v, 1]) over the tokens, keeps it on
-  the chip, and visits the queries. Where images and heads are too few to fill the GPU, their tokens are split between
-  programs: one launch writes partial states, PyTorch sums them, and a second launch visits the queries.
+- `_forward`: a program owns one head of one image, or all heads of an image where these have few channels: the state
+  mean(phi(k)^T [v, 1]) is then one product of all channels, without what it holds of two heads. It sums the state over
+  the tokens, keeps it on the chip, and visits the queries. Where programs are too few to fill the GPU, the tokens are
+  split between them: one launch writes partial states, and a second one sums them up and visits the queries.
+- `_norms`: a program owns a few tokens of query or key, all heads; writes 1 / |x| and 1 / |a ** p|, where programs of
+  the forward own one head of several.
 - `_delta`: a program owns a few tokens, all heads: out . grad_out of each head over its normaliser, and their sum,
   which is the gradient of a query along itself.
-- `_backward_query`: split as the forward is. Sums the state again, or loads it; writes the gradient of the queries and
-  (partial) gradients of the state and of the feature scale.
-- `_backward_key`: a program owns a run of tokens, all heads. The gradient of a key along itself is a sum over heads: a
-  first sweep over them writes the gradient of the values and each head's share, a second one that of the keys.
+- `_backward_query`: a program owns one head of one image or of a run of its tokens. Sums the state again, or loads it;
+  writes the gradient of the queries and (partial) gradients of the state and of the feature scale.
+- `_backward_key`: split as the forward is. The gradient of a key along itself is a sum over heads: programs that own
+  one head of several are launched twice, first for the gradient of the values and each head's share.
 
 Gradients of parameters are partial sums that PyTorch adds up: two deterministic stages. Norms, powers and means leave
 the range of float16: `product` scales its operands.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -89,7 +92,7 @@ def _row_norms(
     tl.store(norms + 2 * row + 1, 1.0 / tl.sqrt(tl.sum(power * power, 1)), mask=t < tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["norms_q", "norms_k"])
 def _norms(
     q, k, pos, scale, norms_q, norms_k, tokens,
     q_stride_b, q_stride_t, q_stride_n, k_stride_b, k_stride_t, k_stride_n,
@@ -114,14 +117,15 @@ def _norms(
 @triton.jit
 def _unit(
     x, pos, norms, origin, stride_t, row, head, t, t_inside, d, inverse_scale, mask,
-    HAS_POS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, P: tl.constexpr, INDEX: tl.constexpr,
+    HAS_POS: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr, DIM: tl.constexpr, P: tl.constexpr,
+    INDEX: tl.constexpr,
 ):  # fmt: skip
-    """What tokens `t` of one head enter as: x, the unit vector a of its features, 1 / |x| and 1 / |a ** p|."""
+    """What tokens `t` of a program's heads enter as: x, the unit vector a of its features, 1 / |x| and 1 / |a ** p|."""
     x = _load(x, origin, stride_t, t, d, mask, INDEX)
     if HAS_POS:
         x += _load(pos, head * DIM, HEADS * DIM, t, d, mask, INDEX)
     a = _features(x, inverse_scale[None, :])
-    if HEADS == 1:
+    if PACK == HEADS:
         inverse = 1.0 / tl.sqrt(tl.sum(a * a, 1))
         a *= inverse[:, None]
         power = _power(a, P)
@@ -134,10 +138,37 @@ def _unit(
 
 
 @triton.jit
+def _store_norms(norms, row, t, t_inside, inverse, inverse_power):
+    tl.store(norms + 2 * (row + t), inverse, mask=t_inside)
+    tl.store(norms + 2 * (row + t) + 1, inverse_power, mask=t_inside)
+
+
+@triton.jit
+def _head_sum(x, PACK: tl.constexpr, DIM: tl.constexpr):
+    """(tokens, heads): the sum over each head's channels."""
+    if PACK == 1:
+        out = tl.sum(x, 1)[:, None]
+    else:
+        out = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // DIM, DIM)), 2)
+    return out
+
+
+@triton.jit
+def _spread(x, PACK: tl.constexpr, DIM: tl.constexpr):
+    """(tokens, heads) to each head's channels, which one head's broadcast to as it is."""
+    if PACK == 1:
+        out = x
+    else:
+        channels = tl.broadcast_to(x[:, :, None], (x.shape[0], x.shape[1], DIM))
+        out = tl.reshape(channels, (x.shape[0], x.shape[1] * DIM))
+    return out
+
+
+@triton.jit
 def _state(
     k, v, pos, norms_k, k_origin, k_stride_t, row, head, first, last, tokens, d, d_inside, inverse_scale,
-    HAS_POS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, P: tl.constexpr,
-    TOKENS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    HAS_POS: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    P: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
     """The sums of phi(k)^T v and of phi(k) over tokens `first` to `last`, over the number of all tokens."""
     dtype: tl.constexpr = k.dtype.element_ty
@@ -149,61 +180,80 @@ def _state(
         mask = t_inside[:, None] & d_inside[None, :]
         _, a, inverse, inverse_power = _unit(
             k, pos, norms_k, k_origin, k_stride_t, row, head, t, t_inside, d, inverse_scale, mask,
-            HAS_POS, HEADS, DIM, P, INDEX,
+            HAS_POS, HEADS, PACK, DIM, P, INDEX,
         )  # fmt: skip
+        if STORE:
+            _store_norms(norms_k, row, t, t_inside, inverse, inverse_power)
         phi = _power(a, P) * (inverse_power / inverse)[:, None]
         v_tile = _load(v, k_origin, k_stride_t, t, d, mask, INDEX)
         key_value = product(phi.T, v_tile, key_value, dtype, PRECISION)
         key_sum += phi
+    if PACK > 1:
+        key_value = tl.where(d[:, None] // DIM == d[None, :] // DIM, key_value, 0.0)
     return key_value / tokens, tl.sum(key_sum, 0) / tokens
 
 
 @triton.jit
 def _store_state(state, key_value, key_sum, d, d_inside, DIM: tl.constexpr):
-    offsets = d[:, None] * DIM + d[None, :]
-    tl.store(state + offsets, key_value, mask=d_inside[:, None] & d_inside[None, :])
-    tl.store(state + DIM * DIM + d, key_sum, mask=d_inside)
+    """Write each head's (DIM, DIM) sums, and a row of DIM."""
+    head = d // DIM * (DIM * DIM + DIM)
+    offsets = (head + d % DIM * DIM)[:, None] + (d % DIM)[None, :]
+    mask = d_inside[:, None] & (d[:, None] // DIM == d[None, :] // DIM)
+    tl.store(state + offsets, key_value, mask=mask)
+    tl.store(state + head + DIM * DIM + d % DIM, key_sum, mask=d_inside)
 
 
 @triton.jit
-def _load_state(state, d, d_inside, DIM: tl.constexpr):
-    offsets = d[:, None] * DIM + d[None, :]
-    key_value = tl.load(state + offsets, mask=d_inside[:, None] & d_inside[None, :], other=0.0)
-    return key_value, tl.load(state + DIM * DIM + d, mask=d_inside, other=0.0)
+def _load_state(state, stride, parts, d, d_inside, DIM: tl.constexpr):
+    """The sum of `parts` states; products of two heads' channels are 0."""
+    head = d // DIM * (DIM * DIM + DIM)
+    offsets = (head + d % DIM * DIM)[:, None] + (d % DIM)[None, :]
+    mask = d_inside[:, None] & (d[:, None] // DIM == d[None, :] // DIM)
+    key_value = tl.load(state + offsets, mask=mask, other=0.0)
+    key_sum = tl.load(state + head + DIM * DIM + d % DIM, mask=d_inside, other=0.0)
+    for _ in range(1, parts):
+        state += stride
+        key_value += tl.load(state + offsets, mask=mask, other=0.0)
+        key_sum += tl.load(state + head + DIM * DIM + d % DIM, mask=d_inside, other=0.0)
+    return key_value, key_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"], do_not_specialize_on_alignment=["norms_q", "norms_k", "normaliser"])
 def _forward(
-    q, k, v, pos, scale, norms_q, norms_k, state, out, normaliser, tokens, run,
+    q, k, v, pos, scale, norms_q, norms_k, partial, state, out, normaliser, tokens, run, parts,
     q_stride_b, q_stride_t, q_stride_n, k_stride_b, k_stride_t, k_stride_n,
-    HAS_POS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, P: tl.constexpr,
-    TOKENS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    HAS_POS: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    P: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
     SUM: tl.constexpr, ATTEND: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
     """With SUM over the keys, with ATTEND over the queries of a run of tokens; with both, the run is all of them.
 
     With SAVE the sums are written.
     """
-    head = tl.program_id(0) % HEADS
-    image = (tl.program_id(0) // HEADS).to(tl.int64)
+    head = tl.program_id(0) % (HEADS // PACK)
+    image = (tl.program_id(0) // (HEADS // PACK)).to(tl.int64)
     first = tl.program_id(1) * run
     last = tl.minimum(first + run, tokens)
     row = image * tokens
     d = tl.arange(0, BLOCK_DIM)
-    d_inside = d < DIM
+    d_inside = d < PACK * DIM
     dtype: tl.constexpr = q.dtype.element_ty
     inverse_scale = _inverse_scale(scale, head, d, d_inside, DIM)
+    size: tl.constexpr = PACK * (DIM * DIM + DIM)
+    program = tl.program_id(0).to(tl.int64)
+    stride = tl.num_programs(0).to(tl.int64) * size
     if SUM:
         key_value, key_sum = _state(
             k, v, pos, norms_k, image * k_stride_b + head * k_stride_n, k_stride_t, row, head, first, last, tokens,
-            d, d_inside, inverse_scale, HAS_POS, HEADS, DIM, BLOCK_DIM, P, TOKENS, PRECISION, INDEX,
+            d, d_inside, inverse_scale, HAS_POS, HEADS, PACK, DIM, BLOCK_DIM, P, TOKENS, PRECISION, INDEX, PACK > 1,
         )  # fmt: skip
-        if SAVE:
-            part = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * (DIM * DIM + DIM)
-            _store_state(state + part, key_value, key_sum, d, d_inside, DIM)
     else:
-        part = tl.program_id(0).to(tl.int64) * (DIM * DIM + DIM)
-        key_value, key_sum = _load_state(state + part, d, d_inside, DIM)
+        key_value, key_sum = _load_state(partial + program * size, stride, parts, d, d_inside, DIM)
+    if SAVE:
+        # Sums of a part of the tokens, or of all.
+        sums = state if ATTEND else partial + tl.program_id(1) * stride
+        if not ATTEND or tl.program_id(1) == 0:
+            _store_state(sums + program * size, key_value, key_sum, d, d_inside, DIM)
     if ATTEND:
         for start in range(first, last, TOKENS):
             t = start + tl.arange(0, TOKENS)
@@ -211,18 +261,23 @@ def _forward(
             mask = t_inside[:, None] & d_inside[None, :]
             _, a, inverse, inverse_power = _unit(
                 q, pos, norms_q, image * q_stride_b + head * q_stride_n, q_stride_t, row, head, t, t_inside, d,
-                inverse_scale, mask, False, HEADS, DIM, P, INDEX,
+                inverse_scale, mask, False, HEADS, PACK, DIM, P, INDEX,
             )  # fmt: skip
             w = _power(a, P) * inverse_power[:, None]
-            total = tl.sum(w * key_sum[None, :], 1) + 1e-6 * inverse
+            total = _head_sum(w * key_sum[None, :], PACK, DIM) + (1e-6 * inverse)[:, None]
             zero = tl.zeros((TOKENS, BLOCK_DIM), tl.float32)
-            o_tile = product(w, key_value, zero, dtype, PRECISION) / total[:, None]
+            o_tile = product(w, key_value, zero, dtype, PRECISION) * _spread(1.0 / total, PACK, DIM)
             offsets = t.to(INDEX)[:, None] * (HEADS * DIM) + d[None, :]
             tl.store(out + (row * HEADS + head) * DIM + offsets, o_tile.to(dtype), mask=mask)
-            tl.store(normaliser + (row + t) * HEADS + head, total, mask=t_inside)
+            if PACK > 1:
+                _store_norms(norms_q, row, t, t_inside, inverse, inverse_power)
+            if HEADS > 1:
+                h = tl.arange(0, total.shape[1])
+                target = normaliser + ((row + t) * HEADS + head)[:, None] + h[None, :]
+                tl.store(target, total, mask=t_inside[:, None] & (h < PACK)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["norms_q", "normaliser"])
 def _delta(
     out, grad_out, normaliser, norms_q, deltas, delta, rows,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, ROWS: tl.constexpr,
@@ -244,13 +299,13 @@ def _delta(
     tl.store(delta + row, 1e-6 * inverse * tl.sum(share, 1), mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["norms_q", "norms_k", "normaliser"])
 def _backward_query(
-    q, k, v, pos, scale, norms_q, norms_k, state, normaliser, deltas, delta, grad_out,
+    q, k, v, pos, scale, norms_q, norms_k, state, normaliser, deltas, delta, out, grad_out,
     grad_q, grad_state, grad_scale, tokens, run,
     q_stride_b, q_stride_t, q_stride_n, k_stride_b, k_stride_t, k_stride_n,
-    HAS_POS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, P: tl.constexpr,
-    TOKENS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, SUM: tl.constexpr,
+    HAS_POS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    P: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % HEADS
     image = (tl.program_id(0) // HEADS).to(tl.int64)
@@ -260,15 +315,15 @@ def _backward_query(
     d = tl.arange(0, BLOCK_DIM)
     d_inside = d < DIM
     dtype: tl.constexpr = q.dtype.element_ty
+    size: tl.constexpr = DIM * DIM + DIM
     inverse_scale = _inverse_scale(scale, head, d, d_inside, DIM)
     if SUM:
         key_value, key_sum = _state(
             k, v, pos, norms_k, image * k_stride_b + head * k_stride_n, k_stride_t, row, head, 0, tokens, tokens,
-            d, d_inside, inverse_scale, HAS_POS, HEADS, DIM, BLOCK_DIM, P, TOKENS, PRECISION, INDEX,
+            d, d_inside, inverse_scale, HAS_POS, HEADS, 1, DIM, BLOCK_DIM, P, TOKENS, PRECISION, INDEX, False,
         )  # fmt: skip
     else:
-        part = tl.program_id(0).to(tl.int64) * (DIM * DIM + DIM)
-        key_value, key_sum = _load_state(state + part, d, d_inside, DIM)
+        key_value, key_sum = _load_state(state + tl.program_id(0).to(tl.int64) * size, 0, 1, d, d_inside, DIM)
 
     grad_key_value = tl.zeros((BLOCK_DIM, BLOCK_DIM), tl.float32)
     grad_key_sum = tl.zeros((TOKENS, BLOCK_DIM), tl.float32)
@@ -279,256 +334,289 @@ def _backward_query(
         mask = t_inside[:, None] & d_inside[None, :]
         x, a, inverse, inverse_power = _unit(
             q, pos, norms_q, image * q_stride_b + head * q_stride_n, q_stride_t, row, head, t, t_inside, d,
-            inverse_scale, mask, False, HEADS, DIM, P, INDEX,
+            inverse_scale, mask, False, HEADS, 1, DIM, P, INDEX,
         )  # fmt: skip
         slope = _power(a, P - 1) * inverse_power[:, None]
         w = slope * a
         zero = tl.zeros((TOKENS, BLOCK_DIM), tl.float32)
-        total = tl.load(normaliser + (row + t) * HEADS + head, mask=t_inside, other=1.0)
         do_tile = _load(grad_out, (row * HEADS + head) * DIM, HEADS * DIM, t, d, mask, INDEX)
         if HEADS == 1:
-            share = tl.sum(product(w, key_value, zero, dtype, PRECISION) * do_tile, 1) / total / total
+            total = tl.sum(w * key_sum[None, :], 1) + 1e-6 * inverse
+            o_tile = _load(out, row * DIM, DIM, t, d, mask, INDEX)
+            share = tl.sum(o_tile * do_tile, 1) / total
             along = 1e-6 * inverse * share
         else:
+            total = tl.load(normaliser + (row + t) * HEADS + head, mask=t_inside, other=1.0)
             share = tl.load(deltas + (row + t) * HEADS + head, mask=t_inside, other=0.0)
             along = tl.load(delta + row + t, mask=t_inside, other=0.0)
-        grad = product(do_tile, key_value.T, zero, dtype, PRECISION) / total[:, None]
-        grad -= share[:, None] * key_sum[None, :]
-        grad_key_value = product((w / total[:, None]).T, do_tile, grad_key_value, dtype, PRECISION)
+        do_tile *= (1.0 / total)[:, None]
+        grad = product(do_tile, key_value.T, zero, dtype, PRECISION) - share[:, None] * key_sum[None, :]
+        grad_key_value = product(w.T, do_tile, grad_key_value, dtype, PRECISION)
         grad_key_sum -= share[:, None] * w
-        # The gradient of x, without 1 / feature_scale.
-        grad = (P * slope * (grad - along[:, None] * w) + along[:, None] * a) * inverse[:, None]
-        scale_sum += tl.where(t_inside[:, None], grad * a / inverse[:, None], 0.0)
-        grad = tl.where(x > 0, grad * inverse_scale[None, :], 0.0)
+        # The gradient of the features, over their norm.
+        grad = P * slope * (grad - along[:, None] * w) + along[:, None] * a
+        scale_sum += tl.where(t_inside[:, None], grad * a, 0.0)
+        grad = tl.where(x > 0, grad * inverse[:, None] * inverse_scale[None, :], 0.0)
         offsets = t.to(INDEX)[:, None] * (HEADS * DIM) + d[None, :]
         tl.store(grad_q + (row * HEADS + head) * DIM + offsets, grad.to(dtype), mask=mask)
 
     program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    part = program * (DIM * DIM + DIM)
-    _store_state(grad_state + part, grad_key_value, tl.sum(grad_key_sum, 0), d, d_inside, DIM)
+    _store_state(grad_state + program * size, grad_key_value, tl.sum(grad_key_sum, 0), d, d_inside, DIM)
     tl.store(grad_scale + program * DIM + d, -tl.sum(scale_sum, 0) * inverse_scale, mask=d_inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"], do_not_specialize_on_alignment=["norms_k"])
 def _backward_key(
-    k, v, pos, scale, norms_k, grad_state, shares, grad_k, grad_v, grad_scale, tokens, run,
+    k, v, pos, scale, norms_k, grad_state, shares, grad_k, grad_v, grad_scale, tokens, run, parts,
     k_stride_b, k_stride_t, k_stride_n,
-    HAS_POS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr,
-    P: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    HAS_POS: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, P: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    VALUES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    image = tl.program_id(0).to(tl.int64)
+    """With VALUES writes their gradient and each head's share in that of the keys, with KEYS the gradient of these."""
+    head = tl.program_id(0) % (HEADS // PACK)
+    image = (tl.program_id(0) // (HEADS // PACK)).to(tl.int64)
     first = tl.program_id(1) * run
     last = tl.minimum(first + run, tokens)
     row = image * tokens
     d = tl.arange(0, BLOCK_DIM)
-    d_inside = d < DIM
+    d_inside = d < PACK * DIM
     dtype: tl.constexpr = k.dtype.element_ty
-    for sweep in tl.static_range(1 if HEADS == 1 else 2):
-        for head in range(HEADS):
-            inverse_scale = _inverse_scale(scale, head, d, d_inside, DIM)
-            part = (image * HEADS + head) * (DIM * DIM + DIM)
-            grad_key_value, grad_key_sum = _load_state(grad_state + part, d, d_inside, DIM)
-            grad_key_value /= tokens
-            grad_key_sum /= tokens
-            origin = image * k_stride_b + head * k_stride_n
-            scale_sum = tl.zeros((TOKENS, BLOCK_DIM), tl.float32)
-            for start in range(first, last, TOKENS):
-                t = start + tl.arange(0, TOKENS)
-                t_inside = t < last
-                mask = t_inside[:, None] & d_inside[None, :]
-                x, a, inverse, inverse_power = _unit(
-                    k, pos, norms_k, origin, k_stride_t, row, head, t, t_inside, d, inverse_scale, mask,
-                    HAS_POS, HEADS, DIM, P, INDEX,
-                )  # fmt: skip
-                slope = _power(a, P - 1) * inverse_power[:, None]
-                w = slope * a
-                v_tile = _load(v, origin, k_stride_t, t, d, mask, INDEX)
-                target = (row * HEADS + head) * DIM + t.to(INDEX)[:, None] * (HEADS * DIM) + d[None, :]
-                zero = tl.zeros((TOKENS, BLOCK_DIM), tl.float32)
-                if sweep == 0:
-                    grad = product(w, grad_key_value, zero, dtype, PRECISION)
-                    tl.store(grad_v + target, (grad / inverse[:, None]).to(dtype), mask=mask)
-                    along = tl.sum(grad * v_tile + w * grad_key_sum[None, :], 1)
-                    if HEADS > 1:
-                        tl.store(shares + (row + t) * HEADS + head, along, mask=t_inside)
-                else:
-                    h = tl.arange(0, BLOCK_HEADS)
-                    others = shares + (row + t)[:, None] * HEADS + h[None, :]
-                    along = tl.sum(tl.load(others, mask=t_inside[:, None] & (h < HEADS)[None, :], other=0.0), 1)
-                if sweep == 1 or HEADS == 1:
-                    grad = product(v_tile, grad_key_value.T, zero, dtype, PRECISION) + grad_key_sum[None, :]
-                    grad = P * slope * (grad - along[:, None] * w) + along[:, None] * a
-                    scale_sum += tl.where(t_inside[:, None], grad * a / inverse[:, None], 0.0)
-                    grad = tl.where(x > 0, grad * inverse_scale[None, :], 0.0)
-                    tl.store(grad_k + target, grad.to(dtype), mask=mask)
-            if sweep == 1 or HEADS == 1:
-                program = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * HEADS + head
-                tl.store(grad_scale + program * DIM + d, -tl.sum(scale_sum, 0) * inverse_scale, mask=d_inside)
-        # The second sweep reads what other threads of the program wrote in the first.
-        tl.debug_barrier()
+    size: tl.constexpr = PACK * (DIM * DIM + DIM)
+    inverse_scale = _inverse_scale(scale, head, d, d_inside, DIM)
+    part = grad_state + tl.program_id(0).to(tl.int64) * size
+    stride = tl.num_programs(0).to(tl.int64) * size
+    grad_key_value, grad_key_sum = _load_state(part, stride, parts, d, d_inside, DIM)
+    grad_key_value /= tokens
+    grad_key_sum /= tokens
+    origin = image * k_stride_b + head * k_stride_n
+    scale_sum = tl.zeros((TOKENS, BLOCK_DIM), tl.float32)
+    for start in range(first, last, TOKENS):
+        t = start + tl.arange(0, TOKENS)
+        t_inside = t < last
+        mask = t_inside[:, None] & d_inside[None, :]
+        x, a, inverse, inverse_power = _unit(
+            k, pos, norms_k, origin, k_stride_t, row, head, t, t_inside, d, inverse_scale, mask,
+            HAS_POS, HEADS, PACK, DIM, P, INDEX,
+        )  # fmt: skip
+        norm = 1.0 / inverse
+        slope = _power(a, P - 1) * inverse_power[:, None]
+        w = slope * a
+        v_tile = _load(v, origin, k_stride_t, t, d, mask, INDEX)
+        target = (row * HEADS + head) * DIM + t.to(INDEX)[:, None] * (HEADS * DIM) + d[None, :]
+        zero = tl.zeros((TOKENS, BLOCK_DIM), tl.float32)
+        if VALUES:
+            grad = product(w, grad_key_value, zero, dtype, PRECISION)
+            tl.store(grad_v + target, (grad * norm[:, None]).to(dtype), mask=mask)
+            along = tl.sum(grad * v_tile + w * grad_key_sum[None, :], 1)
+            if not KEYS:
+                tl.store(shares + (row + t) * HEADS + head, along, mask=t_inside)
+        else:
+            h = tl.arange(0, BLOCK_HEADS)
+            others = shares + (row + t)[:, None] * HEADS + h[None, :]
+            along = tl.sum(tl.load(others, mask=t_inside[:, None] & (h < HEADS)[None, :], other=0.0), 1)
+        if KEYS:
+            grad = product(v_tile, grad_key_value.T, zero, dtype, PRECISION) + grad_key_sum[None, :]
+            grad = P * slope * (grad - along[:, None] * w) + along[:, None] * a
+            scale_sum += tl.where(t_inside[:, None], grad * a * norm[:, None], 0.0)
+            grad = tl.where(x > 0, grad * inverse_scale[None, :], 0.0)
+            tl.store(grad_k + target, grad.to(dtype), mask=mask)
+    if KEYS:
+        program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+        tl.store(grad_scale + program * (PACK * DIM) + d, -tl.sum(scale_sum, 0) * inverse_scale, mask=d_inside)
 
 
 class _Launch(NamedTuple):
-    """Tokens a tile at head dim 64, warps a program, loads in flight."""
+    """Tokens a tile, warps a program, loads in flight, and the most registers of a thread."""
 
     tokens: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
-# By kernel; `_norms` and `_delta` have tiles of TILE entries. Never one warp with loads in flight: Triton 3.6 then
-# leaves out the barrier after an asynchronous copy.
+# By kernel and the channels of a tile. Never one warp with loads in flight: Triton 3.6 then leaves out the barrier
+# after an asynchronous copy.
 LAUNCH = {
-    "forward": _Launch(64, 4, 2),
-    "backward_query": _Launch(32, 4, 2),
-    "backward_key": _Launch(32, 4, 2),
+    ("forward", 32): _Launch(64, 4, 3),
+    ("forward", 64): _Launch(64, 4, 3),
+    ("forward", 128): _Launch(32, 8, 3, 128),
+    ("backward_query", 32): _Launch(64, 4, 2),
+    ("backward_query", 64): _Launch(32, 4, 2),
+    ("backward_query", 128): _Launch(16, 8, 2),
+    ("backward_key", 32): _Launch(64, 4, 1),
+    ("backward_key", 64): _Launch(32, 4, 1),
+    ("backward_key", 128): _Launch(32, 8, 2),
 }
+# The most channels of a program that takes all heads of its tokens: one visit instead of two, and products of heads
+# with one another, which are dropped.
+PACK = {"forward": 128, "backward_query": 0, "backward_key": 128}
 # Programs that fill the GPU. Fewer are split into runs of at least so many tokens; with fewer tokens, the state of a
 # head is not much smaller than its keys and values, and is computed again instead of saved.
 PROGRAMS = 384
-RUN = 512
-KEY_RUN = 128
-TILE = 8192
+RUN = 256
+# Entries of a tile of `_norms` and `_delta`.
+TILE = 2048
 
 
-def _dense(*tensors: Tensor) -> list[Tensor]:
-    """Return tensors with one set of strides, dense in the last axis; views of one projection pass as they are."""
-    if all(t.stride() == tensors[0].stride() and t.stride(-1) == 1 for t in tensors):
-        return list(tensors)
-    return [t.contiguous() for t in tensors]
+def _aligned(entries: int) -> int:
+    return (entries + 31) // 32 * 32
 
 
-class _Problem:
-    """The arguments that the kernels share, and how a launch is split."""
+def _sizes(batch: int, tokens: int, heads: int, dim: int) -> tuple[int, ...]:
+    """Return the entries saved for the backward: states, norms of queries and of keys, normalisers."""
+    # A head alone has the norms of its tokens at hand.
+    rows = batch * tokens if heads > 1 else 0
+    state = batch * heads * dim * (dim + 1) if tokens >= RUN else 0
+    return state, 2 * rows, 2 * rows, rows * heads
 
-    def __init__(self, query: Tensor, key: Tensor, pos: Tensor | None, factor: float):
-        self.batch, self.tokens, self.heads, self.dim = query.shape
-        self.strides = (*query.stride()[:3], *key.stride()[:3])
-        largest = max(sum((n - 1) * s for n, s in zip(t.shape[1:], t.stride()[1:], strict=True)) for t in (query, key))
-        tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-        self.sizes = {"HEADS": self.heads, "DIM": self.dim}
-        self.shared = {
-            **self.sizes,
-            "HAS_POS": pos is not None,
+
+class _Launches(NamedTuple):
+    """How one kernel runs: programs and runs, tokens of a run, heads of a program, constants."""
+
+    grid: tuple[int, int]
+    run: int
+    pack: int
+    constants: dict
+
+
+class _Plan:
+    """How the kernels are launched on inputs of one layout."""
+
+    def __init__(self, shape, query_stride, key_stride, has_pos: bool, factor: float, tf32: bool):
+        batch, tokens, heads, dim = shape
+        self.strides = (*query_stride[:3], *key_stride[:3])
+        self.sizes = _sizes(*shape)
+        self.saves_state = tokens >= RUN
+        strides = (query_stride, key_stride)
+        largest = max(sum((n - 1) * s for n, s in zip(shape[1:], stride[1:], strict=True)) for stride in strides)
+        features = {
+            "HAS_POS": has_pos,
+            "HEADS": heads,
+            "DIM": dim,
             "P": int(factor) if factor.is_integer() else factor,
             # 32-bit offsets within an image halve the registers of addresses; images themselves are 64 bits apart.
-            "INDEX": tl.int32 if max(largest, query.shape[1:].numel()) < 2**31 else tl.int64,
+            "INDEX": tl.int32 if max(largest, tokens * heads * dim) < 2**31 else tl.int64,
         }
-        self.block_dim = max(16, triton.next_power_of_2(self.dim))
-        self.products = {**self.shared, "BLOCK_DIM": self.block_dim, "PRECISION": "tf32" if tf32 else "ieee"}
+        adjacent = dim in (8, 16, 32, 64) and all(stride[2] == dim for stride in strides)
 
-    def launch(self, kernel: str) -> dict:
-        """Return the constants of a kernel's tile: as many entries for any head dim, more warps for large states."""
-        launch = LAUNCH[kernel]
-        tokens = max(16, min(64, launch.tokens * 64 // self.block_dim))
-        warps = launch.warps * (2 if self.block_dim > 64 else 1)
-        return {**self.products, "TOKENS": tokens, "num_warps": warps, "num_stages": launch.stages}
+        def launches(kernel: str, **constants) -> _Launches:
+            pack = heads if adjacent and heads * dim <= PACK[kernel] else 1
+            block_dim = max(16, triton.next_power_of_2(pack * dim))
+            launch = LAUNCH[kernel, max(32, block_dim)]
+            programs = batch * heads // pack
+            runs = 1 if programs >= PROGRAMS else max(1, min(tokens // RUN, 2 * PROGRAMS // programs))
+            run = triton.cdiv(triton.cdiv(tokens, runs), 64) * 64
+            constants |= {"BLOCK_DIM": block_dim, "TOKENS": launch.tokens, "PRECISION": "tf32" if tf32 else "ieee"}
+            constants |= {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.registers}
+            if kernel != "backward_query":
+                constants["PACK"] = pack
+            return _Launches((programs, triton.cdiv(tokens, run)), run, pack, features | constants)
 
-    @property
-    def saves_state(self) -> bool:
-        return self.tokens >= RUN
+        self.forward, self.backward_query = launches("forward"), launches("backward_query")
+        self.backward_key = launches("backward_key", BLOCK_HEADS=triton.next_power_of_2(heads))
+        self.state = batch * heads * dim * (dim + 1)
 
-    def split(self, programs: int, run: int) -> tuple[int, int]:
-        """Return how many runs of at least `run` tokens a head's tokens are cut into, and the tokens of a run."""
-        runs = 1 if programs >= PROGRAMS else max(1, min(self.tokens // run, 2 * PROGRAMS // programs))
-        run = triton.cdiv(triton.cdiv(self.tokens, runs), 64) * 64
-        return triton.cdiv(self.tokens, run), run
+        block_c = triton.next_power_of_2(heads * dim)
+        rows = max(1, TILE // block_c)
+        self.norms = {**features, "BLOCK_C": block_c, "TOKENS": rows, "num_warps": 4}
+        self.norms_grid = (batch * triton.cdiv(tokens, rows), 2)
+        blocks = {"BLOCK_DIM": max(16, triton.next_power_of_2(dim)), "BLOCK_HEADS": triton.next_power_of_2(heads)}
+        rows = max(1, TILE // (blocks["BLOCK_DIM"] * blocks["BLOCK_HEADS"]))
+        self.delta = {"HEADS": heads, "DIM": dim, **blocks, "ROWS": rows, "num_warps": 4}
+        self.delta_grid = (triton.cdiv(batch * tokens, rows),)
+        # Of the backward: gradients of states of each run, of the feature scale of each program, and heads' shares.
+        runs = self.backward_query.grid[1]
+        rows = batch * tokens if heads > 1 else 0
+        self.scales = (runs * batch, self.backward_key.grid[1] * batch)
+        scales = sum(self.scales) * heads * dim
+        self.scratch = (_aligned(runs * self.state), _aligned(scales), _aligned(rows * heads), rows)
 
-    def empty_states(self, parts: int, like: Tensor) -> Tensor:
-        """Return uninitialised states of all heads, `parts` of each."""
-        size = (parts, self.batch, self.heads, self.dim + 1, self.dim)
-        return torch.empty(size, dtype=torch.float32, device=like.device)
+
+_plan = lru_cache(maxsize=1024)(_Plan)
 
 
 def _prepare(query, key, value, scale, pos, factor) -> tuple:
-    (query,), (key, value) = _dense(query), _dense(key, value)
+    if query.stride(3) != 1:
+        query = query.contiguous()
+    if key.stride() != value.stride() or key.stride(3) != 1:
+        key, value = key.contiguous(), value.contiguous()
+    tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    plan = _plan(query.shape, query.stride(), key.stride(), pos is not None, factor, tf32)
     # Kernels have no use for a missing encoding, but need a pointer.
-    encoding = query if pos is None else pos.contiguous()
-    return _Problem(query, key, pos, factor), query, key, value, scale.contiguous(), encoding
+    return plan, query, key, value, scale.contiguous(), query if pos is None else pos.contiguous()
 
 
 def _linear(
     query: Tensor, key: Tensor, value: Tensor, feature_scale: Tensor, positional_encoding: Tensor | None, factor: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    problem, query, key, value, scale, pos = _prepare(query, key, value, feature_scale, positional_encoding, factor)
-    batch, tokens, heads, dim = query.shape
+) -> tuple[Tensor, Tensor]:
+    plan, query, key, value, scale, pos = _prepare(query, key, value, feature_scale, positional_encoding, factor)
+    _, tokens, heads, _ = query.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    normaliser = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-    norms = torch.empty((2, batch, tokens, 2) if heads > 1 else (2, 0, 0, 0), dtype=torch.float32, device=query.device)
-    if heads > 1:
-        block = triton.next_power_of_2(heads * dim)
-        tile = max(1, TILE // block)
-        _norms[(batch * triton.cdiv(tokens, tile), 2)](
-            query, key, pos, scale, norms[0], norms[1], tokens, *problem.strides,
-            **problem.shared, BLOCK_C=block, TOKENS=tile, num_warps=4,
-        )  # fmt: skip
-    runs, run = problem.split(batch * heads, RUN)
-    parts = problem.empty_states(runs, query) if problem.saves_state else normaliser.new_empty(1, 0)
+    saved = torch.empty(sum(plan.sizes), dtype=torch.float32, device=query.device)
+    state, norms_q, norms_k, normaliser = saved.split(plan.sizes)
+    grid, run, pack, constants = plan.forward
+    if pack < heads:
+        _norms[plan.norms_grid](query, key, pos, scale, norms_q, norms_k, tokens, *plan.strides, **plan.norms)
+    partial = state
+    if grid[1] > 1:
+        partial = torch.empty(grid[1] * plan.state, dtype=torch.float32, device=query.device)
 
-    def launch(state: Tensor, **flags) -> None:
-        _forward[(batch * heads, runs)](
-            query, key, value, pos, scale, norms[0], norms[1], state, out, normaliser, tokens, run,
-            *problem.strides, **problem.launch("forward"), **flags,
+    def launch(**flags) -> None:
+        _forward[grid](
+            query, key, value, pos, scale, norms_q, norms_k, partial, state, out, normaliser, tokens, run, grid[1],
+            *plan.strides, **constants, **flags,
         )  # fmt: skip
 
-    launch(parts, SUM=True, ATTEND=runs == 1, SAVE=problem.saves_state)
-    state = _sum(parts)
-    if runs > 1:
-        launch(state, SUM=False, ATTEND=True, SAVE=False)
-    return out, normaliser, norms, state
+    if grid[1] == 1:
+        launch(SUM=True, ATTEND=True, SAVE=plan.saves_state)
+    else:
+        launch(SUM=True, ATTEND=False, SAVE=True)
+        launch(SUM=False, ATTEND=True, SAVE=plan.saves_state)
+    return out, saved
 
 
 def _linear_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, feature_scale: Tensor,
-    positional_encoding: Tensor | None, out: Tensor, normaliser: Tensor, norms: Tensor, state: Tensor, factor: float,
+    positional_encoding: Tensor | None, out: Tensor, saved: Tensor, factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    problem, query, key, value, scale, pos = _prepare(query, key, value, feature_scale, positional_encoding, factor)
+    plan, query, key, value, scale, pos = _prepare(query, key, value, feature_scale, positional_encoding, factor)
     batch, tokens, heads, dim = query.shape
     grad_out = grad_out.contiguous()
-    grad_q, grad_k, grad_v = (torch.empty_like(out) for _ in range(3))
-    # A head alone has its shares at hand.
-    shares = torch.empty_like(normaliser) if heads > 1 else normaliser
-    along = normaliser.new_empty(batch, tokens) if heads > 1 else normaliser
+    grad_q, grad_k, grad_v = torch.empty_like(out), torch.empty_like(out), torch.empty_like(out)
+    state, norms_q, norms_k, normaliser = saved.split(plan.sizes)
+    scratch = torch.empty(sum(plan.scratch), dtype=torch.float32, device=query.device)
+    grad_state, grad_scales, shares, along = scratch.split(plan.scratch)
+    grad_scales = grad_scales[: sum(plan.scales) * heads * dim].view(-1, heads, dim)
     if heads > 1:
-        block_heads = triton.next_power_of_2(heads)
-        rows = max(1, TILE // (block_heads * problem.block_dim))
-        _delta[(triton.cdiv(batch * tokens, rows),)](
-            out, grad_out, normaliser, norms[0], shares, along, batch * tokens,
-            **problem.sizes, BLOCK_DIM=problem.block_dim, BLOCK_HEADS=block_heads, ROWS=rows, num_warps=4,
+        _delta[plan.delta_grid](out, grad_out, normaliser, norms_q, shares, along, batch * tokens, **plan.delta)
+    grid, run, _, constants = plan.backward_query
+    _backward_query[grid](
+        query, key, value, pos, scale, norms_q, norms_k, state, normaliser, shares, along, out, grad_out,
+        grad_q, grad_state, grad_scales, tokens, run, *plan.strides, **constants, SUM=not plan.saves_state,
+    )  # fmt: skip
+    parts = grid[1]
+    grid, run, pack, constants = plan.backward_key
+
+    def launch(**flags) -> None:
+        _backward_key[grid](
+            key, value, pos, scale, norms_k, grad_state, shares, grad_k, grad_v, grad_scales[plan.scales[0] :],
+            tokens, run, parts, *plan.strides[3:], **constants, **flags,
         )  # fmt: skip
 
-    runs, run = problem.split(batch * heads, RUN)
-    key_runs, key_run = problem.split(batch, KEY_RUN)
-    grad_states = problem.empty_states(runs, query)
-    grad_scales = torch.empty((runs + key_runs) * batch, heads, dim, dtype=torch.float32, device=query.device)
-    _backward_query[(batch * heads, runs)](
-        query, key, value, pos, scale, norms[0], norms[1], state, normaliser, shares, along, grad_out,
-        grad_q, grad_states, grad_scales, tokens, run, *problem.strides,
-        **problem.launch("backward_query"), SUM=not problem.saves_state,
-    )  # fmt: skip
-    _backward_key[(batch, key_runs)](
-        key, value, pos, scale, norms[1], _sum(grad_states), shares, grad_k, grad_v, grad_scales[runs * batch :],
-        tokens, key_run, *problem.strides[3:],
-        **problem.launch("backward_key"), BLOCK_HEADS=triton.next_power_of_2(heads),
-    )  # fmt: skip
+    if pack == heads:
+        launch(VALUES=True, KEYS=True)
+    else:
+        launch(VALUES=True, KEYS=False)
+        launch(VALUES=False, KEYS=True)
     grad_scale = grad_scales.sum(0).to(feature_scale.dtype)
     if positional_encoding is None:
         return grad_q, grad_k, grad_v, grad_scale, grad_q.new_empty(0)
     return grad_q, grad_k, grad_v, grad_scale, grad_k.sum(0, dtype=torch.float32).to(positional_encoding.dtype)
 
 
-def _sum(parts: Tensor) -> Tensor:
-    return parts.sum(0) if len(parts) > 1 else parts[0]
-
-
 def _fake(query, key, value, feature_scale, positional_encoding, factor):
-    batch, tokens, heads, dim = query.shape
-    return (
-        query.new_empty(query.shape),
-        query.new_empty((batch, tokens, heads), dtype=torch.float32),
-        query.new_empty((2, batch, tokens, 2) if heads > 1 else (2, 0, 0, 0), dtype=torch.float32),
-        query.new_empty((batch, heads, dim + 1, dim) if tokens >= RUN else 0, dtype=torch.float32),
-    )
+    return query.new_empty(query.shape), query.new_empty(sum(_sizes(*query.shape)), dtype=torch.float32)
 
 
 def _fake_backward(grad_out, query, key, value, feature_scale, positional_encoding, *others):

@@ -9,12 +9,14 @@ with the tensor cores and masks what lies outside of each query's window. The sc
 - `_backward_query`: the same tiles. It writes the gradient of the queries, and sum(out * grad_out) per query for the
   next kernel. The gradient of the bias is summed over the program's images in registers, folded along the diagonals
   of equal (key - query), and written as one partial table a program; PyTorch sums those: two deterministic stages.
-- `_backward_key`: a program owns one key tile of one image, and visits the chunks of queries that can see it.
+- `_backward_key`: a program owns one key tile, for BATCH images in turn, and visits the chunks of queries that can see
+  it. Where there are two at most, CHUNKS of them, mask and bias are gathered once for all images; 0 stands for more.
 
 Positions outside of the map or the group are clamped to its last member and masked, so that loads need no bounds.
 Scores are kept in base 2, scaled by log2(e).
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -269,13 +271,63 @@ def _backward_query(
 
 
 @triton.jit
+def _queries(low_h, low_w, length_h, length_w, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Ranks of a chunk of queries, clamped to the group, and which of them exist."""
+    n = tl.arange(0, ROWS * COLS)
+    rank_h = low_h + n // COLS
+    rank_w = low_w + n % COLS
+    exists = (rank_h < length_h) & (rank_w < length_w)
+    return tl.minimum(rank_h, length_h - 1), tl.minimum(rank_w, length_w - 1), exists
+
+
+@triton.jit
+def _key_bias(
+    rpb, rank_h, rank_w, exists, key_h, key_w, length_h, length_w,
+    K_H: tl.constexpr, K_W: tl.constexpr, S_H: tl.constexpr, S_W: tl.constexpr, C_H: tl.constexpr, C_W: tl.constexpr,
+    HAS_RPB: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Bias (keys, queries), rounded as the forward has it; -inf where the query does not exist or see the key."""
+    bias = _bias(
+        rpb, rank_h[None, :], rank_w[None, :], key_h[:, None], key_w[:, None], length_h, length_w,
+        K_H, K_W, S_H, S_W, C_H, C_W, HAS_RPB, dtype,
+    )  # fmt: skip
+    return tl.where(exists[None, :], bias, float("-inf"))
+
+
+@triton.jit
+def _key_chunk(
+    q, grad_out, lse, delta, rank_h, rank_w, bias, k_tile, v_tile, acc_k, acc_v,
+    width, heads, group_h, group_w, stride_h, stride_w,
+    D_H: tl.constexpr, D_W: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
+):  # fmt: skip
+    """Add what a chunk of queries gives to the gradients of a tile of keys and values."""
+    dtype = k_tile.dtype
+    d = tl.arange(0, BLOCK_DIM)
+    d_inside = (d < DIM)[None, :]
+    q_rows = _rows(rank_h, rank_w, group_h, group_w, stride_h, stride_w, D_H, D_W, INDEX)
+    token = _rows(rank_h, rank_w, group_h, group_w, width, 1, D_H, D_W, INDEX)
+    q_tile = tl.load(q + (q_rows[:, None] + d[None, :]), mask=d_inside, other=0.0)
+    do_tile = tl.load(grad_out + ((token * heads * DIM)[:, None] + d[None, :]), mask=d_inside, other=0.0)
+    norm = tl.load(lse + token * heads)
+    row_delta = tl.load(delta + token * heads)
+    s = tl.dot(k_tile, q_tile.T, input_precision=PRECISION) + bias
+    p = tl.exp2(s - norm[None, :])
+    acc_v += tl.dot(p.to(dtype), do_tile, input_precision=PRECISION)
+    dp = tl.dot(v_tile, do_tile.T, input_precision=PRECISION)
+    ds = p * (dp - row_delta[None, :])
+    acc_k += tl.dot(ds.to(dtype), q_tile, input_precision=PRECISION)
+    return acc_k, acc_v
+
+
+@triton.jit
 def _backward_key(
-    q, k, v, rpb, lse, grad_out, delta, grad_k, grad_v, height, width, heads, scale,
+    q, k, v, rpb, lse, grad_out, delta, grad_k, grad_v, batch, height, width, heads, scale,
     stride_b, stride_h, stride_w, stride_n,
     K_H: tl.constexpr, K_W: tl.constexpr, S_H: tl.constexpr, S_W: tl.constexpr, D_H: tl.constexpr, D_W: tl.constexpr,
     C_H: tl.constexpr, C_W: tl.constexpr, HAS_RPB: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    TILE_H: tl.constexpr, TILE_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNKS: tl.constexpr,
+    BATCH: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % heads
     tile = tl.program_id(0) // heads
@@ -285,59 +337,75 @@ def _backward_key(
     if (first_h >= length_h) | (first_w >= length_w):
         return
 
-    image = tl.program_id(1).to(tl.int64)
-    origin = image * stride_b + head * stride_n
-    first = image * height * width * heads + head
     m = tl.arange(0, TILE_H * TILE_W)
     inside = (first_h + m // TILE_W < length_h) & (first_w + m % TILE_W < length_w)
     key_h = tl.minimum(first_h + m // TILE_W, length_h - 1)
     key_w = tl.minimum(first_w + m % TILE_W, length_w - 1)
     low_h, high_h = _queries_of(first_h, tl.minimum(first_h + TILE_H, length_h) - 1, length_h, K_H, S_H, C_H)
     low_w, high_w = _queries_of(first_w, tl.minimum(first_w + TILE_W, length_w) - 1, length_w, K_W, S_W, C_W)
-    n = tl.arange(0, ROWS * COLS)
     d = tl.arange(0, BLOCK_DIM)
     d_inside = d < DIM
 
     dtype = q.dtype.element_ty
+    bias_dtype: tl.constexpr = tl.float32 if dtype == tl.float32 else tl.float16
     rpb += head * (2 * K_H - 1) * (2 * K_W - 1)
+    if CHUNKS:
+        rank_h0, rank_w0, exists0 = _queries(low_h, low_w, length_h, length_w, ROWS, COLS)
+        bias0 = _key_bias(
+            rpb, rank_h0, rank_w0, exists0, key_h, key_w, length_h, length_w,
+            K_H, K_W, S_H, S_W, C_H, C_W, HAS_RPB, bias_dtype,
+        )  # fmt: skip
+    if CHUNKS == 2:
+        rank_h1, rank_w1, exists1 = _queries(low_h + ROWS, low_w, length_h, length_w, ROWS, COLS)
+        bias1 = _key_bias(
+            rpb, rank_h1, rank_w1, exists1, key_h, key_w, length_h, length_w,
+            K_H, K_W, S_H, S_W, C_H, C_W, HAS_RPB, bias_dtype,
+        )  # fmt: skip
+
     k_rows = _rows(key_h, key_w, group_h, group_w, stride_h, stride_w, D_H, D_W, INDEX)
     k_rows = k_rows[:, None] + d[None, :]
-    k_tile = tl.load(k + origin + k_rows, mask=d_inside[None, :], other=0.0)
-    k_tile = (k_tile * (scale * 1.4426950408889634)).to(dtype)
-    v_tile = tl.load(v + origin + k_rows, mask=d_inside[None, :], other=0.0)
-    acc_k = tl.zeros((TILE_H * TILE_W, BLOCK_DIM), tl.float32)
-    acc_v = tl.zeros((TILE_H * TILE_W, BLOCK_DIM), tl.float32)
-
-    chunks_w = tl.cdiv(high_w - low_w + 1, COLS)
-    for c in range(tl.cdiv(high_h - low_h + 1, ROWS) * chunks_w):
-        rank_h = low_h + c // chunks_w * ROWS + n // COLS
-        rank_w = low_w + c % chunks_w * COLS + n % COLS
-        exists = (rank_h < length_h) & (rank_w < length_w)
-        rank_h = tl.minimum(rank_h, length_h - 1)
-        rank_w = tl.minimum(rank_w, length_w - 1)
-        q_rows = _rows(rank_h, rank_w, group_h, group_w, stride_h, stride_w, D_H, D_W, INDEX)
-        q_tile = tl.load(q + origin + (q_rows[:, None] + d[None, :]), mask=d_inside[None, :], other=0.0)
-        token = _rows(rank_h, rank_w, group_h, group_w, width, 1, D_H, D_W, INDEX)
-        o_rows = (token * heads * DIM)[:, None] + d[None, :]
-        do_tile = tl.load(grad_out + first * DIM + o_rows, mask=d_inside[None, :], other=0.0)
-        norm = tl.load(lse + first + token * heads)
-        row_delta = tl.load(delta + first + token * heads)
-        bias = _bias(
-            rpb, rank_h[None, :], rank_w[None, :], key_h[:, None], key_w[:, None], length_h, length_w,
-            K_H, K_W, S_H, S_W, C_H, C_W, HAS_RPB, tl.float32,
-        )  # fmt: skip
-        s = tl.dot(k_tile, q_tile.T, input_precision=PRECISION) + bias
-        p = tl.where(exists[None, :], tl.exp2(s - norm[None, :]), 0.0)
-        acc_v += tl.dot(p.to(dtype), do_tile, input_precision=PRECISION)
-        dp = tl.dot(v_tile, do_tile.T, input_precision=PRECISION)
-        ds = p * (dp - row_delta[None, :])
-        acc_k += tl.dot(ds.to(dtype), q_tile, input_precision=PRECISION)
-
     token = _rows(key_h, key_w, group_h, group_w, width, 1, D_H, D_W, INDEX)
     g_rows = (token * heads * DIM)[:, None] + d[None, :]
-    acc_k *= scale
-    tl.store(grad_k + first * DIM + g_rows, acc_k.to(dtype), mask=inside[:, None] & d_inside[None, :])
-    tl.store(grad_v + first * DIM + g_rows, acc_v.to(dtype), mask=inside[:, None] & d_inside[None, :])
+    chunks_w = tl.cdiv(high_w - low_w + 1, COLS)
+    first_image = tl.program_id(1).to(tl.int64) * BATCH
+    for image in range(first_image, tl.minimum(first_image + BATCH, batch)):
+        origin = image * stride_b + head * stride_n
+        first = image * height * width * heads + head
+        k_tile = tl.load(k + origin + k_rows, mask=d_inside[None, :], other=0.0)
+        k_tile = (k_tile * (scale * 1.4426950408889634)).to(dtype)
+        v_tile = tl.load(v + origin + k_rows, mask=d_inside[None, :], other=0.0)
+        acc_k = tl.zeros((TILE_H * TILE_W, BLOCK_DIM), tl.float32)
+        acc_v = tl.zeros((TILE_H * TILE_W, BLOCK_DIM), tl.float32)
+        if CHUNKS:
+            acc_k, acc_v = _key_chunk(
+                q + origin, grad_out + first * DIM, lse + first, delta + first, rank_h0, rank_w0, bias0,
+                k_tile, v_tile, acc_k, acc_v, width, heads, group_h, group_w, stride_h, stride_w,
+                D_H, D_W, DIM, BLOCK_DIM, PRECISION, INDEX,
+            )  # fmt: skip
+            if CHUNKS == 2:
+                if high_h - low_h >= ROWS:
+                    acc_k, acc_v = _key_chunk(
+                        q + origin, grad_out + first * DIM, lse + first, delta + first, rank_h1, rank_w1, bias1,
+                        k_tile, v_tile, acc_k, acc_v, width, heads, group_h, group_w, stride_h, stride_w,
+                        D_H, D_W, DIM, BLOCK_DIM, PRECISION, INDEX,
+                    )  # fmt: skip
+        else:
+            for c in range(tl.cdiv(high_h - low_h + 1, ROWS) * chunks_w):
+                rank_h, rank_w, exists = _queries(
+                    low_h + c // chunks_w * ROWS, low_w + c % chunks_w * COLS, length_h, length_w, ROWS, COLS
+                )
+                bias = _key_bias(
+                    rpb, rank_h, rank_w, exists, key_h, key_w, length_h, length_w,
+                    K_H, K_W, S_H, S_W, C_H, C_W, HAS_RPB, bias_dtype,
+                )  # fmt: skip
+                acc_k, acc_v = _key_chunk(
+                    q + origin, grad_out + first * DIM, lse + first, delta + first, rank_h, rank_w, bias,
+                    k_tile, v_tile, acc_k, acc_v, width, heads, group_h, group_w, stride_h, stride_w,
+                    D_H, D_W, DIM, BLOCK_DIM, PRECISION, INDEX,
+                )  # fmt: skip
+        acc_k *= scale
+        tl.store(grad_k + first * DIM + g_rows, acc_k.to(dtype), mask=inside[:, None] & d_inside[None, :])
+        tl.store(grad_v + first * DIM + g_rows, acc_v.to(dtype), mask=inside[:, None] & d_inside[None, :])
 
 
 class _Launch(NamedTuple):
@@ -355,10 +423,26 @@ class _Launch(NamedTuple):
 LAUNCH = {
     "forward": _Launch((2, 8), 128, 8, 2, 3),
     "backward_query": _Launch((2, 8), 128, 8, 2, 3),
-    "backward_key": _Launch((2, 8), 64, 1, 2, 3),
+    "backward_key": _Launch((2, 8), 128, 8, 2, 2),
 }
 # Enough programs to fill the GPU come before many images a program.
 PROGRAMS = 1024
+
+
+@cache
+def _most_queries(size: int, dilation: int, tile: int, kernel_size: int, stride: int, is_causal: bool) -> int:
+    """Return how many ranks the queries that see a tile of keys span on an axis at most; `_queries_of` says which."""
+    most = 0
+    for length in {size // dilation, triton.cdiv(size, dilation)}:
+        for first in range(0, length, tile):
+            last = min(first + tile, length) - 1
+            if is_causal:
+                low, high = first, last + kernel_size - 1
+            else:
+                low = 0 if first < kernel_size else first - (kernel_size - 1) // 2 - (stride - 1)
+                high = length if last >= length - kernel_size else last + kernel_size // 2 + stride - 1
+            most = max(most, min(high, length - 1) - max(low, 0) + 1)
+    return most
 
 
 def _strided(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -466,10 +550,14 @@ def _na2d_backward(
 
     launch = LAUNCH["backward_key"]
     tiles, constants = problem.tiling(launch)
-    del constants["CHUNKS"]
-    _backward_key[(tiles, problem.batch)](
+    axes = zip((problem.height, problem.width), dilation, launch.tile, kernel_size, stride, is_causal, strict=True)
+    rows, cols = (_most_queries(*axis) for axis in axes)
+    chunks = triton.cdiv(rows, constants["ROWS"])
+    constants["CHUNKS"] = chunks if chunks <= 2 and cols <= constants["COLS"] else 0
+    images = problem.images(tiles, launch)
+    _backward_key[(tiles, triton.cdiv(problem.batch, images))](
         query, key, value, table, lse, grad_out, delta, grad_k, grad_v,
-        *problem.sizes, **problem.constants, **constants,
+        problem.batch, *problem.sizes, **problem.constants, **constants, BATCH=images,
     )  # fmt: skip
     if rpb is None:
         return grad_q, grad_k, grad_v, partial

@@ -6,6 +6,12 @@ from densezoo.ops.plugins.parts import odd, positive
 from torch import Tensor, nn
 
 
+def kernel_size_for(channels: int) -> int:
+    """Return the paper's kernel size, the odd number nearest to log2(C) / 2 + 1 / 2."""
+    # Of two odd numbers that are as near, the larger one, as in the released code.
+    return int((math.log2(channels) + 1) / 2) | 1
+
+
 class ECA(nn.Module):
     """Efficient channel attention (arXiv 1910.03151): scales each channel by the means of its neighbours.
 
@@ -21,11 +27,9 @@ class ECA(nn.Module):
 
     def __init__(self, channels: int, kernel_size: int | None = None, *, device=None, dtype=None):
         super().__init__()
-        if kernel_size is None:
-            # Of two odd numbers that are as near, the larger one, as in the released code.
-            kernel_size = int((math.log2(positive("channels", channels)) + 1) / 2) | 1
-        padding = odd("kernel_size", kernel_size) // 2
-        self.conv = nn.Conv1d(1, 1, kernel_size, padding=padding, bias=False, device=device, dtype=dtype)
+        positive("channels", channels)
+        kernel_size = kernel_size_for(channels) if kernel_size is None else odd("kernel_size", kernel_size)
+        self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Take (B, C, H, W) to the same shape."""

@@ -57,3 +57,17 @@ def init_as_published(module: nn.Module) -> None:
             nn.init.kaiming_normal_(m.weight, mode="fan_out")
         if getattr(m, "bias", None) is not None:
             nn.init.zeros_(m.bias)
+
+
+def pooled_basis(basis: Tensor, size: int | torch.SymInt) -> Tensor:
+    """Return what applies `basis` (n, cells) to an axis of `size` after adaptive average pooling, (n, size)."""
+    cells = basis.shape[1]
+    # An exported graph serves all sizes.
+    if not torch.compiler.is_exporting() and size == cells:
+        return basis
+    cell = torch.arange(cells, device=basis.device)[:, None]
+    position = torch.arange(size, device=basis.device)
+    start, end = cell * size // cells, ((cell + 1) * size + cells - 1) // cells
+    pooling = ((position >= start) & (position < end)).to(basis.dtype) / (end - start)
+    # Not by a matrix product, whose precision autocast would lower.
+    return (basis[:, :, None] * pooling).sum(1)

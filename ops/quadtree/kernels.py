@@ -16,7 +16,8 @@ the forward leaves for the backward, beside the normalisers: 4 bytes a kept key,
   next to each other once the kept keys are sorted by number, stably, and so are summed in one order. 4 queries of each.
 
 Gradients go from coarse to fine: a level's gradients of queries and keys take their share of those of the means.
-Scores are kept in base 2, scaled by log2(e).
+Scores are in base 2, scaled by log2(e). `begin` is where the level's normalisers begin in `lse`, `first` the number of
+the first key of the coarser level.
 """
 
 from typing import NamedTuple
@@ -100,9 +101,9 @@ def _tokens(x, position, width, image, head, b, h, w, n, d, INDEX: tl.constexpr)
     return _place(x + image * b + head * n, position // width, position % width, h, w, d, INDEX)
 
 
-@triton.jit(do_not_specialize=["height", "width", "heads"])
+@triton.jit(do_not_specialize=["begin", "height", "width", "heads"])
 def _all_forward(
-    q, k, v, out, lse, scores, height, width, heads, scale,
+    q, k, v, out, lse, scores, begin, height, width, heads, scale,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, KEEP: tl.constexpr,
     PRECISION: tl.constexpr, SCORES: tl.constexpr, INDEX: tl.constexpr,
@@ -118,7 +119,7 @@ def _all_forward(
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     acc = tl.zeros((BLOCK, BLOCK_DIM), tl.float32)
-    first = (image * heads + head) * count
+    first = begin + (image * heads + head) * count
     for start in range(0, count, CHUNK):
         n = start + tl.arange(0, CHUNK)
         here = (n < count)[:, None] & (d < DIM)[None, :]
@@ -126,7 +127,7 @@ def _all_forward(
         v_tile = tl.load(_tokens(v, n, width, image, head, v_b, v_h, v_w, v_n, d, INDEX), mask=here, other=0.0)
         s = tl.dot(q_tile, k_tile.T, input_precision=SCORES) * (scale * 1.4426950408889634)
         if KEEP:
-            place = (first + m)[:, None] * count + n[None, :]
+            place = (first - begin + m)[:, None] * count + n[None, :]
             tl.store(scores + place, s, mask=(m < count)[:, None] & (n < count)[None, :])
         s = tl.where((n < count)[None, :], s, float("-inf"))
         new = tl.maximum(top, tl.max(s, 1))
@@ -141,9 +142,9 @@ def _all_forward(
     tl.store(lse + first + m, top + tl.log2(total), mask=m < count)
 
 
-@triton.jit(do_not_specialize=["height", "width", "heads"])
+@triton.jit(do_not_specialize=["begin", "height", "width", "heads"])
 def _all_backward_query(
-    q, k, v, lse, grad, delta, grad_q, height, width, heads, scale,
+    q, k, v, lse, grad, delta, grad_q, begin, height, width, heads, scale,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     PRECISION: tl.constexpr, SCORES: tl.constexpr, INDEX: tl.constexpr,
@@ -156,14 +157,14 @@ def _all_backward_query(
     inside = (m < count)[:, None] & (d < DIM)[None, :]
     dtype = q.dtype.element_ty
     rows = ((image * count + m) * heads + head)[:, None] * DIM + d[None, :]
-    first = (image * heads + head) * count
+    first = begin + (image * heads + head) * count
     q_tile = tl.load(_tokens(q, m, width, image, head, q_b, q_h, q_w, q_n, d, INDEX), mask=inside, other=0.0)
     g_tile = tl.load(grad + rows, mask=inside, other=0.0)
     norm = tl.load(lse + first + m, mask=m < count, other=0.0)
     row_delta = tl.zeros((BLOCK,), tl.float32)
     acc = tl.zeros((BLOCK, BLOCK_DIM), tl.float32)
     # The coarsest level's own output is not kept: one pass for its product with the gradient, one for the gradient.
-    for sweep in range(2):
+    for sweep in tl.static_range(2):
         for start in range(0, count, CHUNK):
             n = start + tl.arange(0, CHUNK)
             here = (n < count)[:, None] & (d < DIM)[None, :]
@@ -182,9 +183,9 @@ def _all_backward_query(
     tl.store(delta + first + m, row_delta, mask=m < count)
 
 
-@triton.jit(do_not_specialize=["height", "width", "heads"])
+@triton.jit(do_not_specialize=["begin", "height", "width", "heads"])
 def _all_backward_key(
-    q, k, v, lse, grad, delta, grad_k, grad_v, height, width, heads, scale,
+    q, k, v, lse, grad, delta, grad_k, grad_v, begin, height, width, heads, scale,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     PRECISION: tl.constexpr, SCORES: tl.constexpr, INDEX: tl.constexpr,
@@ -196,7 +197,7 @@ def _all_backward_key(
     d = tl.arange(0, BLOCK_DIM)
     inside = (n < count)[:, None] & (d < DIM)[None, :]
     dtype = q.dtype.element_ty
-    first = (image * heads + head) * count
+    first = begin + (image * heads + head) * count
     k_tile = tl.load(_tokens(k, n, width, image, head, k_b, k_h, k_w, k_n, d, INDEX), mask=inside, other=0.0)
     v_tile = tl.load(_tokens(v, n, width, image, head, v_b, v_h, v_w, v_n, d, INDEX), mask=inside, other=0.0)
     acc_k = tl.zeros((BLOCK, BLOCK_DIM), tl.float32)
@@ -223,7 +224,7 @@ def _all_backward_key(
 
 @triton.jit(do_not_specialize=["height", "width", "first", "first_coarser", "outside", "count", "queries"])
 def _keep(
-    scores, kept, coarser, height, width, first, first_coarser, outside, count, queries,
+    scores, kept, height, width, first, first_coarser, outside, count, queries,
     TOPK: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COARSEST: tl.constexpr,
 ):  # fmt: skip
     query = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -240,8 +241,8 @@ def _keep(
         columns = (width + 1) // 2
         position = query % positions
         parent = map_of * rows * columns + position // width // 2 * columns + position % width // 2
-        slot = parent.to(tl.int64)[:, None] * TOPK + (j // 4)[None, :]
-        key = tl.load(coarser + slot, mask=here & (j // 4 < TOPK)[None, :], other=0)
+        slot = (first_coarser + parent.to(tl.int64))[:, None] * TOPK + (j // 4)[None, :]
+        key = tl.load(kept + slot, mask=here & (j // 4 < TOPK)[None, :], other=0)
         key -= first_coarser + (map_of * rows * columns)[:, None]
         key = (key // columns * 2 + (j % 4 // 2)[None, :]) * width + key % columns * 2 + (j % 2)[None, :]
     # What lies outside of the map has the score -inf.
@@ -256,7 +257,8 @@ def _keep(
         hit = j[None, :] == place[:, None]
         rank = tl.where(hit, r, rank)
         bits = tl.where(hit, -2147483648, bits)
-    tl.store(kept + query.to(tl.int64)[:, None] * TOPK + rank, key, mask=inside[:, None] & (rank < TOPK))
+    place = (first + query.to(tl.int64))[:, None] * TOPK + rank
+    tl.store(kept + place, key, mask=inside[:, None] & (rank < TOPK))
 
 
 @triton.jit
@@ -297,9 +299,9 @@ def _candidates(
     return parent, row, column, exists
 
 
-@triton.jit(do_not_specialize=["first", "height", "width", "heads"])
+@triton.jit(do_not_specialize=["begin", "first", "height", "width", "heads"])
 def _children_forward(
-    q, k, v, kept, coarser, out, lse, scores, first, height, width, heads, scale,
+    q, k, v, kept, coarser, out, lse, scores, begin, first, height, width, heads, scale,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
     TOPK: tl.constexpr, CANDIDATES: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, KEEP: tl.constexpr,
@@ -313,7 +315,7 @@ def _children_forward(
     map_of = image * heads + head
     parent, row, column, exists = _family(tile, rows, columns, height, width, TILE_H, TILE_W)
     owner, key_row, key_column, seen = _candidates(
-        kept + map_of * rows * columns * TOPK, tile, (first + map_of * rows * columns).to(tl.int32),
+        kept + (first + map_of * rows * columns) * TOPK, tile, (first + map_of * rows * columns).to(tl.int32),
         rows, columns, height, width, TILE_H, TILE_W, TOPK, CANDIDATES,
     )  # fmt: skip
     d = tl.arange(0, BLOCK_DIM)
@@ -340,12 +342,12 @@ def _children_forward(
     acc += tl.load(coarser + above, mask=inside, other=0.0)
     here = ((image * height * width + row * width + column) * heads + head)[:, None] * DIM + d[None, :]
     tl.store(out + here, acc.to(out.dtype.element_ty), mask=inside)
-    tl.store(lse + query, top + tl.log2(total), mask=exists)
+    tl.store(lse + begin + query, top + tl.log2(total), mask=exists)
 
 
-@triton.jit(do_not_specialize=["first", "height", "width", "heads"])
+@triton.jit(do_not_specialize=["begin", "first", "height", "width", "heads"])
 def _children_backward_query(
-    q, k, v, kept, lse, grad, delta, coarser, grad_q, first, height, width, heads, scale,
+    q, k, v, kept, lse, grad, delta, coarser, grad_q, begin, first, height, width, heads, scale,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
     TOPK: tl.constexpr, CANDIDATES: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
@@ -359,7 +361,7 @@ def _children_backward_query(
     map_of = image * heads + head
     parent, row, column, exists = _family(tile, rows, columns, height, width, TILE_H, TILE_W)
     owner, key_row, key_column, seen = _candidates(
-        kept + map_of * rows * columns * TOPK, tile, (first + map_of * rows * columns).to(tl.int32),
+        kept + (first + map_of * rows * columns) * TOPK, tile, (first + map_of * rows * columns).to(tl.int32),
         rows, columns, height, width, TILE_H, TILE_W, TOPK, CANDIDATES,
     )  # fmt: skip
     d = tl.arange(0, BLOCK_DIM)
@@ -371,7 +373,7 @@ def _children_backward_query(
     q_tile = tl.load(_place(q + image * q_b + head * q_n, row, column, q_h, q_w, d, INDEX), inside, 0.0)
     here = ((image * height * width + row * width + column) * heads + head)[:, None] * DIM + d[None, :]
     g_tile = tl.load(grad + here, mask=inside, other=0.0).to(dtype)
-    query = map_of * height * width + row * width + column
+    query = begin + map_of * height * width + row * width + column
     norm = tl.load(lse + query, mask=exists, other=0.0)
     s = tl.dot(q_tile, k_tile.T, input_precision=SCORES) * (scale * 1.4426950408889634)
     own = exists[:, None] & (parent[:, None] == owner[None, :]) & seen[None, :]
@@ -386,9 +388,9 @@ def _children_backward_query(
     tl.store(delta + query, row_delta, mask=exists)
 
 
-@triton.jit(do_not_specialize=["first", "height", "width", "heads"])
+@triton.jit(do_not_specialize=["begin", "first", "height", "width", "heads"])
 def _children_backward_key(
-    q, k, v, starts, order, lse, grad, delta, coarser, grad_k, grad_v, first, height, width, heads, scale,
+    q, k, v, starts, order, lse, grad, delta, coarser, grad_k, grad_v, begin, first, height, width, heads, scale,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
     TOPK: tl.constexpr, PARENTS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     PRECISION: tl.constexpr, SCORES: tl.constexpr, INDEX: tl.constexpr,
@@ -415,8 +417,8 @@ def _children_backward_key(
 
     q += image * q_b + head * q_n
     grad += image * height * width * heads * DIM + head * DIM
-    lse += map_of * height * width
-    delta += map_of * height * width
+    lse += begin + map_of * height * width
+    delta += begin + map_of * height * width
     i = tl.arange(0, 4 * PARENTS)
     starts += first + map_of * rows * columns + quad
     last = tl.load(starts + 1)
@@ -462,15 +464,15 @@ class _Launch(NamedTuple):
     stages: int
 
 
-# By kernel, for maps of 16-bit and of 32-bit numbers.
+# By kernel, for maps of 16-bit, measured on an H200, and of 32-bit numbers.
 LAUNCH = {
-    "coarsen": (_Launch(32, 0, 4, 1), _Launch(32, 0, 4, 1)),
-    "all_forward": (_Launch(64, 64, 4, 2), _Launch(32, 64, 4, 2)),
-    "all_backward_query": (_Launch(64, 64, 4, 2), _Launch(32, 64, 4, 2)),
-    "all_backward_key": (_Launch(64, 64, 4, 2), _Launch(32, 64, 4, 2)),
-    "children_forward": (_Launch(0, 128, 4, 1), _Launch(0, 128, 4, 1)),
-    "children_backward_query": (_Launch(0, 128, 4, 1), _Launch(0, 128, 4, 1)),
-    "children_backward_key": (_Launch(0, 8, 1, 1), _Launch(0, 8, 2, 1)),
+    "coarsen": (_Launch(16, 0, 4, 1), _Launch(16, 0, 4, 1)),
+    "all_forward": (_Launch(32, 64, 4, 2), _Launch(32, 64, 4, 2)),
+    "all_backward_query": (_Launch(32, 64, 4, 1), _Launch(16, 32, 4, 1)),
+    "all_backward_key": (_Launch(32, 64, 4, 1), _Launch(16, 32, 4, 1)),
+    "children_forward": (_Launch(0, 128, 4, 1), _Launch(0, 128, 8, 1)),
+    "children_backward_query": (_Launch(0, 128, 4, 1), _Launch(0, 128, 8, 1)),
+    "children_backward_key": (_Launch(0, 4, 1, 1), _Launch(0, 8, 2, 1)),
 }
 # Scores that a program of `_keep` holds.
 KEEP_TILE = 2048
@@ -552,15 +554,20 @@ class _Problem:
 
     def options(self, level: int) -> tuple:
         """Return the arguments that follow a level's tensors."""
-        height, width, _ = self.maps[level]
+        height, width, first = self.maps[level]
+        # Normalisers of the finest level come last, so that those of others lie where the numbers of their keys say.
+        first = (first if level else self.coarse_keys,)
+        if level + 1 < self.levels:
+            first += (self.maps[level + 1].first,)
         strides = (s for t in (self.queries[level], self.keys[level], self.values[level]) for s in _strides(t))
-        return height, width, self.heads, self.scale, *strides
+        return *first, height, width, self.heads, self.scale, *strides
 
     def all(self, kernel: str, level: int) -> tuple[tuple[int, int], dict]:
         """Return the grid and the constants of a kernel over all pairs."""
         launch, (height, width, _) = self.launch(kernel, level), self.maps[level]
-        # Small tiles for small maps.
-        chunk = max(16, min(launch.chunk, triton.next_power_of_2(height * width)))
+        # Less at once where the map is small, the head wide or the dtype is.
+        most = 16384 // (self.dims["BLOCK_DIM"] * self.queries[level].itemsize)
+        chunk = max(16, min(launch.chunk, most, triton.next_power_of_2(height * width)))
         grid = (triton.cdiv(height * width, launch.block) * self.heads, self.batch)
         return grid, {
             **self.dims, **self.index, **self.precision, "BLOCK": launch.block, "CHUNK": chunk,
@@ -588,8 +595,7 @@ class _Problem:
         rows = max(1, KEEP_TILE // block)
         first_coarser = first if coarsest else self.maps[level + 1].first
         _keep[(triton.cdiv(queries, rows),)](
-            scores, kept[first * self.topk :], kept[first_coarser * self.topk :],
-            height, width, first, first_coarser, self.coarse_keys, count, queries,
+            scores, kept, height, width, first, first_coarser, self.coarse_keys, count, queries,
             TOPK=self.topk, BLOCK=block, ROWS=rows, COARSEST=coarsest, num_warps=4,
         )  # fmt: skip
 
@@ -610,12 +616,10 @@ def _quadtree(
     problem = _Problem(query, key, (value, value1, value2, value3), topk, scale)
     problem.coarsen()
     out, lse, kept = _fake(query, key, value, value1, value2, value3, topk, scale)
-    # Normalisers of the finest level come last, so that the coarser ones lie where the numbers of their keys say.
     coarser = None
     for level in reversed(range(problem.levels)):
-        height, width, first = problem.maps[level]
+        height, width, _ = problem.maps[level]
         queries = query.shape[0] * problem.heads * height * width
-        first = problem.coarse_keys if level == 0 else first
         coarsest = level == problem.levels - 1
         result = out if level == 0 else query.new_empty(problem.shape(level), dtype=torch.float32)
         count = height * width if coarsest else 4 * topk
@@ -624,15 +628,13 @@ def _quadtree(
         if coarsest:
             grid, constants = problem.all("all_forward", level)
             _all_forward[grid](
-                *tensors, result, lse[first:], scores, *problem.options(level), **constants, KEEP=level > 0
+                *tensors, result, lse, scores, *problem.options(level), **constants, KEEP=level > 0
             )
         else:
             grid, constants = problem.children("children_forward", level)
-            above = problem.maps[level + 1].first
             _children_forward[grid](
-                *tensors, kept[above * topk :], coarser, result, lse[first:], scores, above,
-                *problem.options(level), **constants, KEEP=level > 0,
-            )  # fmt: skip
+                *tensors, kept, coarser, result, lse, scores, *problem.options(level), **constants, KEEP=level > 0
+            )
         if level:
             problem.keep(level, scores, kept)
         coarser = result
@@ -659,9 +661,8 @@ def _quadtree_backward(
     for level in reversed(range(levels)):
         dtype = problem.queries[level].dtype
         grad_q, grad_k = (query.new_empty(problem.shape(level), dtype=dtype) for _ in range(2))
-        first = problem.coarse_keys if level == 0 else problem.maps[level].first
         tensors = problem.queries[level], problem.keys[level], problem.values[level]
-        saved = lse[first:], grads[level], delta[first:]
+        saved = lse, grads[level], delta
         options = problem.options(level)
         if level == levels - 1:
             grid, constants = problem.all("all_backward_query", level)
@@ -671,12 +672,10 @@ def _quadtree_backward(
         else:
             above = problem.maps[level + 1]
             grid, constants = problem.children("children_backward_query", level)
-            _children_backward_query[grid](
-                *tensors, kept[above.first * topk :], *saved, above_q, grad_q, above.first, *options, **constants
-            )
+            _children_backward_query[grid](*tensors, kept, *saved, above_q, grad_q, *options, **constants)
             launch = problem.launch("children_backward_key", level)
             _children_backward_key[(above.height * above.width * problem.heads, problem.batch)](
-                *tensors, starts, order, *saved, above_k, grad_k, grad_values[level], above.first, *options,
+                *tensors, starts, order, *saved, above_k, grad_k, grad_values[level], *options,
                 **problem.dims, **problem.index, **problem.precision, TOPK=topk, PARENTS=launch.chunk,
                 num_warps=launch.warps, num_stages=launch.stages,
             )  # fmt: skip

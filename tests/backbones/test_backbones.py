@@ -10,8 +10,9 @@ import sys
 import pytest
 import timm
 import torch
-from densezoo.backbones import VARIANTS, davit, maxvit, poolformer
+from densezoo.backbones import VARIANTS, attention_mobilenet, attention_resnet, davit, maxvit, poolformer
 from densezoo.backbones.agent import AgentDeiT
+from densezoo.backbones.attention_resnet import AttentionResNet
 from densezoo.backbones.cswin import CSwin
 from densezoo.backbones.poolformer import PoolFormer
 from densezoo.backbones.pvt import PVT
@@ -30,6 +31,8 @@ UNTRAINED = {
     "quadtree_a_b0",
     "metaformer_random_s12_224",
     *(f"flatten_{size}" for size in ("deit_tiny", "cswin_small", "cswin_base", "cswin_base_384")),
+    *attention_mobilenet.VARIANTS,
+    *(name for name in attention_resnet.VARIANTS if not re.fullmatch(r"se_resnet50|fcanet\d+", name)),
 }
 # Parameters that only tell how positions differ; PoolFormer pools those around a position less itself.
 POSITIONS = r"\.rel_pos\.|\.a[nhw]_bias$|^stages\.3\.blocks\.\d\.(norm1\.|layer_scale_1)"
@@ -99,7 +102,7 @@ def pooled_norm(model: nn.Module) -> nn.Module:
 def design(name: str) -> str:
     """Return a variant's shrunk keywords, those aside that differ in size alone."""
     arch = architecture(name) | shrunk(name)
-    sizes = {"depths", "window_size"} | (set() if "num_heads" in arch else {"embed_dim", "embed_dims"})
+    sizes = {"depths", "window_size", "kernel_sizes"} | (set() if "num_heads" in arch else {"embed_dim", "embed_dims"})
     return str({k: v for k, v in arch.items() if k not in sizes})
 
 
@@ -143,7 +146,9 @@ def test_default_cfg(name):
     with torch.device("meta"):
         model = timm.create_model(name).eval()
         cfg, size = model.default_cfg, model.default_cfg["input_size"]
-        assert cfg["license"] and cfg["architecture"] == name and cfg["interpolation"] == "bicubic"
+        assert cfg["license"] and cfg["architecture"] == name
+        filters = "bilinear" if VARIANTS[name] in (attention_resnet, attention_mobilenet) else "bicubic"
+        assert cfg["interpolation"] == filters
         assert timm.is_model_pretrained(name) == (name not in UNTRAINED)
         if VARIANTS[name] not in TIMMS:
             # timm caches a download under the last part of its path.
@@ -159,7 +164,7 @@ def test_default_cfg(name):
         if model.num_classes:
             assert state[cfg["classifier"] + ".weight"].shape == (model.num_classes, model.num_features)
             assert model.get_classifier().out_features == model.num_classes
-        small = timm.create_model(name, **shrunk(name, 1, None))
+        small = timm.create_model(name, **shrunk(name, 1, None)).eval()
         if isinstance(model, AgentDeiT):  # it pools no map
             assert cfg["pool_size"] is None
         else:
@@ -265,7 +270,7 @@ def test_forward_intermediates(name):
 
     *_, normed = model.forward_intermediates(x, norm=True, intermediates_only=True)
     assert torch.equal(normed, nchw(model, features))
-    assert torch.equal(normed, every[-1]) == (model.pool_first or isinstance(model, PVT))
+    assert torch.equal(normed, every[-1]) == (model.pool_first or isinstance(model, PVT | AttentionResNet))
     channels_last = model.forward_intermediates(x, output_fmt="NHWC", intermediates_only=True)
     assert all(map(torch.equal, channels_last, [out.permute(0, 2, 3, 1) for out in every]))
     with pytest.raises(ValueError, match="output_fmt"):

@@ -159,11 +159,13 @@ KERNEL_SETTINGS = [(3, 30, 9, 2, 8, True), (1, 70, 49, 1, 16, True), (2, 75, 16,
 @pytest.mark.parametrize("launch", [{}, {"RUN": 16}, {"PROGRAMS": 1}], ids=["whole", "split", "grouped"])
 @pytest.mark.parametrize("setting", KERNEL_SETTINGS, ids=str)
 @pytest.mark.skipif(cuda, reason="the kernels run on the GPU, in the tests below")
-def test_kernels_interpreted(setting, launch, monkeypatch):
+def test_kernels_interpreted(setting, launch, monkeypatch, request):
     from densezoo.ops.agent import kernels
 
     for name, value in launch.items():
         monkeypatch.setattr(kernels, name, value)
+    kernels._plan.cache_clear()
+    request.addfinalizer(kernels._plan.cache_clear)
     compare(inputs(setting), 1e-6)
 
 

@@ -92,9 +92,11 @@ def test_kernels_interpreted(shape, channels, monkeypatch):
 
     launch = {name: settings._replace(channels=channels) for name, settings in kernels.LAUNCH.items()}
     monkeypatch.setattr(kernels, "LAUNCH", launch)
+    kernels._problem.cache_clear()
     tensors = inputs(*shape, dtype=torch.float32)
     set_backend("triton")
     got = gradients(tensors, scale=0.1)
+    kernels._problem.cache_clear()
     set_backend("reference")
     expected = gradients([t.double() for t in tensors], scale=0.1)
     assert max(map(error, got, expected)) < 1e-6

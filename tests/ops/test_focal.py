@@ -122,31 +122,36 @@ def test_computes_in_float32(dtype, autocast):
 
 
 @pytest.mark.parametrize("aligned", [False, True], ids=["views", "dense"])
-@pytest.mark.parametrize("setting", [(3, 5, 4, 34, (3, 5)), (1, 3, 2, 40, (1, 3, 5)), (2, 1, 1, 3, (3,))], ids=str)
+@pytest.mark.parametrize("setting", [(2, 5, 1, 3, (3, 5)), (1, 2, 3, 34, (1, 3)), (1, 2, 1, 3, (7,))], ids=str)
 @pytest.mark.skipif(cuda, reason="the kernels run on the GPU, in the tests below")
 def test_kernels_interpreted(setting, aligned, monkeypatch):
     from densezoo.ops.focal import kernels
 
-    # Few rows a strip and several images a program: the interpreter takes them all one by one.
-    launch = {name: settings._replace(elements=512, rows=2, images=2) for name, settings in kernels.LAUNCH.items()}
-    monkeypatch.setattr(kernels, "LAUNCH", launch)
-    monkeypatch.setattr(kernels, "PROGRAMS", 1)
+    # Short pieces, and several images a program: the interpreter takes programs one by one.
+    monkeypatch.setattr(kernels, "ROWS", 2)
+    monkeypatch.setattr(kernels, "WEIGHT_PROGRAMS", 4)
+    monkeypatch.setattr(kernels, "_columns", lambda size, is_backward: 2)
+    kernels._problem.cache_clear()
     tensors = inputs(setting, torch.float32)
     tensors = [t.contiguous() for t in tensors] if aligned else tensors
     set_backend("triton")
     got = gradients(tensors, normalize_modulator=aligned)
+    kernels._problem.cache_clear()
     set_backend("reference")
     expected = gradients([t.double() for t in tensors], normalize_modulator=aligned)
     assert max(map(error, got, expected)) < 1e-6
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_operator_contract(device):
-    import densezoo.ops.focal.kernels  # noqa: F401  (registers the operator)
+def test_operator_contract(device, monkeypatch):
+    from densezoo.ops.focal import kernels
 
     if device == "cpu" and cuda:
         pytest.skip("the kernels run on the GPU")
-    context, gates, weight = inputs((2, 2, 3, 4, (3,)), torch.float32, device)
+    # The interpreter takes the numbers of a strip one by one.
+    monkeypatch.setattr(kernels, "_columns", lambda size, is_backward: 1)
+    kernels._problem.cache_clear()
+    context, gates, weight = inputs((2, 2, 1, 4, (3,)), torch.float32, device)
     tensors = [context, gates, weight.flatten(1).t().contiguous()]
     leaves = [t.detach().requires_grad_() for t in tensors]
     torch.library.opcheck(torch.ops.densezoo.focal_modulation, (*leaves, [3], True))
@@ -156,6 +161,7 @@ def test_operator_contract(device):
     with FakeTensorMode() as mode:
         fake = torch.ops.densezoo.focal_modulation_backward(*(mode.from_tensor(t) for t in args), [3], True)
     got = torch.ops.densezoo.focal_modulation_backward(*args, [3], True)
+    kernels._problem.cache_clear()
     assert [t.stride() for t in got] == [t.stride() for t in fake]
 
 

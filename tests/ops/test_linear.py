@@ -169,17 +169,19 @@ KERNEL_SETTINGS = [
     (1, 49, 1, 16, 3, True),
     (1, 33, 2, 12, 2.5, True),
     (2, 17, 2, 40, 1, False),
+    (2, 70, 4, 64, 3, True),
 ]
 
 
 @pytest.mark.parametrize("run", [512, 16], ids=["whole", "split"])
 @pytest.mark.parametrize("setting", KERNEL_SETTINGS, ids=str)
 @pytest.mark.skipif(cuda, reason="the kernels run on the GPU, in the tests below")
-def test_kernels_interpreted(setting, run, monkeypatch):
+def test_kernels_interpreted(setting, run, monkeypatch, request):
     from densezoo.ops.linear import kernels
 
     monkeypatch.setattr(kernels, "RUN", run)
-    monkeypatch.setattr(kernels, "KEY_RUN", min(run, kernels.KEY_RUN))
+    kernels._plan.cache_clear()
+    request.addfinalizer(kernels._plan.cache_clear)
     compare(setting, inputs(setting), 5e-6)
 
 

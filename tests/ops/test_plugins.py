@@ -11,12 +11,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from densezoo.ops import plugins
-from densezoo.ops.plugins import BAM, CBAM, ECA, FCA, SE, Triplet
+from densezoo.ops.plugins import BAM, CBAM, DAS, ECA, ELA, FCA, PKCAM, SE, ULSAM, GatherExcite, Triplet
+from torchvision.ops import deform_conv2d
 
 GOLDENS = Path(parity.__file__).parent / "goldens"
 MODULES = [getattr(plugins, name) for name in plugins.__all__]
 # What leaves a bottleneck more than one or two channels in small networks.
-NARROW = {kind: {} if kind in (ECA, Triplet) else dict(reduction=4) for kind in MODULES}
+NARROW = {kind: dict(reduction=4) if kind in (BAM, CBAM, FCA, SE) else {} for kind in MODULES}
 each = pytest.mark.parametrize("kind", MODULES, ids=plugins.__all__)
 
 
@@ -62,8 +63,10 @@ def test_forward_and_backward(kind, size):
         assert x.grad.isfinite().all() and x.grad.any()
         for name, parameter in module.named_parameters():
             assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-            # A batch norm in training takes away what a bias before it adds.
-            assert train or parameter.grad.any(), name
+            # A batch norm in training takes away what a bias before it adds. ULSAM's softmax over one position is 1,
+            # and DAS's norm over one leaves nothing.
+            idle = train or (kind in (ULSAM, DAS) and size == (1, 1))
+            assert idle or parameter.grad.any(), name
 
 
 @each
@@ -117,7 +120,8 @@ def test_compile(kind):
 def test_export_with_free_height_and_width(kind):
     module, free = build(kind).eval(), torch.export.Dim.DYNAMIC
     program = torch.export.export(module, (torch.randn(2, 32, 14, 21),), dynamic_shapes=({2: free, 3: free},)).module()
-    for size in ((14, 21), (7, 7), (5, 30)):
+    # A strided convolution in an exported graph serves no map that it takes to a single row or column.
+    for size in ((14, 21), (9, 10), (30, 11)) if kind is GatherExcite else ((14, 21), (7, 7), (5, 30)):
         x = torch.randn(2, 32, *size)
         torch.testing.assert_close(program(x), module(x))
 
@@ -151,6 +155,19 @@ def test_state_dict_and_factory_arguments(kind):
         (lambda: FCA(32, dct_size=(7, 8, 9)), r"dct_size: got \(7, 8, 9\), expected int or \(rows, columns\)"),
         (lambda: FCA(32, frequencies="top3"), "frequencies: got 'top3', expected one of top1, top2, top4, top8, top16"),
         (lambda: FCA(32, reduction=5), "reduction: got 5 for 32 channels, expected one of"),
+        (lambda: GatherExcite(32, extent=6), "extent: got 6, expected a power of two from 2, or None"),
+        (lambda: GatherExcite(32, variant="phi"), "variant: got 'phi', expected one of theta-, theta, theta\\+"),
+        (lambda: GatherExcite(32, extent=None), "size: got None, expected the map's where a convolution"),
+        (lambda: GatherExcite(32, size=7), "size: got 7, expected the map's where .*, else None"),
+        (lambda: GatherExcite(24, variant="theta+"), "reduction: got 16 for 24 channels, expected one of"),
+        (lambda: ELA(24), "norm_groups: got 16 for 24 channels, expected a divisor of the channels"),
+        (lambda: ELA(32, groups=5), "groups: got 5 for 32 channels, expected a divisor of the channels"),
+        (lambda: ELA(32, kernel_size=4), "kernel_size: got 4, expected an odd number"),
+        (lambda: PKCAM(32, previous=-1), "previous: got -1, expected the number of earlier maps"),
+        (lambda: PKCAM(32, kernel_size=2), "kernel_size: got 2, expected an odd number"),
+        (lambda: DAS(32, ratio=0), "ratio: got 0, expected a number above 0 and up to 1"),
+        (lambda: DAS(32, kernel_size=2), "kernel_size: got 2, expected an odd number"),
+        (lambda: ULSAM(32, groups=5), "groups: got 5 for 32 channels, expected a divisor of the channels"),
     ],
 )
 def test_bad_options(make, message):
@@ -205,6 +222,103 @@ def test_cbam_starts_with_a_flat_spatial_gate():
     torch.testing.assert_close(module(x), x * channel[..., None, None] / 2)
 
 
+@pytest.mark.parametrize("variant", ["theta-", "theta", "theta+"])
+@pytest.mark.parametrize("extent", [2, 4, None])
+def test_gather_excite(variant, extent):
+    x = torch.randn(2, 32, 13, 9)
+    size = (13, 9) if extent is None and variant != "theta-" else None
+    module = build(GatherExcite, extent=extent, variant=variant, size=size).eval()
+    if variant == "theta-" and extent:
+        gathered = F.avg_pool2d(x, 2 * extent - 1, extent, padding=extent - 1, count_include_pad=False)
+    elif variant == "theta-":
+        gathered = x.mean((2, 3), keepdim=True)
+    else:
+        gathered, convs = x, [m for m in module.gather if isinstance(m, torch.nn.Conv2d)]
+        assert len(convs) == (1 if extent is None else extent // 2)
+        for i, conv in enumerate(convs):
+            stride, padding = (2, 1) if extent else (1, 0)
+            gathered = F.conv2d(gathered.relu() if i else x, conv.weight, None, stride, padding, groups=32)
+            norm = module.gather[3 * i + 1]
+            gathered = gathered * norm.weight[:, None, None] * (1 + norm.eps) ** -0.5 + norm.bias[:, None, None]
+    if variant == "theta+":
+        gathered = module.mlp[2](module.mlp[0](gathered).relu())
+    stride = extent or 13
+    assert gathered.shape[2:] == (-(-13 // stride), -(-9 // stride))
+    rows, columns = (torch.arange(n) * m // n for n, m in zip((13, 9), gathered.shape[2:], strict=True))
+    torch.testing.assert_close(module(x), x * gathered[:, :, rows][..., columns].sigmoid())
+
+
+def test_gather_excite_of_the_whole_of_another_map():
+    module, x = build(GatherExcite, extent=None, size=(4, 3)).eval(), torch.randn(2, 32, 11, 6)
+    gathered = module.gather(F.adaptive_avg_pool2d(x, (4, 3)))
+    torch.testing.assert_close(module(x), x * gathered.sigmoid())
+
+
+@pytest.mark.parametrize("options", [dict(kernel_size=5, norm_groups=32), dict(groups=4), {}], ids=str)
+def test_ela_scales_rows_and_columns(options):
+    module, x = build(ELA, **options), torch.randn(2, 32, 6, 9)
+    rows = torch.stack([module.norm(module.conv(image.mean(2)[None]))[0] for image in x]).sigmoid()
+    columns = torch.stack([module.norm(module.conv(image.mean(1)[None]))[0] for image in x]).sigmoid()
+    torch.testing.assert_close(module(x), torch.einsum("bchw,bch,bcw->bchw", x, rows, columns))
+
+
+def test_pkcam():
+    x, alone = torch.randn(2, 64, 6, 9), build(PKCAM, 64)
+    eca = ECA(64)
+    eca.conv.load_state_dict(alone.local_conv.state_dict())
+    torch.testing.assert_close(alone(x), x + eca(x))
+
+    module, previous = build(PKCAM, 64, kernel_size=5, previous=2), (torch.randn(2, 16), torch.randn(2, 64))
+    own = x.mean((2, 3))
+    weights = module.mix_maps.weight.flatten()
+    mixed = weights[0] * previous[0].repeat(1, 4) + weights[1] * previous[1] + weights[2] * own
+    scales = [
+        F.conv1d(F.pad(means, (2, 2))[:, None], conv.weight)[:, 0].sigmoid()
+        for means, conv in ((own, module.local_conv), (mixed.relu(), module.global_conv))
+    ]
+    weights = module.mix_scales.weight.flatten()
+    scale = (weights[0] * scales[0] + weights[1] * scales[1]).sigmoid()
+    torch.testing.assert_close(module(x, previous), x * (1 + scale[..., None, None]))
+    for wrong in ((), previous[:1], (torch.randn(2, 24), previous[1])):
+        with pytest.raises(ValueError, match=r"previous: got .*, expected 2 tensors \(B, C'\) with C' a divisor of 64"):
+            module(x, wrong)
+
+
+def test_das():
+    module, x = build(DAS, 20), torch.randn(2, 20, 6, 9)
+    y = F.conv2d(F.conv2d(x, module.depthwise.weight, groups=20, padding=1), module.pointwise.weight)
+    assert y.shape[1] == 4
+    y = F.gelu(F.instance_norm(y))
+    offset, mask = module.offset(y).split((18, 9), 1)
+    y = deform_conv2d(y, offset, module.deform.weight, module.deform.bias, padding=1, mask=mask.sigmoid())
+    gate = F.layer_norm(y.permute(0, 2, 3, 1), (20,), module.norm.weight, module.norm.bias).sigmoid()
+    torch.testing.assert_close(module(x), x * gate.permute(0, 3, 1, 2))
+
+
+def test_das_starts_with_a_plain_convolution():
+    module, x = DAS(20), torch.randn(2, 20, 6, 9)
+    y = F.gelu(F.instance_norm(module.pointwise(module.depthwise(x))))
+    y = F.conv2d(y / 2, module.deform.weight, module.deform.bias, padding=1)
+    torch.testing.assert_close(module(x), x * module.norm(y.permute(0, 2, 3, 1)).sigmoid().permute(0, 3, 1, 2))
+
+
+def test_ulsam_has_one_softmax_a_subspace():
+    module, x = build(ULSAM, groups=2).eval(), torch.randn(2, 32, 6, 9)
+    parts = []
+    for i, part in enumerate(x.split(16, 1)):
+        own = slice(16 * i, 16 * i + 16)
+        norm = (1 + module.bn_dws.eps) ** -0.5
+        weight, bias = module.conv_dws.weight[own].flatten(), module.conv_dws.bias[own]
+        y = part * weight[:, None, None] + bias[:, None, None]
+        y = (y * norm * module.bn_dws.weight[own, None, None] + module.bn_dws.bias[own, None, None]).relu()
+        y = F.max_pool2d(y, 3, 1, 1)
+        y = torch.einsum("bchw,c->bhw", y, module.conv_point.weight[i].flatten()) + module.conv_point.bias[i]
+        y = (y * norm * module.bn_point.weight[i] + module.bn_point.bias[i]).relu()
+        attention = y.flatten(1).softmax(1).view(2, 1, 6, 9)
+        parts.append(part + part * attention)
+    torch.testing.assert_close(module(x), torch.cat(parts, 1))
+
+
 @each
 def test_timm_resnet(kind):
     model = timm.create_model("resnet18", num_classes=3, channels=(16, 16, 32, 32), block_args=dict(attn_layer=kind))
@@ -239,7 +353,7 @@ def test_mmcv_plugin_layer(kind, library):
     plugins = [plugin | dict(stages=(False, True, True, True))]
     model = MODELS.build(dict(type="ResNet", depth=50, base_channels=8, plugins=plugins))
     model.init_weights()
-    name = kind.__name__.lower()
+    name = "gather_excite" if kind is GatherExcite else kind.__name__.lower()
     layers = {n: m for n, m in model.named_modules() if isinstance(m, kind)}
     assert list(layers) == [f"layer{i}.{j}.{name}" for i, depth in ((2, 4), (3, 6), (4, 3)) for j in range(depth)]
     if kind is CBAM:

@@ -1,0 +1,9 @@
+_base_ = [
+    "../_base_/models/timm_classifier_plain.py",
+    "../_base_/datasets/imagenet_224_crop-flip.py",
+    "../_base_/schedules/schedule_400e_sgd.py",
+    "../_base_/default_runtime.py",
+]
+
+model = dict(model_name="triplet_mobilenetv2")
+train_dataloader = dict(batch_size=12)

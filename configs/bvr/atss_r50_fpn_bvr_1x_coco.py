@@ -1,0 +1,19 @@
+_base_ = [
+    "../_base_/models/atss_fpn.py",
+    "../_base_/datasets/coco_detection.py",
+    "../_base_/schedules/schedule_1x_sgd.py",
+    "../_base_/default_runtime.py",
+]
+
+model = dict(
+    backbone=dict(
+        type="ResNet",
+        depth=50,
+        out_indices=(1, 2, 3),
+        frozen_stages=1,
+        init_cfg=dict(type="Pretrained", checkpoint="torchvision://resnet50"),
+    ),
+    neck=dict(in_channels=[512, 1024, 2048]),
+    bbox_head=dict(type="densezoo.BVRATSSHead"),
+)
+optim_wrapper = dict(optimizer=dict(lr=0.01))
