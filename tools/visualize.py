@@ -126,7 +126,7 @@ def draw_attention(args: Namespace) -> None:
 
 def save(args: Namespace, image: Image.Image, panels: list[tuple], point: tuple[float, float] | None) -> None:
     """Save the image and its panels side by side: pictures as they are, weights over the image."""
-    figure = Figure(figsize=(4 * len(panels) + 4, 4.6 * image.height / image.width), layout="constrained")
+    figure = Figure(figsize=(4 * len(panels) + 4, 4 * image.height / image.width + 0.7), layout="constrained")
     axes = figure.subplots(1, len(panels) + 1, squeeze=False)[0]
     place = dict(extent=(0, image.width, image.height, 0))
     for axis, (title, content) in zip(axes, [(args.model, None), *panels], strict=True):
