@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-all
+.PHONY: setup demo test test-all zoo
 setup: .venv/ready
 
 # mmcv asks for opencv-python, which needs a display's libraries; the headless build takes its place.
@@ -14,6 +14,9 @@ setup: .venv/ready
 
 demo: setup
 	$(BIN)/python tools/demo.py
+
+zoo: setup
+	$(BIN)/python tools/make_zoo.py
 
 test: setup
 	$(BIN)/python -m pytest -n auto -m 'not slow'

@@ -14,7 +14,7 @@ from mmengine.dataset import InfiniteSampler
 from mmengine.device import get_device
 from mmengine.dist import is_distributed, master_only
 from mmengine.logging import MMLogger
-from mmengine.model import is_model_wrapper, revert_sync_batchnorm
+from mmengine.model import BaseTTAModel, is_model_wrapper, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.runner import EpochBasedTrainLoop
 from mmengine.runner.checkpoint import CheckpointLoader
@@ -76,7 +76,8 @@ class Runner(mmengine.runner.Runner):
         """Return one line about the device, processes, batch, learning rate, seed and place of a training."""
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else get_device()
         batch = _batch_size(self.train_dataloader)
-        total = batch * self.world_size
+        steps = self._accumulated_steps(self.optim_wrapper)
+        total = batch * self.world_size * steps
         scaling = self.auto_scale_lr or {}
         configured = scaling.get("base_batch_size")
         lr = max(group.get("initial_lr", group["lr"]) for group in self.optim_wrapper.param_groups)
@@ -88,10 +89,22 @@ class Runner(mmengine.runner.Runner):
         else:
             note = f"as configured{f' for a batch of {configured}' if configured else ''}"
         return (
-            f"Training on {device}: {self.world_size} process(es) x {batch} images = batch {total}; "
+            f"Training on {device}: {self.world_size} process(es) x {batch} images"
+            f"{f' x {steps} accumulated steps' if steps > 1 else ''} = batch {total}; "
             f"largest learning rate {lr:g} ({note}); seed {self.seed}; saving to {self.work_dir}"
             + (f"; going on from {self._load_from} at iteration {self.iter}" if self._resume else "")
         )
+
+    def scale_lr(self, optim_wrapper: OptimWrapper, auto_scale_lr: dict | None = None) -> None:
+        """Scale the learning rate if asked to, by the batch of one update: that of all its accumulated steps."""
+        if auto_scale_lr and auto_scale_lr.get("base_batch_size"):
+            base = auto_scale_lr["base_batch_size"] / self._accumulated_steps(optim_wrapper)
+            auto_scale_lr = dict(auto_scale_lr, base_batch_size=base)
+        super().scale_lr(optim_wrapper, auto_scale_lr)
+
+    @staticmethod
+    def _accumulated_steps(optim_wrapper: OptimWrapper) -> int:
+        return getattr(optim_wrapper, "_accumulative_counts", 1)
 
     def setup_env(self, env_cfg: dict) -> None:
         """Set up processes; on a CPU they talk through gloo, whatever `dist_cfg` says."""
@@ -182,6 +195,8 @@ class Runner(mmengine.runner.Runner):
         checkpoint.get("meta", {}).pop("config", None)
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         model = self.model.module if is_model_wrapper(self.model) else self.model
+        # Test-time augmentation wraps the model once more.
+        model = model.module if isinstance(model, BaseTTAModel) else model
         self.logger.info(load_weights(model, checkpoint, filename, strict or self._is_test or self._resume))
         self._has_loaded = True
         return checkpoint

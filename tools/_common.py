@@ -92,6 +92,7 @@ def load_config(args: Namespace, needs: Iterable[str] = ("model",)) -> Config:
     if find_spec(scope) is None:
         hint = did_you_mean(scope, ("mmdet", "mmseg", "mmpretrain"))
         raise ConfigError(f"{path}: default_scope: there is no package {scope!r}{hint}")
+    use_timm_layout(cfg)
     # A run tells what these are; the config file may not know.
     if hasattr(args, "work_dir"):
         cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", path.stem))
@@ -152,6 +153,18 @@ def get_dataset(cfg: Config, loader: str) -> dict:
     while isinstance(inner := dataset.get("dataset") or (dataset.get("datasets") or [None])[0], dict):
         dataset = inner
     return dataset
+
+
+def use_timm_layout(cfg: Config) -> None:
+    """Point ImageNet's test loader at validation/, timm's other name for val/, where only that is there."""
+    for loader in ("val_dataloader", "test_dataloader"):
+        if cfg.get(loader) is None:
+            continue
+        dataset = get_dataset(cfg, loader)
+        root = Path(dataset.get("data_root") or "")
+        if dataset.get("split") == "val" and not dataset.get("data_prefix") and (root / "validation").is_dir():
+            if not (root / "val").exists():
+                dataset["data_prefix"] = "validation"
 
 
 @contextmanager

@@ -25,7 +25,7 @@ CLOSED_DICTS = {
     "optim_wrapper.clip_grad": ("type", "max_norm", "norm_type", "error_if_nonfinite", "foreach", "clip_value"),
     "optim_wrapper.paramwise_cfg": (
         *("custom_keys", "bias_lr_mult", "bias_decay_mult", "norm_decay_mult", "flat_decay_mult", "dwconv_decay_mult"),
-        *("dcn_offset_lr_mult", "bypass_duplicate"),
+        *("dcn_offset_lr_mult", "bypass_duplicate", "layer_decay_rate"),
     ),
 }
 # How alike two names are of which one is the other misspelled.

@@ -18,13 +18,12 @@ import sys
 from collections.abc import Collection
 from os.path import commonprefix
 from pathlib import Path
-from urllib.parse import urljoin
 
 import jinja2
 import timm
 import torch
-import yaml
 from _common import replacing
+from _facts import CARDS, STATUSES, load_facts
 from densezoo.backbones import VARIANTS
 from get_flops import count_multiply_adds
 from tqdm import tqdm
@@ -32,51 +31,8 @@ from tqdm import tqdm
 from densezoo.openmmlab import config_for
 
 ROOT = Path(__file__).resolve().parents[1]
-CARDS = ROOT / "model_cards"
 MARKERS = ("<!-- models -->", "<!-- /models -->")
 EXPORT_MARKERS = ("<!-- exports -->", "<!-- /exports -->")
-STATUSES = ("published", "converted", "reproduced")
-# Key in the facts -> name, Hugging Face's metric, Hugging Face's task; the first that a result has names its task.
-METRICS = {
-    "top1": ("top-1", "accuracy", "image-classification"),
-    "box_ap": ("box AP", "box AP", "object-detection"),
-    "pq": ("PQ", "PQ", "panoptic-segmentation"),
-    "mask_ap": ("mask AP", "mask AP", "instance-segmentation"),
-    "miou": ("mIoU", "mIoU", "semantic-segmentation"),
-    "miou_ms": ("multi-scale mIoU", "mIoU", "semantic-segmentation"),
-    "macc": ("mAcc", "mAcc", "semantic-segmentation"),
-}
-FAMILY_KEYS = ("source", "license", "weights_base", "papers", "models")
-MODEL_KEYS = ("paper", "source", "license", "note", "weights", "results")
-RESULT_KEYS = ("dataset", "method", "size", "params", "flops", "config", "weights", "status", *METRICS)
-
-
-def load_facts(path: Path) -> dict:
-    """Return a family's facts: addresses of weights in full, every result with method, status, weights, metrics.
-
-    Raises:
-        ValueError: A key or a status is not one of those known; names file and place.
-    """
-    facts = yaml.safe_load(path.read_text())
-    check_known(facts, FAMILY_KEYS, path.name)
-    for name, model in facts["models"].items():
-        check_known(model, MODEL_KEYS, f"{path.name}: {name}")
-        for result in model["results"]:
-            check_known(result, RESULT_KEYS, f"{path.name}: {name}: results")
-            result.setdefault("method", "classifier")
-            check_known([result.setdefault("status", "published")], STATUSES, f"{path.name}: {name}: status")
-            result["metrics"] = [(*METRICS[key], result[key]) for key in METRICS if key in result]
-            result.setdefault("weights", model["weights"])
-        for place in (model, *model["results"]):
-            # Empty where none were published.
-            place["weights"] = place["weights"] and urljoin(facts.get("weights_base", ""), place["weights"])
-    return facts
-
-
-def check_known(found: Collection[str], known: Collection[str], place: str) -> None:
-    """Raise ValueError if something found is not known."""
-    if unknown := sorted(set(found) - set(known)):
-        raise ValueError(f"{place}: got {unknown[0]!r}, expected one of: {', '.join(known)}")
 
 
 def parity_of(name: str, models: Collection[str], errors: dict[str, float]) -> tuple[str | None, float | None]:
@@ -131,15 +87,21 @@ def describe(name: str, facts: dict, flops: dict[str, float], errors: dict[str, 
     )  # fmt: skip
 
 
-def generate() -> tuple[dict[Path, str], str]:
-    """Return the text of every card, by path, and README.md's table."""
-    loader = jinja2.FileSystemLoader(ROOT / "tools")
-    templates = jinja2.Environment(loader=loader, trim_blocks=True, keep_trailing_newline=True)
+def read_models() -> list[dict]:
+    """Return what the templates say of every model of the facts."""
     flops, errors = (json.loads((CARDS / name).read_text()) for name in ("flops.json", "parity.json"))
     models = []
     for path in sorted((CARDS / "facts").glob("*.yaml")):
         facts = load_facts(path)
         models += [describe(name, facts, flops, errors) for name in facts["models"]]
+    return models
+
+
+def generate() -> tuple[dict[Path, str], str]:
+    """Return the text of every card, by path, and README.md's table."""
+    loader = jinja2.FileSystemLoader(ROOT / "tools")
+    templates = jinja2.Environment(loader=loader, trim_blocks=True, keep_trailing_newline=True)
+    models = read_models()
     card = templates.get_template("card.md.j2")
     cards = {CARDS / f"{model['name']}.md": card.render(model) for model in models}
     return cards, templates.get_template("models.md.j2").render(models=models)

@@ -3,12 +3,14 @@
 import json
 import math
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from _common import Start, add_run_arguments, finish, load_config, make_parser, replacing
 from _errors import ConfigError
+from _expect import add_test_time_augmentation, compare, find_expected
 from infer import draw
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
@@ -37,13 +39,17 @@ class DrawHook(Hook):
             draw(sample, sample.img_path, dataset.metainfo, (self.folder / name).with_suffix(".png"), True)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Test as the command line says."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Test as the command line says; return 1 if a metric is not the expected one."""
     parser = make_parser(__doc__)
     parser.add_argument("config", help="config file")
     parser.add_argument("checkpoint", help="file or URL; has to fit the model exactly")
     parser.add_argument("--out", help="where to save the metrics as JSON; default: metrics.json in the work dir")
     parser.add_argument("--show-dir", help="folder in which to save every image with its predictions")
+    parser.add_argument("--tta", action="store_true",
+                        help="augment: by the config's tta_model, else mirror images")  # fmt: skip
+    parser.add_argument("--expect", type=float, nargs="?", const=0.1, metavar="TOLERANCE",
+                        help="exit with 1 if a metric is further than this from the card; default: 0.1")  # fmt: skip
     add_run_arguments(parser)
     args = parser.parse_args(argv)
 
@@ -52,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         out = Path(args.out or Path(cfg.work_dir, "metrics.json"))
         if out.is_dir():
             raise ConfigError(f"--out {out}: is a folder, expected a file")
+        expected = None if args.expect is None else find_expected(args.config, args.tta)
+        if args.tta:
+            add_test_time_augmentation(cfg)
         cfg.load_from, cfg.resume = args.checkpoint, False
         start.runner = runner = Runner.from_cfg(cfg)
         if args.show_dir:
@@ -63,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             file.write_text(json.dumps(metrics, indent=2, default=str) + "\n")
         show(metrics)
         print(f"{args.checkpoint} on {len(runner.test_dataloader.dataset)} images; saved to {out}")
+    failed = expected is not None and not compare(expected, metrics, args.expect)
     finish()
+    return int(failed)
 
 
 def to_plain(value: Any) -> Any:
@@ -81,4 +92,4 @@ def show(metrics: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

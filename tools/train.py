@@ -6,8 +6,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from _common import Start, add_run_arguments, finish, load_config, make_parser
 from _errors import ConfigError
+from _switches import add_switches, apply_switches
 from mmengine.config import Config
 from torch import cuda, nn
 
@@ -21,21 +23,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says."""
     parser = make_parser(__doc__)
     parser.add_argument("config", help="config file")
-    parser.add_argument("--amp", action="store_true",
-                        help="mixed precision: float16 with loss scaling on a GPU, bfloat16 on a CPU")  # fmt: skip
     parser.add_argument("--compile", action="store_true",
                         help="torch.compile the backbone; the rest of a detector changes with every image")  # fmt: skip
     parser.add_argument("--resume", nargs="?", const="auto", metavar="PATH",
                         help="go on from a checkpoint; without a path, from the work dir's newest, if any")  # fmt: skip
     parser.add_argument("--auto-scale-lr", action="store_true",
                         help="scale the learning rate by batch size / auto_scale_lr.base_batch_size")  # fmt: skip
+    add_switches(parser)
     add_run_arguments(parser)
     args = parser.parse_args(argv)
 
     with Start() as start:
         start.cfg = cfg = load_config(args, NEEDS)
-        if args.amp:
-            set_amp(cfg)
+        apply_switches(cfg, args)
         if args.auto_scale_lr:
             if "base_batch_size" not in (cfg.get("auto_scale_lr") or {}):
                 raise ConfigError(f"--auto-scale-lr: {args.config} does not set auto_scale_lr.base_batch_size")
@@ -45,19 +45,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if cfg.get("load_from"):
             cfg.load_from = existing_checkpoint(cfg.load_from, "load_from")
         start.runner = runner = Runner.from_cfg(cfg)
+        if args.channels_last:
+            runner.model.to(memory_format=torch.channels_last)
         if args.compile:
             compile_backbone(runner.model)
         runner.train()
     finish()
-
-
-def set_amp(cfg: Config) -> None:
-    """Choose mixed precision."""
-    kind = cfg.optim_wrapper.setdefault("type", "OptimWrapper")
-    if kind not in ("OptimWrapper", "AmpOptimWrapper"):
-        raise ConfigError(f"--amp: optim_wrapper.type is {kind!r}, expected 'OptimWrapper'")
-    cfg.optim_wrapper.type = "AmpOptimWrapper"
-    cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
 
 
 def set_resume(cfg: Config, source: str) -> None:
