@@ -5,7 +5,7 @@ from pathlib import Path
 
 import matplotlib
 from _benchmark_models import RIVALS
-from _common import replacing
+from _files import replacing
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt  # noqa: E402

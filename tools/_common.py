@@ -7,8 +7,7 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -165,17 +164,6 @@ def use_timm_layout(cfg: Config) -> None:
         if dataset.get("split") == "val" and not dataset.get("data_prefix") and (root / "validation").is_dir():
             if not (root / "val").exists():
                 dataset["data_prefix"] = "validation"
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary file beside `path` to write, which takes its place when it is whole."""
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def finish() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import draw_digits
 import matplotlib
-from _common import replacing
+from _files import replacing
 from pycocotools.coco import COCO
 from rich.console import Console
 from rich.table import Table

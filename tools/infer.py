@@ -10,8 +10,9 @@ from pathlib import Path
 import mmcv
 import numpy as np
 import torch
-from _common import Start, get_dataset, load_config, make_parser, replacing
+from _common import Start, get_dataset, load_config, make_parser
 from _errors import ConfigError, similar_path
+from _files import replacing
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.device import get_device

@@ -22,8 +22,8 @@ from pathlib import Path
 import jinja2
 import timm
 import torch
-from _common import replacing
 from _facts import CARDS, STATUSES, load_facts
+from _files import replacing
 from densezoo.backbones import VARIANTS
 from get_flops import count_multiply_adds
 from tqdm import tqdm

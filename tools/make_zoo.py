@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
-from _common import replacing
 from _facts import CARDS
+from _files import replacing
 from make_cards import ROOT, read_models
 
 # Key -> the name and unit that the page shows.

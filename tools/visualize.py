@@ -10,8 +10,9 @@ import numpy as np
 import timm
 import torch
 from _attention import attention_weights, find_layers
-from _common import Start, get_dataset, load_config, make_parser, replacing
+from _common import Start, get_dataset, load_config, make_parser
 from _errors import ConfigError, did_you_mean, similar_path
+from _files import replacing
 from infer import build_model, draw
 from matplotlib.figure import Figure
 from mmengine.dataset import pseudo_collate
