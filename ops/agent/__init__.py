@@ -83,7 +83,7 @@ def _unsupported(query: Tensor, agent: Tensor, *biases: Tensor | None) -> str | 
     """Return why the kernels cannot take these inputs, or None where they can."""
     for t in (query, *biases):
         if t is not None and t.dtype not in (torch.bfloat16, torch.float32):
-            # float16 is right in Triton's interpreter, but not on a GPU yet.
+            # In float16 the kernels are right in Triton's interpreter, but not on a GPU.
             return f"dtype {t.dtype} (kernels: bfloat16, float32)"
     if not 8 <= query.shape[-1] <= 128:
         return f"head dim {query.shape[-1]} (kernels: 8 to 128)"

@@ -349,9 +349,10 @@ def _backward_query(
             total = tl.load(normaliser + (row + t) * HEADS + head, mask=t_inside, other=1.0)
             share = tl.load(deltas + (row + t) * HEADS + head, mask=t_inside, other=0.0)
             along = tl.load(delta + row + t, mask=t_inside, other=0.0)
-        do_tile *= (1.0 / total)[:, None]
-        grad = product(do_tile, key_value.T, zero, dtype, PRECISION) - share[:, None] * key_sum[None, :]
-        grad_key_value = product(w.T, do_tile, grad_key_value, dtype, PRECISION)
+        # The weights of the values: of a query whose features are almost nothing, float16 holds no other part.
+        by_total = (1.0 / total)[:, None]
+        grad = product(do_tile * by_total, key_value.T, zero, dtype, PRECISION) - share[:, None] * key_sum[None, :]
+        grad_key_value = product((w * by_total).T, do_tile, grad_key_value, dtype, PRECISION)
         grad_key_sum -= share[:, None] * w
         # The gradient of the features, over their norm.
         grad = P * slope * (grad - along[:, None] * w) + along[:, None] * a
