@@ -1,6 +1,7 @@
 """The necks: the published outputs, their definitions, mmdet's, and any backbone before them."""
 
 import copy
+import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
