@@ -283,6 +283,8 @@ def test_backend_is_chosen_by_name():
     set_backend("triton")
     with pytest.raises(RuntimeError, match="agent_attention: cannot run on triton: dtype torch.float64"):
         run(*inputs(SETTINGS[0], torch.float64))
+    with pytest.raises(RuntimeError, match="agent_attention: cannot run on triton: dtype torch.float16"):
+        run(*inputs(SETTINGS[0], torch.float16))
     with pytest.raises(RuntimeError, match="agent_attention: cannot run on triton: 65 agents"):
         run(*inputs((1, 7, 65, 1, 8, True)))
 

@@ -297,6 +297,8 @@ def test_backend_is_chosen_by_name():
     set_backend("triton")
     with pytest.raises(RuntimeError, match="focused_linear_attention: cannot run on triton: dtype torch.float64"):
         run(SETTINGS[0])(*inputs(SETTINGS[0], torch.float64))
+    with pytest.raises(RuntimeError, match="focused_linear_attention: cannot run on triton: dtype torch.float16"):
+        run(SETTINGS[0])(*inputs(SETTINGS[0], torch.float16))
     with pytest.raises(RuntimeError, match="focused_linear_attention: cannot run on triton: head dim 5"):
         run(SETTINGS[2])(*inputs(SETTINGS[2]))
 
