@@ -8,8 +8,8 @@
     python tools/benchmark.py report *.json             tables and plots of what --json saved, in ops/benchmarks.md
 
 Times of operators and modules are medians of many, in microseconds. The floor is the bytes of each input read once and
-each output written once over the copy bandwidth measured in the same run. What disagrees with its float64 reference is
-not timed.
+each output written once over the copy bandwidth measured in the same run. A kernel that disagrees with its float64
+reference, or a module with timm's, is not timed.
 """
 
 import argparse
