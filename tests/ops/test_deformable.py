@@ -249,8 +249,8 @@ def check_operator_contract(device):
     tensors = [value, *levels, *rest]
     leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
     torch.library.opcheck(torch.ops.densezoo.ms_deform_attn, tuple(leaves))
-    out = torch.ops.densezoo.ms_deform_attn(*leaves)[0].detach()
-    args = (torch.ones_like(out), *tensors, out)
+    out, nothing = (t.detach() for t in torch.ops.densezoo.ms_deform_attn(*leaves))
+    args = (torch.ones_like(out), *tensors, out, nothing)
     # opcheck leaves out what the compiler asserts: strides.
     with FakeTensorMode() as mode:
         expected = [t.stride() for t in torch.ops.densezoo.ms_deform_attn_backward(*map(mode.from_tensor, args))]
