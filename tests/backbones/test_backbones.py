@@ -461,8 +461,10 @@ def test_gpu_matches_cpu(name):
     gradients = []
     for device in ("cpu", "cuda"):
         model.to(device).zero_grad()
-        logits = model(x.to(device))
-        logits.square().mean().backward()
+        # cuDNN's convolutions round float32 to TF32 unless told otherwise.
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            logits = model(x.to(device))
+            logits.square().mean().backward()
         # Clones: moving the model moves its gradients in place.
         gradients.append([logits.detach().cpu()] + [p.grad.cpu().clone() for p in model.parameters()])
     for expected, got in zip(*gradients, strict=True):
