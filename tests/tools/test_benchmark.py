@@ -1,11 +1,10 @@
 """tools/benchmark.py: what needs no GPU."""
 
-import subprocess
 import sys
 
 import pytest
 import torch
-from tiny import TOOLS, tool
+from tiny import tool
 
 OPS = {
     "what": "ops",
@@ -63,9 +62,11 @@ def test_report(tmp_path):
         ),
     ],
 )
-def test_wrong_arguments(arguments, message):
-    result = subprocess.run([sys.executable, TOOLS / "benchmark.py", *arguments], capture_output=True, text=True)
-    assert result.returncode == 2 and message in result.stderr, result.stderr
+def test_wrong_arguments(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+    with pytest.raises(SystemExit) as end:
+        tool("benchmark").main()
+    assert end.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
