@@ -92,10 +92,7 @@ def load_published(model: nn.Module, source: str | Path | Mapping) -> LoadReport
     published = read_state_dict(source)
     stripped = _strip(published)
     state = {stripped[key]: published[key] for key in stripped}
-    try:
-        converted = convert(dict(state), model)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{name}: not a layout that {type(model).__name__} knows: {error!r}") from error
+    converted = _convert(convert, state, model, name)
 
     missing, foreign = _verify(model, state, converted, name)
     loaded = {key: tensor for key, tensor in converted.items() if key not in foreign}
@@ -112,6 +109,26 @@ def load_published(model: nn.Module, source: str | Path | Mapping) -> LoadReport
     model.load_state_dict(loaded, strict=False)
     _log.info("%s: %s", name, report)
     return report
+
+
+def convert_published(model: nn.Module, source: str | Path | Mapping) -> dict[str, Tensor]:
+    """Return a checkpoint's tensors with the names and sizes of a backbone of the zoo, whether all fit it or not.
+
+    Args:
+        model: As for `load_published`. For any other model the tensors stay as they are.
+        source: As for `load_published`.
+
+    Raises:
+        FileNotFoundError: `source` is not there, or cannot be downloaded.
+        ValueError: It is no checkpoint of plain tensors, or not of a layout that the backbone's family knows.
+    """
+    name = "the given state dict" if isinstance(source, Mapping) else str(source)
+    published = read_state_dict(source)
+    try:
+        model, convert = _find_backbone(model)
+    except ValueError:
+        return published
+    return _convert(convert, {new: published[old] for old, new in _strip(published).items()}, model, name)
 
 
 def read_state_dict(source: str | Path | Mapping) -> dict[str, Tensor]:
@@ -236,6 +253,13 @@ _BOOKKEEPING = (
     "numpy.ndarray",
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
 )
+
+
+def _convert(convert: Callable, state: dict[str, Tensor], model: nn.Module, name: str) -> dict[str, Tensor]:
+    try:
+        return convert(dict(state), model)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{name}: not a layout that {type(model).__name__} knows: {error!r}") from error
 
 
 def _find_backbone(model: nn.Module) -> tuple[nn.Module, Callable]:

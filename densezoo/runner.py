@@ -21,7 +21,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from densezoo.checkpoints import read_checkpoint
+from densezoo.checkpoints import convert_published, read_checkpoint
 from densezoo.hooks import AverageNamesHook, CheckpointHook, MeanLossHook, ProgressHook, SeedHook
 from densezoo.seeding import SeededSampler, seed_samples
 
@@ -184,6 +184,8 @@ class Runner(mmengine.runner.Runner):
     ) -> dict:
         """Load a checkpoint's weights into the model, strictly unless a training takes them as its beginning.
 
+        For that, a classifier takes any published layout, with tables of positions resized to the size of its images.
+
         Raises:
             FileNotFoundError: There is no such file.
             ValueError: It is no checkpoint of plain data, or does not fit the model.
@@ -193,11 +195,15 @@ class Runner(mmengine.runner.Runner):
             checkpoint = {"state_dict": checkpoint}
         # mmengine would run this text as Python.
         checkpoint.get("meta", {}).pop("config", None)
-        self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         model = self.model.module if is_model_wrapper(self.model) else self.model
         # Test-time augmentation wraps the model once more.
         model = model.module if isinstance(model, BaseTTAModel) else model
-        self.logger.info(load_weights(model, checkpoint, filename, strict or self._is_test or self._resume))
+        strict = strict or self._is_test or self._resume
+        if not strict:
+            # Before averages begin with them.
+            checkpoint["state_dict"] = convert_published(model, checkpoint)
+        self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
+        self.logger.info(load_weights(model, checkpoint, filename, strict))
         self._has_loaded = True
         return checkpoint
 

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import densezoo  # noqa: F401  (registers the backbones)
-from densezoo.checkpoints import LoadReport, load_published, read_checkpoint, read_state_dict
+from densezoo.checkpoints import LoadReport, convert_published, load_published, read_checkpoint, read_state_dict
 
 SMALL = dict(embed_dim=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8), kernel_size=3)
 HEAD = ["norm.weight", "norm.bias", "head.weight", "head.bias"]
@@ -224,6 +224,13 @@ def test_published_layouts_of_other_families(record, name, kwargs):
     assert all(re.search(unused, key) for key in report.dropped) and not report.missing and not report.resized
     assert report.matched == len(keys) - len(report.dropped) == len(model.state_dict())
     assert all((value == 0.5).all() for key, value in model.state_dict().items() if "num_batches" not in key)
+
+
+def test_conversion_keeps_what_does_not_fit_and_what_is_not_of_the_zoo():
+    other = nn.Sequential(nn.Linear(2, 2))
+    assert_equal(convert_published(other, {"state_dict": prefixed(STATE, "backbone.")}), prefixed(STATE, "backbone."))
+    state = {**STATE, "head.weight": torch.zeros(9, 4), "foreign.weight": torch.zeros(1)}
+    assert_equal(convert_published(build(), {"model": prefixed(state, "module.")}), state)
 
 
 def test_other_kernel_size_resizes_the_bias_tables():
