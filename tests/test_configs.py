@@ -15,7 +15,7 @@ from densezoo.backbones import VARIANTS
 from densezoo.backbones.agent import AGENT_BIASES
 from mmengine import Config
 from mmengine.dataset import Compose
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import (
     DATA_SAMPLERS,
@@ -32,6 +32,7 @@ from mmengine.registry import (
 )
 from torch import nn
 
+from densezoo.checkpoints import load_published
 from densezoo.openmmlab import config_for
 from densezoo.runner import Runner
 
@@ -144,27 +145,40 @@ PUBLISHED = {
     "maxvit": {
         # Published: 69, 107 and 157, with one mask head, which has 2.6, in place of one a stage.
         "maxvit-tiny-tf-224": ("30.92", "70.87"),
+        "maxvit-tiny-tf-384": ("30.98", None),
+        "maxvit-tiny-tf-512": ("31.05", None),
         "maxvit-small-tf-224": ("68.93", "108.65"),
+        "maxvit-small-tf-384": ("69.02", None),
+        "maxvit-small-tf-512": ("69.13", None),
         "maxvit-base-tf-224": ("119.5", "159.95"),
+        "maxvit-base-tf-384": ("119.7", None),
+        "maxvit-base-tf-512": ("119.9", None),
         "maxvit-large-tf-224": ("211.8", None),
+        "maxvit-large-tf-384": ("212.0", None),
+        "maxvit-large-tf-512": ("212.3", None),
     },
     "agent": {
         "agent-deit-tiny": ("6.0", *7 * [None]),
         # 22.647 counted, which the published 22.7 rounds twice.
         "agent-deit-small": ("22.65", *7 * [None]),
+        "agent-deit-small-448": ("23.1", *7 * [None]),
         "agent-deit-base": ("87.2", *7 * [None]),
         "agent-pvt-tiny": ("11.6", "21", "31", None, None, None, "15", None),
         "agent-pvt-small": ("20.6", "30", "40", None, None, None, "24", None),
         "agent-pvt-medium": ("35.9", "46", "56", None, None, None, "40", None),
+        "agent-pvt-medium-256": ("36.1", *7 * [None]),
         "agent-pvt-large": ("48.7", "58", "68", None, None, None, "52", None),
         "agent-swin-tiny": ("29", None, "48", "48", "86", "86", None, "61"),
         "agent-swin-small": ("50", None, "69", "69", None, "107", None, "81"),
+        "agent-swin-small-288": ("50", *7 * [None]),
         # Published cut off: 121.
         "agent-swin-base": ("88", None, None, None, None, "145", None, "121.6"),
+        "agent-swin-base-384": ("88", *7 * [None]),
         # 21 published.
         "agent-cswin-tiny": ("20.46", *7 * [None]),
         "agent-cswin-small": ("33", *7 * [None]),
         "agent-cswin-base": ("73", *7 * [None]),
+        "agent-cswin-base-384": ("73", *7 * [None]),
     },
     "flatten": {
         # 6.1 published, of a design that was not.
@@ -183,9 +197,11 @@ PUBLISHED = {
         "flatten-swin-tiny": ("29", None, "49", "49", None, "87", None, "60.8"),
         "flatten-swin-small": ("51", None, None, None, None, "108", None, "82"),
         "flatten-swin-base": ("89", *7 * [None]),
+        "flatten-swin-base-384": ("91", *7 * [None]),
         "flatten-cswin-tiny": ("21", *7 * [None]),
         "flatten-cswin-small": ("35", *7 * [None]),
         "flatten-cswin-base": ("75", *7 * [None]),
+        "flatten-cswin-base-384": ("78", *7 * [None]),
     },
     "quadtree": {
         "quadtree-b0": ("3.59", "", "", "", ""),
@@ -485,6 +501,15 @@ def test_learning_rates_are_the_published_curves():
     assert math.isclose(rates[150], 2.75e-5, rel_tol=0.01)
     assert math.isclose(rates[299], 5e-6, rel_tol=0.01)
 
+    rates = learning_rates(load(CONFIGS / "agent/agent-swin-base-384_in1k.py"), 10, 300)
+    assert math.isclose(rates[0], 1e-8)
+    assert math.isclose(rates[150], (1e-5 + 1e-7) / 2, rel_tol=0.01)
+    assert math.isclose(rates[299], 1e-7, rel_tol=0.01)
+    rates = learning_rates(load(CONFIGS / "agent/agent-cswin-base-384_in1k.py"), 10, 300)
+    assert rates[0] == 2.5e-6
+    assert all(math.isclose(rate, 2.5e-7, rel_tol=1e-3) for rate in rates[200:])
+    assert set(learning_rates(load(CONFIGS / "maxvit/maxvit-tiny-tf-384_in1k.py"), 10, 300)) == {5e-5}
+
 
 class Record(Hook):
     """Keeps the losses of the training steps and the metrics of the evaluation."""
@@ -621,6 +646,26 @@ def test_fine_tuning_starts_from_a_classifier_of_other_classes(data_roots, tmp_p
     assert own.keys() == published.keys()
     differing = {name for name, value in published.items() if not torch.equal(own[name].cpu(), value)}
     assert differing == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("family", ["swin", "cswin"])
+def test_fine_tuning_resizes_the_tables_of_a_published_classifier(family, data_roots, tmp_path):
+    published = timm.create_model(f"agent_{family}_tiny")
+    torch.save({"model": published.state_dict(), "epoch": 300}, tmp_path / "224.pth")
+    path = CONFIGS / f"agent/agent-{family}-base-384_in1k.py"
+    cfg = load_for_a_step(path, data_roots["mmpretrain"], tmp_path)
+    cfg.model.update(model_name=f"agent_{family}_tiny", img_size=96)
+    cfg.load_from = str(tmp_path / "224.pth")
+    expected = timm.create_model(f"agent_{family}_tiny", img_size=96)
+    assert load_published(expected, published.state_dict()).resized
+
+    runner = Runner.from_cfg(cfg)
+    runner.call_hook("before_run")  # where averages begin
+    runner.load_or_resume()
+    averages = [hook.ema_model.module for hook in runner.hooks if isinstance(hook, EMAHook)]
+    assert len(averages) == (family == "cswin")
+    for model in (runner.model, *averages):
+        torch.testing.assert_close(dict(model.state_dict()), dict(expected.state_dict()), rtol=0, atol=0)
 
 
 class RecordWeights(Hook):
