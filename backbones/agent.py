@@ -19,7 +19,14 @@ from densezoo.backbones.cswin import CSwin, convolve
 from densezoo.backbones.dinat_s import PatchEmbed
 from densezoo.backbones.nat import spread_drop_path
 from densezoo.backbones.pvt import NORM_EPS, PVT, Block
-from densezoo.backbones.staged import StagedBackbone, check_per_stage, init_weights, pretrained_filter, resize_tokens
+from densezoo.backbones.staged import (
+    StagedBackbone,
+    check_per_stage,
+    init_weights,
+    pretrained_filter,
+    resize_tokens,
+    square_side,
+)
 from densezoo.backbones.swin import Swin, resize_bias_table
 from densezoo.ops import agent_attention
 from densezoo.ops.backend import is_exporting
@@ -268,7 +275,7 @@ class AgentDeiT(StagedBackbone):
     ):
         super().__init__()
         patch_size = 16
-        side = img_size // patch_size
+        side = square_side(img_size) // patch_size
         self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, embed_dim), std=0.02))
         self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1 + side * side, embed_dim), std=0.02))
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from densezoo.backbones.nat import spread_drop_path
-from densezoo.backbones.staged import Blocks, StagedBackbone, check_per_stage, init_weights
+from densezoo.backbones.staged import Blocks, StagedBackbone, check_per_stage, init_weights, square_side
 from densezoo.ops import window_attention
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
@@ -137,7 +137,7 @@ class CSwin(StagedBackbone):
         self.stage1_conv_embed = nn.Sequential(stem, ToChannelsLast(), nn.LayerNorm(embed_dim))
         self.feature_info = []
         for i, rates in enumerate(spread_drop_path(drop_path_rate, depths)):
-            dim, heads, side = embed_dim * 2**i, num_heads[i], img_size // (4 * 2**i)
+            dim, heads, side = embed_dim * 2**i, num_heads[i], square_side(img_size) // (4 * 2**i)
             if i:
                 setattr(self, f"merge{i}", Merge(dim // 2, dim))
             blocks = Blocks()

@@ -21,7 +21,7 @@ from densezoo.backbones.cswin import CSwin, convolve
 from densezoo.backbones.dinat_s import PatchEmbed
 from densezoo.backbones.nat import spread_drop_path
 from densezoo.backbones.pvt import NORM_EPS, PVT, Block
-from densezoo.backbones.staged import Blocks, StagedBackbone, init_weights, resize_tokens
+from densezoo.backbones.staged import Blocks, StagedBackbone, init_weights, resize_tokens, square_side
 from densezoo.backbones.swin import Swin, resize_bias_table
 from densezoo.ops import focused_linear_attention
 from timm.layers import Mlp
@@ -120,7 +120,7 @@ class FLattenDeiT(StagedBackbone):
         out_norms: (0,) for a norm on the dense output, in place of the final norm and the classifier.
 
     Raises:
-        ValueError: `num_heads` or `out_norms` does not fit the architecture.
+        ValueError: `num_heads`, `img_size` or `out_norms` does not fit the architecture.
     """
 
     # Focused linear attention has no tables that the published recipes spare.
@@ -146,7 +146,7 @@ class FLattenDeiT(StagedBackbone):
         self.patch_embed.norm = nn.Identity()
         self.blocks = Blocks()
         for rate in spread_drop_path(drop_path_rate, [depth])[0]:
-            attn = FocusedLinearAttention(embed_dim, num_heads, img_size // patch_size)
+            attn = FocusedLinearAttention(embed_dim, num_heads, square_side(img_size) // patch_size)
             self.blocks.append(Block(embed_dim, attn, Mlp(embed_dim, int(embed_dim * mlp_ratio)), rate))
         self.feature_info = [dict(num_chs=embed_dim, reduction=patch_size, module="blocks")]
         self.apply(init_weights)

@@ -19,7 +19,14 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from densezoo.backbones.nat import resize_bias, spread_drop_path
-from densezoo.backbones.staged import Blocks, StagedBackbone, check_per_stage, pretrained_filter, rename_keys
+from densezoo.backbones.staged import (
+    Blocks,
+    StagedBackbone,
+    check_per_stage,
+    pretrained_filter,
+    rename_keys,
+    square_side,
+)
 from densezoo.ops import window_attention
 from densezoo.ops.backend import is_exporting
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -265,6 +272,7 @@ class MaxViT(StagedBackbone):
         num_heads: Attention heads per stage.
         mlp_ratio: Hidden width of the MLPs over the stage's width.
         window_size: Side of the windows and of the grids, in positions.
+        img_size: Image side of which the window is 1/32, in place of `window_size`, as in timm.
         style: `tf` for the published details, `rw` for those of timm's own models; see `STYLES`.
         rel_pos: `table` or `mlp`: how the relative position bias is parametrised.
         layer_scale: Initial layer scale of the attention layers; None for none.
@@ -274,7 +282,7 @@ class MaxViT(StagedBackbone):
         out_norms: Stages with a norm on their dense output; where given, the model has no final norm and no classifier.
 
     Raises:
-        ValueError: `num_heads`, `style`, `rel_pos`, `global_pool` or `out_norms` does not fit the architecture.
+        ValueError: `num_heads`, `img_size`, `style`, `rel_pos`, `global_pool` or `out_norms` does not fit the others.
     """
 
     position_tables = ("rel_pos",)
@@ -290,6 +298,7 @@ class MaxViT(StagedBackbone):
         num_heads: Sequence[int] = (2, 4, 8, 16),
         mlp_ratio: float = 4.0,
         window_size: int = 7,
+        img_size: int | None = None,
         style: str = "tf",
         rel_pos: str = "table",
         layer_scale: float | None = None,
@@ -303,6 +312,8 @@ class MaxViT(StagedBackbone):
         for name, value, valid in (("style", style, STYLES), ("rel_pos", rel_pos, ("table", "mlp"))):
             if value not in valid:
                 raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(valid)}")
+        if img_size is not None:
+            window_size = square_side(img_size) // 32
         self.style = STYLES[style]
         self.patch_embed = Stem(in_chans, stem_widths, self.style)
         self.stages = nn.ModuleList()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from densezoo.backbones import nat
 from densezoo.backbones.dinat_s import PatchEmbed
 from densezoo.backbones.nat import Block, NeighborhoodAttention, resize_bias, shi_labs_cfg, spread_drop_path
-from densezoo.backbones.staged import Blocks, StagedBackbone, init_weights, pretrained_filter
+from densezoo.backbones.staged import Blocks, StagedBackbone, init_weights, pretrained_filter, square_side
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -70,7 +70,7 @@ class NATIsotropic(StagedBackbone):
         out_norms: (0,) for a norm on the dense output, in place of the final norm and the classifier.
 
     Raises:
-        ValueError: `num_heads` or `out_norms` does not fit the architecture.
+        ValueError: `num_heads`, `img_size` or `out_norms` does not fit the architecture.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class NATIsotropic(StagedBackbone):
         self.layers = Blocks()
         for i, drop_path in enumerate(spread_drop_path(drop_path_rate, [depth])[0]):
             if kernel_size is None:
-                attn = FullAttention(embed_dim, num_heads, img_size // patch_size)
+                attn = FullAttention(embed_dim, num_heads, square_side(img_size) // patch_size)
             else:
                 attn = NeighborhoodAttention(embed_dim, num_heads, kernel_size, dilation if i % 2 else 1)
             self.layers.append(Block(embed_dim, attn, mlp_ratio, drop_path))

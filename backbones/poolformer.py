@@ -22,6 +22,7 @@ from densezoo.backbones.staged import (
     pretrained_filter,
     rename_keys,
     resize_tokens,
+    square_side,
 )
 from densezoo.ops.backend import is_exporting
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -290,7 +291,7 @@ class PoolFormer(StagedBackbone):
         out_norms: Stages with a norm on their dense output; where given, the model has no final norm and no classifier.
 
     Raises:
-        ValueError: `embed_dims`, `token_mixers`, `version` or `out_norms` does not fit the architecture.
+        ValueError: `embed_dims`, `token_mixers`, `version`, `img_size` or `out_norms` does not fit the architecture.
     """
 
     # The published recipe decays the position embeddings.
@@ -329,7 +330,7 @@ class PoolFormer(StagedBackbone):
             dim, mixer, reduction = embed_dims[i], token_mixers[i], 4 * 2**i
             if mixer == "attention" and dim % 32:
                 raise ValueError(f"embed_dims: got {dim} for stage {i} of attention, expected a multiple of 32")
-            side = img_size // reduction
+            side = square_side(img_size) // reduction
             res_scale = 1.0 if version == 2 and i >= len(depths) - 2 else None
             first = sum(depths[:i])
             parts = (

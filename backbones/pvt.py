@@ -13,6 +13,7 @@ from densezoo.backbones.staged import (
     check_per_stage,
     init_weights,
     resize_tokens,
+    square_side,
 )
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
@@ -109,7 +110,7 @@ class PVT(StagedBackbone):
             zip(embed_dims, num_heads, spread_drop_path(drop_path_rate, depths), strict=True)
         ):
             stride, reduction = (2, 4 * 2**i) if i else (4, 4)
-            side = img_size // reduction
+            side = square_side(img_size) // reduction
             kernel_size = 2 * stride - 1 if self.overlapping else stride
             embed = PatchEmbed(embed_dims[i - 1] if i else in_chans, dim, kernel_size, stride)
             mlp = ConvMlp if self.overlapping else Mlp

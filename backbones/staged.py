@@ -74,6 +74,16 @@ def check_out_norms(out_norms: Sequence[int], stages: int) -> None:
         raise ValueError(f"out_norms: got {out_norms!r}, expected stage indices from 0 to {stages - 1}")
 
 
+def square_side(img_size: int | Sequence[int]) -> int:
+    """Return the side of square images, given as one number or two equal ones; raise ValueError for anything else."""
+    sides = tuple(img_size) if isinstance(img_size, Sequence) else (img_size,) * 2
+    if not all(isinstance(side, int) and side >= 32 for side in sides) or len(sides) != 2 or len(set(sides)) != 1:
+        raise ValueError(
+            f"img_size: got {img_size!r}, expected one side, from 32 on; images of any size work with it, square or not"
+        )
+    return sides[0]
+
+
 class Blocks(nn.Sequential):
     """The blocks of a stage; with `grad_checkpointing` each is recomputed in the backward instead of stored.
 

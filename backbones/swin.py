@@ -12,6 +12,7 @@ from densezoo.backbones.staged import (
     crop_map,
     init_weights,
     pad_to_multiple,
+    square_side,
 )
 from densezoo.ops import window_attention
 from torch import Tensor, nn
@@ -82,7 +83,7 @@ class Swin(StagedBackbone):
         self.layers = nn.ModuleList()
         self.feature_info = []
         for i, rates in enumerate(spread_drop_path(drop_path_rate, depths)):
-            dim, heads, side = embed_dim * 2**i, num_heads[i], img_size // (4 * 2**i)
+            dim, heads, side = embed_dim * 2**i, num_heads[i], square_side(img_size) // (4 * 2**i)
             window = window_size if out_norms else min(window_size, side)
             whole = not out_norms and side <= window_size
             blocks = Blocks()

@@ -341,6 +341,28 @@ def test_input_layouts(name):
     assert build(name, in_chans=1).eval()(image(channels=1)).shape == (2, 10)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vitrpb_small",
+        "densezoo_maxvit_tiny_tf_224",
+        "metaformer_random_s12_224",
+        *(f"agent_{host}_tiny" for host in ("deit", "pvt", "swin", "cswin")),
+        *(f"flatten_{host}" for host in ("deit_tiny", "pvt_tiny", "pvt_v2_b0", "swin_tiny", "cswin_tiny")),
+    ],
+)
+def test_image_size(name):
+    def shapes(**kwargs) -> dict[str, torch.Size]:
+        with torch.device("meta"):
+            model = timm.create_model(name, **shrunk(name, blocks=1, levels=None), **kwargs)
+        return {key: value.shape for key, value in model.state_dict().items()}
+
+    assert shapes() == shapes(img_size=224) != shapes(img_size=64) == shapes(img_size=[64, 64])
+    for size in ((64, 96), (64,), 16, 64.0, "64"):
+        with pytest.raises(ValueError, match=f"img_size: got {re.escape(repr(size))}, expected one side"):
+            shapes(img_size=size)
+
+
 @every_design
 def test_drop_path(name):
     model = build(name, drop_path_rate=0.3, drop_rate=0.5)
