@@ -126,6 +126,9 @@ def pool_map(x: Tensor, size: int) -> Tensor:
     It is two matrix products, whose gradients are deterministic on a GPU; those of torch's operator are not.
     """
     rows, columns = (_bins(side, size, x) for side in x.shape[1:3])
+    if is_exporting():
+        # Channels first: broadcasting over rows asks whether a batch of one divides them, which bounds their number.
+        return (rows @ x.permute(0, 3, 1, 2) @ columns.mT).permute(0, 2, 3, 1)
     x = columns @ x
     return (rows @ x.flatten(2)).unflatten(-1, x.shape[2:])
 

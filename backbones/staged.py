@@ -58,6 +58,9 @@ def resize_tokens(
     if not is_exporting() and (height, width) == (side, side):
         return tokens
     table = tokens.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    if is_exporting():
+        # The strides that a channels-last table gives its result depend on the size.
+        table = table.contiguous()
     return F.interpolate(table, size=(height, width), mode=mode, align_corners=False).flatten(2).mT
 
 

@@ -150,6 +150,23 @@ def test_what_is_not_decayed():
     assert spared("swin_tiny", out_norms=(0, 1, 2, 3)) == {"relative_position_bias_table", *AGENT_BIASES}
 
 
+TWO_STAGES = dict(depths=(1, 1), embed_dims=(64, 128), num_heads=(1, 2), mlp_ratios=(8, 8), agent_nums=(9, 16))
+
+
+@pytest.mark.parametrize(
+    "name, kwargs",
+    [("agent_deit_tiny", dict(depth=1)), ("agent_pvt_tiny", TWO_STAGES)],
+)
+@torch.no_grad()
+def test_export_of_one_image_with_bounds(name, kwargs):
+    model, x = timm.create_model(name, **kwargs).eval(), torch.randn(1, 3, 96, 128)
+    free = {2: torch.export.Dim("height", min=64, max=512), 3: torch.export.Dim("width", min=64, max=512)}
+    exported = torch.export.export(model, (x,), dynamic_shapes=(free,)).module()
+    for size in ((64, 64), (100, 130)):
+        x = torch.randn(1, 3, *size)
+        torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_wrong_arguments_are_named():
     for name, kwargs, named in (
         ("deit_tiny", dict(agent_num=50), "agent_nums: got 50"),
