@@ -95,6 +95,9 @@ def train(name: str, cfg: Config, seed: int, work_dir: Path) -> dict:
     cfg.randomness = dict(seed=seed)
     cfg.default_hooks.checkpoint.update(interval=cfg.train_cfg.max_epochs, save_optimizer=False)
     cfg.train_cfg.val_interval = cfg.train_cfg.max_epochs
+    if torch.cuda.is_available():
+        # Samples do not depend on what loads them.
+        cfg.train_dataloader.update(num_workers=1, persistent_workers=True)
     runner = Runner.from_cfg(cfg)
     VARIATIONS[name].prepare(runner.model)
     runner.train()

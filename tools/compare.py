@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import NoReturn
 
 # Asking for GPUs then leaves CUDA alone, which copies of this process could not use otherwise.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
@@ -28,7 +29,7 @@ import torch
 from _common import Options
 from _compare_report import looks_better, report, scores_of
 from _compare_runs import TIMED, import_all, measure, prepare, start, train
-from _compare_variations import VARIATIONS
+from _compare_variations import PLAIN, VARIATIONS
 from _errors import ConfigError
 from _files import replacing
 from demo import prepare_data
@@ -66,11 +67,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             Comparison(args).run()
         except ConfigError as error:
             fail(str(error))
-    report(json.loads(args.out.read_text()), args.out)
+    report(read(args.out), args.out)
     print(f"table: {args.out.with_suffix('.md')}, plot: {args.out.with_suffix('.png')}")
 
 
-def fail(message: str) -> None:
+def read(place: Path) -> dict:
+    """Return the facts in a file, none where there is no file."""
+    try:
+        facts = json.loads(place.read_text()) if place.exists() else {"variations": {}}
+        return facts | {"variations": facts["variations"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        fail(f"--out {place}: holds something else than results of this tool; move it away, or choose another file")
+
+
+def fail(message: str) -> NoReturn:
     """End with one line."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
@@ -85,7 +95,7 @@ class Comparison:
         self.names = [name for name in VARIATIONS if name in wanted]
         import_all()
         prepare_data(args.data_root)
-        self.configs, self.facts = {}, json.loads(args.out.read_text()) if args.out.is_file() else {"variations": {}}
+        self.configs, self.facts = {}, read(args.out)
         for name in self.names:
             self.configs[name], digest = prepare(name, args.data_root, args.cfg_options)
             # Results of another config, budget or data set do not count.
@@ -107,8 +117,8 @@ class Comparison:
         if any("times" not in self.facts["variations"][name] for name in self.names):
             self.time()
         better = [name for name in self.names if looks_better(self.facts, name, self.facts["seeds"])]
-        better += [VARIATIONS[name].plain for name in self.names]
-        self.train([(name, seed) for seed in self.args.more_seeds for name in dict.fromkeys(better)])
+        better += [name for name in PLAIN if name in self.names and scores_of(self.facts, name)]
+        self.train([(name, seed) for seed in self.args.more_seeds for name in better])
 
     def train(self, runs: list[tuple[str, int]]) -> None:
         """Train what has no score yet, several at a time."""

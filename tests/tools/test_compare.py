@@ -76,10 +76,10 @@ def test_two_variations_from_end_to_end(tmp_path):
     common = ("--data-root", data, "--out", out, "--work-dir", tmp_path / "runs", "--jobs", "2")
     one_epoch = ("--cfg-options", "train_cfg.max_epochs=1")
 
-    failing = compare("eca", *common, *one_epoch, "optim_wrapper.optimizer.type=Adaam", cwd=tmp_path)
+    failing = compare("eca", *common, *one_epoch, "optim_wrapper.optimizer.lr=-1", cwd=tmp_path)
     assert failing.returncode == 0, failing.stdout + failing.stderr
     text = out.with_suffix(".md").read_text()
-    assert "failed: KeyError: 'Adaam" in text
+    assert text.count("failed: ValueError: Invalid learning rate: -1") == 2
 
     first = compare("eca", *common, *one_epoch, "--more-seeds", cwd=tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
@@ -118,6 +118,7 @@ def test_two_variations_from_end_to_end(tmp_path):
     [
         (["ecaa"], "error: ecaa: there is no such variation; did you mean eca?"),
         (["--report", "--out", "none.json"], "error: --out none.json: there are no results to report"),
+        (["--report", "--out", __file__], f"error: --out {__file__}: holds something else"),
     ],
 )
 def test_bad_input_is_told_in_one_line(args, message, tmp_path, monkeypatch, capsys):
