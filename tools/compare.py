@@ -106,6 +106,7 @@ class Comparison:
         self.facts["budget"] = budget | {split: data[split] for split in ("training", "validation")}
         self.facts["seeds"] = [str(seed) for seed in args.seeds]
         self.facts["timed"] = TIMED
+        self.cores = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count())
         self.gpus = torch.cuda.device_count()
         self.jobs = args.jobs or max(1, min(os.cpu_count(), 8 * self.gpus))
         for folder in (args.work_dir, args.out.parent):
@@ -123,7 +124,7 @@ class Comparison:
     def train(self, runs: list[tuple[str, int]]) -> None:
         """Train what has no score yet, several at a time."""
         todo = [(name, seed) for name, seed in runs if str(seed) not in scores_of(self.facts, name)]
-        threads, running = max(1, os.cpu_count() // self.jobs), {}
+        threads, running = max(1, self.cores // self.jobs), {}
         # A thread that redraws could hold a lock in the moment of a copy.
         with Progress(auto_refresh=False) as progress:
             bar = progress.add_task(f"training {len(todo)} of {len(runs)}", total=len(todo))
@@ -160,7 +161,7 @@ class Comparison:
         folders = {name: self.folder(name, self.args.seeds[0]) for name in self.names}
         configs = {name: (self.configs[name], f) for name, f in folders.items() if any(f.glob("epoch_*.pth"))}
         out = self.args.work_dir / "times.json"
-        process = start(measure, out, 0 if self.gpus else None, os.cpu_count(), configs, out)
+        process = start(measure, out, 0 if self.gpus else None, self.cores, configs, out)
         with Progress() as progress:
             bar = progress.add_task("timing", total=len(configs))
             while process.is_alive():
