@@ -140,7 +140,7 @@ def plot(facts: dict, out: Path) -> None:
     """Save the scores against the times of a prediction."""
     figure, axes = plt.subplots(1, 2, figsize=(14, 6), layout="constrained")
     for plain, title in PLAIN.items():
-        axis = axes[METRIC[plain] == "mIoU"]
+        axis = axes[int(METRIC[plain] == "mIoU")]
         names = [n for n in group_of(plain) if scores_of(facts, n) and "times" in facts["variations"][n]]
         if not names:
             continue

@@ -164,10 +164,14 @@ class Comparison:
         process = start(measure, out, 0 if self.gpus else None, self.cores, configs, out)
         with Progress() as progress:
             bar = progress.add_task("timing", total=len(configs))
-            while process.is_alive():
-                progress.update(bar, completed=len(json.loads(out.read_text())) if out.is_file() else 0)
+            while True:
+                ended = not process.is_alive()
+                found = json.loads(out.read_text()) if out.is_file() else {}
+                progress.update(bar, completed=len(found))
+                if ended:
+                    break
                 time.sleep(0.5)
-        for name, times in (json.loads(out.read_text()) if out.is_file() else {}).items():
+        for name, times in found.items():
             self.facts["variations"][name]["times"] = times
         self.save()
 

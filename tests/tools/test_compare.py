@@ -180,7 +180,11 @@ def test_table(facts):
     assert table["UPerNet"][:4] == ["12.35", "0.500", "0.500", "–"]
 
 
-def test_words(facts):
+def test_words_and_plot(facts, tmp_path):
+    facts["variations"]["upernet"] = entry(0.5, step=30)
+    reporting.report(facts, tmp_path / "digits.json")
+    assert (tmp_path / "digits.png").stat().st_size > 10_000
+    assert (tmp_path / "digits.md").read_text() == reporting.render(facts)
     text = reporting.render(facts)
     assert "seed 0; the plain models" in text and "on a GPU" in text
     # SE and CBAM looked better with seed 0; with the others only SE is
