@@ -171,8 +171,8 @@ class Comparison:
                 if ended:
                     break
                 time.sleep(0.5)
-        for name, times in found.items():
-            self.facts["variations"][name]["times"] = times
+        for name in configs.keys() & found.keys():
+            self.facts["variations"][name]["times"] = found[name]
         self.save()
 
     def folder(self, name: str, seed: int) -> Path:
