@@ -9,12 +9,12 @@ phi(x) = |x| w. The two norms of a token are all that its heads share: once they
   split between them: one launch writes partial states, and a second one sums them up and visits the queries.
 - `_norms`: a program owns a few tokens of query or key, all heads; writes 1 / |x| and 1 / |a ** p|, where programs of
   the forward own one head of several.
-- `_delta`: a program owns a few tokens, all heads: out . grad_out of each head over its normaliser, and their sum,
-  which is the gradient of a query along itself.
+- `_delta`: a program owns a few tokens, all heads: the sum over these of out . grad_out over the normaliser, which is the
+  gradient of a query along itself.
 - `_backward_query`: a program owns one head of one image or of a run of its tokens. Sums the state again, or loads it;
   writes the gradient of the queries and (partial) gradients of the state and of the feature scale.
-- `_backward_key`: split as the forward is. The gradient of a key along itself is a sum over heads: programs that own
-  one head of several are launched twice, first for the gradient of the values and each head's share.
+- `_backward_key`: a program owns one head of one image or of a run of its tokens. The gradient of a key along itself is
+  a sum over heads: of several, programs are launched twice, first for the gradient of the values and heads' shares.
 
 Gradients of parameters are partial sums that PyTorch adds up: two deterministic stages. Norms, powers and means leave
 the range of float16: `product` scales its operands.
@@ -279,7 +279,7 @@ def _forward(
 
 @triton.jit(do_not_specialize_on_alignment=["norms_q", "normaliser"])
 def _delta(
-    out, grad_out, normaliser, norms_q, deltas, delta, rows,
+    out, grad_out, normaliser, norms_q, delta, rows,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -293,7 +293,6 @@ def _delta(
     do_tile = tl.load(grad_out + offsets, mask=inside, other=0.0).to(tl.float32)
     total = tl.load(normaliser + item, mask=mask, other=1.0)
     share = tl.sum(o_tile * do_tile, 2) / total
-    tl.store(deltas + item, share, mask=mask)
     inverse = tl.load(norms_q + 2 * row, mask=row < rows, other=0.0)
     # Only the epsilon of the normaliser keeps the result from being the same for any length of a query.
     tl.store(delta + row, 1e-6 * inverse * tl.sum(share, 1), mask=row < rows)
@@ -301,7 +300,7 @@ def _delta(
 
 @triton.jit(do_not_specialize_on_alignment=["norms_q", "norms_k", "normaliser"])
 def _backward_query(
-    q, k, v, pos, scale, norms_q, norms_k, state, normaliser, deltas, delta, out, grad_out,
+    q, k, v, pos, scale, norms_q, norms_k, state, normaliser, delta, grad_out,
     grad_q, grad_state, grad_scale, tokens, run,
     q_stride_b, q_stride_t, q_stride_n, k_stride_b, k_stride_t, k_stride_n,
     HAS_POS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
@@ -342,16 +341,18 @@ def _backward_query(
         do_tile = _load(grad_out, (row * HEADS + head) * DIM, HEADS * DIM, t, d, mask, INDEX)
         if HEADS == 1:
             total = tl.sum(w * key_sum[None, :], 1) + 1e-6 * inverse
-            o_tile = _load(out, row * DIM, DIM, t, d, mask, INDEX)
-            share = tl.sum(o_tile * do_tile, 1) / total
-            along = 1e-6 * inverse * share
         else:
             total = tl.load(normaliser + (row + t) * HEADS + head, mask=t_inside, other=1.0)
-            share = tl.load(deltas + (row + t) * HEADS + head, mask=t_inside, other=0.0)
-            along = tl.load(delta + row + t, mask=t_inside, other=0.0)
-        # The weights of the values: of a query whose features are almost nothing, float16 holds no other part.
+        # The gradient of the output enters products as it is: scaled, it would be rounded.
         by_total = (1.0 / total)[:, None]
-        grad = product(do_tile * by_total, key_value.T, zero, dtype, PRECISION) - share[:, None] * key_sum[None, :]
+        grad = product(do_tile, key_value.T, zero, dtype, PRECISION) * by_total
+        # That is out . grad_out over the normaliser, with the errors of `grad`, from which it is subtracted.
+        share = tl.sum(w * grad, 1) / total
+        grad -= share[:, None] * key_sum[None, :]
+        if HEADS == 1:
+            along = 1e-6 * inverse * share
+        else:
+            along = tl.load(delta + row + t, mask=t_inside, other=0.0)
         grad_key_value = product((w * by_total).T, do_tile, grad_key_value, dtype, PRECISION)
         grad_key_sum -= share[:, None] * w
         # The gradient of the features, over their norm.
@@ -370,20 +371,20 @@ def _backward_query(
 def _backward_key(
     k, v, pos, scale, norms_k, grad_state, shares, grad_k, grad_v, grad_scale, tokens, run, parts,
     k_stride_b, k_stride_t, k_stride_n,
-    HAS_POS: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, P: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    HAS_POS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+    P: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
     VALUES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """With VALUES writes their gradient and each head's share in that of the keys, with KEYS the gradient of these."""
-    head = tl.program_id(0) % (HEADS // PACK)
-    image = (tl.program_id(0) // (HEADS // PACK)).to(tl.int64)
+    head = tl.program_id(0) % HEADS
+    image = (tl.program_id(0) // HEADS).to(tl.int64)
     first = tl.program_id(1) * run
     last = tl.minimum(first + run, tokens)
     row = image * tokens
     d = tl.arange(0, BLOCK_DIM)
-    d_inside = d < PACK * DIM
+    d_inside = d < DIM
     dtype: tl.constexpr = k.dtype.element_ty
-    size: tl.constexpr = PACK * (DIM * DIM + DIM)
+    size: tl.constexpr = DIM * DIM + DIM
     inverse_scale = _inverse_scale(scale, head, d, d_inside, DIM)
     part = grad_state + tl.program_id(0).to(tl.int64) * size
     stride = tl.num_programs(0).to(tl.int64) * size
@@ -398,7 +399,7 @@ def _backward_key(
         mask = t_inside[:, None] & d_inside[None, :]
         x, a, inverse, inverse_power = _unit(
             k, pos, norms_k, origin, k_stride_t, row, head, t, t_inside, d, inverse_scale, mask,
-            HAS_POS, HEADS, PACK, DIM, P, INDEX,
+            HAS_POS, HEADS, 1, DIM, P, INDEX,
         )  # fmt: skip
         norm = 1.0 / inverse
         slope = _power(a, P - 1) * inverse_power[:, None]
@@ -409,22 +410,24 @@ def _backward_key(
         if VALUES:
             grad = product(w, grad_key_value, zero, dtype, PRECISION)
             tl.store(grad_v + target, (grad * norm[:, None]).to(dtype), mask=mask)
-            along = tl.sum(grad * v_tile + w * grad_key_sum[None, :], 1)
             if not KEYS:
-                tl.store(shares + (row + t) * HEADS + head, along, mask=t_inside)
-        else:
-            h = tl.arange(0, BLOCK_HEADS)
-            others = shares + (row + t)[:, None] * HEADS + h[None, :]
-            along = tl.sum(tl.load(others, mask=t_inside[:, None] & (h < HEADS)[None, :], other=0.0), 1)
+                share = tl.sum(grad * v_tile + w * grad_key_sum[None, :], 1)
+                tl.store(shares + (row + t) * HEADS + head, share, mask=t_inside)
         if KEYS:
             grad = product(v_tile, grad_key_value.T, zero, dtype, PRECISION) + grad_key_sum[None, :]
+            if VALUES:
+                along = tl.sum(w * grad, 1)
+            else:
+                h = tl.arange(0, BLOCK_HEADS)
+                heads = shares + (row + t)[:, None] * HEADS + h[None, :]
+                along = tl.sum(tl.load(heads, mask=t_inside[:, None] & (h < HEADS)[None, :], other=0.0), 1)
             grad = P * slope * (grad - along[:, None] * w) + along[:, None] * a
             scale_sum += tl.where(t_inside[:, None], grad * a * norm[:, None], 0.0)
             grad = tl.where(x > 0, grad * inverse_scale[None, :], 0.0)
             tl.store(grad_k + target, grad.to(dtype), mask=mask)
     if KEYS:
         program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-        tl.store(grad_scale + program * (PACK * DIM) + d, -tl.sum(scale_sum, 0) * inverse_scale, mask=d_inside)
+        tl.store(grad_scale + program * DIM + d, -tl.sum(scale_sum, 0) * inverse_scale, mask=d_inside)
 
 
 class _Launch(NamedTuple):
@@ -449,9 +452,9 @@ LAUNCH = {
     ("backward_key", 64): _Launch(32, 4, 1),
     ("backward_key", 128): _Launch(32, 8, 2),
 }
-# The most channels of a program that takes all heads of its tokens: one visit instead of two, and products of heads
-# with one another, which are dropped.
-PACK = {"forward": 128, "backward_query": 0, "backward_key": 0}
+# The most channels of a program of the forward that takes all heads of its tokens: one visit instead of two, and
+# products of heads with one another, which are dropped.
+PACK = 128
 # Programs that fill the GPU. Fewer are split into runs of at least so many tokens; with fewer tokens, the state of a
 # head is not much smaller than its keys and values, and is computed again instead of saved.
 PROGRAMS = 384
@@ -473,11 +476,10 @@ def _sizes(batch: int, tokens: int, heads: int, dim: int) -> tuple[int, ...]:
 
 
 class _Launches(NamedTuple):
-    """How one kernel runs: programs and runs, tokens of a run, heads of a program, constants."""
+    """How one kernel runs: programs and runs, tokens of a run, constants."""
 
     grid: tuple[int, int]
     run: int
-    pack: int
     constants: dict
 
 
@@ -500,9 +502,9 @@ class _Plan:
             "INDEX": tl.int32 if max(largest, tokens * heads * dim) < 2**31 else tl.int64,
         }
         adjacent = dim in (8, 16, 32, 64) and all(stride[2] == dim for stride in strides)
+        self.pack = heads if adjacent and heads * dim <= PACK else 1
 
-        def launches(kernel: str, **constants) -> _Launches:
-            pack = heads if adjacent and heads * dim <= PACK[kernel] else 1
+        def launches(kernel: str, pack: int = 1, **constants) -> _Launches:
             block_dim = max(16, triton.next_power_of_2(pack * dim))
             launch = LAUNCH[kernel, max(32, block_dim)]
             if kernel == "forward" and tokens <= 64 and pack == 1:
@@ -513,11 +515,10 @@ class _Plan:
             run = triton.cdiv(triton.cdiv(tokens, runs), 64) * 64
             constants |= {"BLOCK_DIM": block_dim, "TOKENS": launch.tokens, "PRECISION": "tf32" if tf32 else "ieee"}
             constants |= {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.registers}
-            if kernel != "backward_query":
-                constants["PACK"] = pack
-            return _Launches((programs, triton.cdiv(tokens, run)), run, pack, features | constants)
+            return _Launches((programs, triton.cdiv(tokens, run)), run, features | constants)
 
-        self.forward, self.backward_query = launches("forward"), launches("backward_query")
+        self.forward = launches("forward", self.pack, PACK=self.pack)
+        self.backward_query = launches("backward_query")
         self.backward_key = launches("backward_key", BLOCK_HEADS=triton.next_power_of_2(heads))
         self.state = batch * heads * dim * (dim + 1)
 
@@ -559,8 +560,8 @@ def _linear(
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     saved = torch.empty(sum(plan.sizes), dtype=torch.float32, device=query.device)
     state, norms_q, norms_k, normaliser = saved.split(plan.sizes)
-    grid, run, pack, constants = plan.forward
-    if pack < heads:
+    grid, run, constants = plan.forward
+    if plan.pack < heads:
         _norms[plan.norms_grid](query, key, pos, scale, norms_q, norms_k, tokens, *plan.strides, **plan.norms)
     partial = state
     if grid[1] > 1:
@@ -593,14 +594,14 @@ def _linear_backward(
     grad_state, grad_scales, shares, along = scratch.split(plan.scratch)
     grad_scales = grad_scales[: sum(plan.scales) * heads * dim].view(-1, heads, dim)
     if heads > 1:
-        _delta[plan.delta_grid](out, grad_out, normaliser, norms_q, shares, along, batch * tokens, **plan.delta)
-    grid, run, _, constants = plan.backward_query
+        _delta[plan.delta_grid](out, grad_out, normaliser, norms_q, along, batch * tokens, **plan.delta)
+    grid, run, constants = plan.backward_query
     _backward_query[grid](
-        query, key, value, pos, scale, norms_q, norms_k, state, normaliser, shares, along, out, grad_out,
+        query, key, value, pos, scale, norms_q, norms_k, state, normaliser, along, grad_out,
         grad_q, grad_state, grad_scales, tokens, run, *plan.strides, **constants, SUM=not plan.saves_state,
     )  # fmt: skip
     parts = grid[1]
-    grid, run, pack, constants = plan.backward_key
+    grid, run, constants = plan.backward_key
 
     def launch(**flags) -> None:
         _backward_key[grid](
@@ -608,7 +609,7 @@ def _linear_backward(
             tokens, run, parts, *plan.strides[3:], **constants, **flags,
         )  # fmt: skip
 
-    if pack == heads:
+    if heads == 1:
         launch(VALUES=True, KEYS=True)
     else:
         launch(VALUES=True, KEYS=False)
