@@ -9,8 +9,8 @@ phi(x) = |x| w. The two norms of a token are all that its heads share: once they
   split between them: one launch writes partial states, and a second one sums them up and visits the queries.
 - `_norms`: a program owns a few tokens of query or key, all heads; writes 1 / |x| and 1 / |a ** p|, where programs of
   the forward own one head of several.
-- `_delta`: a program owns a few tokens, all heads: the sum over these of out . grad_out over the normaliser, which is the
-  gradient of a query along itself.
+- `_delta`: a program owns a few tokens, all heads: the sum over heads of out . grad_out over the normaliser, which is
+  the gradient of a query along itself.
 - `_backward_query`: a program owns one head of one image or of a run of its tokens. Sums the state again, or loads it;
   writes the gradient of the queries and (partial) gradients of the state and of the feature scale.
 - `_backward_key`: a program owns one head of one image or of a run of its tokens. The gradient of a key along itself is
