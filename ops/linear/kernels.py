@@ -16,7 +16,7 @@ phi(x) = |x| w. The two norms of a token are all that its heads share: once they
   a sum over heads: of several, programs are launched twice, first for the gradient of the values and heads' shares.
 
 Gradients of parameters are partial sums that PyTorch adds up: two deterministic stages. Norms, powers and means leave
-the range of float16: `product` scales its operands.
+the range of float16: its products are those of tf32, which keeps as many digits in the range of float32.
 """
 
 from functools import lru_cache
@@ -494,7 +494,7 @@ def _prepare(query, key, value, scale, pos, factor) -> tuple:
         query = query.contiguous()
     if key.stride() != value.stride() or key.stride(3) != 1:
         key, value = key.contiguous(), value.contiguous()
-    tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = query.dtype == torch.float16 or query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     plan = _plan(query.shape, query.stride(), key.stride(), pos is not None, factor, tf32)
     # Kernels have no use for a missing encoding, but need a pointer.
     return plan, query, key, value, scale.contiguous(), query if pos is None else pos.contiguous()
