@@ -1,12 +1,12 @@
 """Sharded training: weights, gradients and optimizer state split over the processes, by mmengine's wrapper of FSDP.
 
 All that comes before the first step (initial weights, checkpoints, parameter groups) happens to the plain model, which
-`shard` then splits. `gathered` is the way back, for a checkpoint that is the same as an unsharded run's: either run goes
-on from the other's.
+`shard` then splits. `gathered` is the way back, for a checkpoint that is the same as an unsharded run's: either run
+goes on from the other's.
 
-mmengine's `FSDPStrategy` itself is not used: it gives `FSDP.optim_state_dict_to_load` its arguments in the order of torch
-2.0, so it cannot resume; it names a GPU as the device; it clips gradients by the norm of each process's part; and its
-runner has another way to save, read and check than `densezoo.runner`.
+mmengine's `FSDPStrategy` itself is not used: it gives `FSDP.optim_state_dict_to_load` its arguments in the order of
+torch 2.0, so it cannot resume; it names a GPU as the device; it clips gradients by the norm of each process's part; and
+its runner has another way to save, read and check than `densezoo.runner`.
 """
 
 from collections import OrderedDict
@@ -43,8 +43,10 @@ def shard(model: nn.Module, optim_wrapper: OptimWrapper, settings: dict[str, Any
         settings: A config's `model_wrapper_cfg`: arguments of mmengine's wrapper.
 
     Raises:
-        ValueError: `optim_wrapper` clips gradients in a way that needs them whole.
+        ValueError: A parameter is a single number, or `optim_wrapper` clips gradients in a way that needs them whole.
     """
+    if numbers := [name for name, parameter in model.named_parameters() if parameter.ndim == 0]:
+        raise ValueError(f"{numbers[0]}: is a single number, which sharded training cannot split; train without --fsdp")
     clip = optim_wrapper.clip_grad_kwargs or {}
     clips_norm = bool(clip) and optim_wrapper.grad_name == "grad_norm"
     if clips_norm and (unknown := clip.keys() - {"max_norm", "norm_type"}):

@@ -135,6 +135,13 @@ def test_clipping_that_needs_whole_gradients():
         shard(model, wrapper, {})
 
 
+def test_parameters_without_a_dimension():
+    model = torch.nn.Module()
+    model.scale = torch.nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(ValueError, match="scale: is a single number, which sharded training cannot split; train"):
+        shard(model, OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1)), {})
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("precision", "rel"), [([], 1e-4), (["--amp"], 0.02), (["--bf16"], 0.05)])
 def test_two_gpus(config, precision, rel):
