@@ -68,7 +68,8 @@ def test_accumulation(run, capfd):
     """Two steps of four images make an update of a batch of eight, for which the config is made."""
     runner = run("accumulated", "--accumulate", "2", "--auto-scale-lr")
     out = capfd.readouterr().out
-    assert "1 process(es) x 4 images x 2 accumulated steps = batch 8; largest learning rate 0.001 (scaled linearly by 1" in out
+    assert "1 process(es) x 4 images x 2 accumulated steps = batch 8; " in out
+    assert "largest learning rate 0.001 (scaled linearly by 1: configured for a batch of 8)" in out
     (state, *_) = runner.optim_wrapper.state_dict()["state"].values()
     assert int(state["step"]) == 2, "four iterations"
 
