@@ -17,6 +17,14 @@ OPS = {
         {"case": "na2d 2, 8x8", "pass": "backward", "us": {"eager": 90.0}, "floor_us": 20.0},
     ],
 }
+MODULES = {
+    **OPS,
+    "what": "modules",
+    "rows": [
+        {"case": "SE 2, 8x4x4", "pass": name, "us": {"densezoo compiled": 15.0, "timm eager": 30.0}, "floor_us": 10.0}
+        for name in ("forward", "backward")
+    ],
+}
 MODELS = {
     **OPS,
     "what": "models",
@@ -28,13 +36,15 @@ MODELS = {
 
 
 def test_report(tmp_path):
-    tool("_benchmark_report").write([OPS, MODELS], tmp_path / "benchmarks.md")
+    tool("_benchmark_report").write([OPS, MODULES, MODELS], tmp_path / "benchmarks.md")
     text = (tmp_path / "benchmarks.md").read_text()
     assert "| na2d 2, 8x8 | forward | 10.0 | 30.0 | 90.0 | 3.00 | 3.0 |" in text
     # A kernel that could not run leaves its place empty, and the others' times in.
     assert "| na2d 2, 8x8 | backward | 20.0 |  | 90.0 | nan | nan |" in text
     assert "| 1.50x |  |" in text
-    for name in ("ops", "models"):
+    # Of modules, ours is the compiled way.
+    assert "| SE 2, 8x4x4 | forward | 10.0 | 15.0 | 30.0 | 1.50 | 2.0 |" in text and "floor: 1.50" in text
+    for name in ("ops", "modules", "models"):
         assert (tmp_path / f"benchmarks_{name}.png").stat().st_size > 1000
     assert {path.name.split("_")[0] for path in tmp_path.iterdir()} == {"benchmarks.md", "benchmarks"}
 
@@ -43,6 +53,7 @@ def test_report(tmp_path):
     "arguments, message",
     [
         (["ops", "na3d"], "got na3d, expected of na2d"),
+        (["modules", "SE", "BAM"], "got BAM, expected of SE, ECA, CBAM, Triplet"),
         (["models", "resnet51"], "got resnet51"),
         (["report", "nothing.json"], "nothing.json"),
         pytest.param(
@@ -55,3 +66,31 @@ def test_report(tmp_path):
 def test_wrong_arguments(arguments, message):
     result = subprocess.run([sys.executable, TOOLS / "benchmark.py", *arguments], capture_output=True, text=True)
     assert result.returncode == 2 and message in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("name", ["SE", "ECA", "CBAM", "Triplet"])
+def test_modules_compute_the_same(name, layout):
+    (case,) = tool("_benchmark_modules").MODULES[name](torch.float32, "cpu", batch=3, shapes=[(32, 6, layout)])
+    assert case.name.startswith(f"{name} 3, 32x6x6") and list(case.ways)[0] == "densezoo compiled"
+    assert case.inputs[0].is_contiguous(memory_format=layout)
+    assert ("timm eager" in case.ways) == (name != "Triplet")
+    assert case.check() < 1e-5
+    if "timm eager" in case.ways:
+        next(case.ways["timm eager"].parameters()).data.neg_()
+        assert case.check() > 1e-3
+
+
+def test_gradients_of_a_modules_parameters_are_timed(monkeypatch):
+    """On a CPU, with the GPU's clock and memory out of the way."""
+    benchmark, timed = tool("benchmark"), []
+    monkeypatch.setattr(benchmark, "median_us", lambda function: timed.append(function()) or 1.0)
+    for name in ("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, int)
+    (case,) = benchmark.MODULES["CBAM"](torch.float32, "cpu", batch=2, shapes=[(32, 6, torch.contiguous_format)])
+    case.ways = {way: run for way, run in case.ways.items() if way.endswith("eager")}
+    forward, backward = benchmark.measure(case, 1.0, torch.float32)
+    assert forward["us"] == backward["us"] == {"densezoo eager": 1.0, "timm eager": 1.0}
+    assert [len(grads) for grads in timed[1::2]] == [1 + 7] * 2
+    torch.testing.assert_close(timed[0], timed[2])
+    assert backward["floor_us"] == 2 * forward["floor_us"] == 4 * case.inputs[0].nbytes
