@@ -431,6 +431,35 @@ def test_pretrained_file(name, tmp_path):
 
 
 @every_class
+def test_pretrained_download(name, tmp_path, monkeypatch, caplog):
+    """The file comes from timm as it was saved, and gaps pass there where the classifier is left out."""
+    state = build(name).state_dict()
+    file = tmp_path / "checkpoints" / "published.pth"
+    file.parent.mkdir()
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+
+    def load(**kwargs):
+        overlay = dict(url="https://densezoo.invalid/published.pth", hf_hub_id=None, num_classes=10)
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **shrunk(name), **kwargs)
+
+    torch.save({"model": {f"module.{key}": value for key, value in state.items()}, "epoch": 300}, file)
+    with caplog.at_level("INFO", "densezoo"):
+        loaded = load(num_classes=10).state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+    assert f"published.pth: {len(state)} of {len(state)} tensors" in caplog.text
+
+    gone = next(key for key in state if not key.startswith(("head.", "norm")))
+    for damaged, words in (
+        ({key: value for key, value in state.items() if key != gone}, f"{gone} is missing"),
+        (state | {"another.weight": torch.zeros(1)}, "another.weight is unknown"),
+    ):
+        torch.save({"state_dict": damaged}, file)
+        for kwargs in (dict(features_only=True), dict(num_classes=3)):
+            with pytest.raises(ValueError, match=rf"published\.pth: \d+ of \d+ tensors .*{re.escape(words)}"):
+                load(**kwargs)
+
+
+@every_class
 def test_compile(name):
     model = build(name, blocks=1).eval()
     counter = CompileCounterWithBackend("eager")
