@@ -29,15 +29,16 @@ from timm.models.resnet import BasicBlock, Bottleneck, downsample_conv
 from torch import Tensor, nn
 
 # Called with a stage and its kernel size; each returns the class of its blocks' module, options bound.
-ATTENTION: dict[str, Callable[[int, int | None], Callable[..., nn.Module] | None]] = {
+ATTENTION: dict[str | None, Callable[[int, int | None], Callable[..., nn.Module] | None]] = {
     "se": lambda stage, kernel_size: SE,
     "cbam": lambda stage, kernel_size: partial(CBAM, kernel_size=kernel_size or 7),
     "bam": lambda stage, kernel_size: None,
     "eca": lambda stage, kernel_size: partial(ECA, kernel_size=kernel_size),
     "triplet": lambda stage, kernel_size: partial(Triplet, kernel_size=kernel_size or 7),
     "fca": lambda stage, kernel_size: partial(FCA, dct_size=max(7, 56 >> stage)),
+    None: lambda stage, kernel_size: None,
 }
-_WITHOUT_KERNEL = ("se", "bam", "fca")
+_WITHOUT_KERNEL = (None, "se", "bam", "fca")
 
 
 class MaxPool(nn.MaxPool2d):
@@ -63,7 +64,7 @@ class AttentionResNet(StagedBackbone):
         embed_dims: Width of each stage's 3x3 convolutions; of four times that is the output of a bottleneck.
         depths: Blocks per stage.
         bottleneck: Whether blocks are bottlenecks, as from ResNet-50 on.
-        attention: 'se', 'cbam', 'bam', 'eca', 'triplet' or 'fca'.
+        attention: 'se', 'cbam', 'bam', 'eca', 'triplet' or 'fca'; None for a plain ResNet.
         kernel_sizes: Of the modules' convolutions per stage, in CBAM, ECA and triplet attention; by default the
             modules' own.
         drop_rate: Dropout before the classifier.
@@ -85,7 +86,7 @@ class AttentionResNet(StagedBackbone):
         embed_dims: Sequence[int] = (64, 128, 256, 512),
         depths: Sequence[int] = (3, 4, 6, 3),
         bottleneck: bool = True,
-        attention: str = "se",
+        attention: str | None = "se",
         kernel_sizes: Sequence[int] | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -93,7 +94,7 @@ class AttentionResNet(StagedBackbone):
     ):
         super().__init__()
         if attention not in ATTENTION:
-            raise ValueError(f"attention: got {attention!r}, expected one of {', '.join(ATTENTION)}")
+            raise ValueError(f"attention: got {attention!r}, expected one of {', '.join(map(str, ATTENTION))}")
         if kernel_sizes is None:
             kernel_sizes = (None,) * len(depths)
         elif attention in _WITHOUT_KERNEL:

@@ -102,6 +102,7 @@ _EXTENSIONS = {
     "BVRRetinaHead": "densezoo.mmdet_heads",
     "BVRRoIHead": "densezoo.mmdet_heads",
     "IoUAwareFocalLoss": "densezoo.mmdet_heads",
+    "PluginResNet": "densezoo.mmdet_backbones",
     "RelationDINO": "densezoo.mmdet_heads",
     "RelationDINOHead": "densezoo.mmdet_heads",
     "SEPCFreeAnchorRetinaHead": "densezoo.mmdet_sepc",

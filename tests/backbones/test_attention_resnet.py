@@ -5,7 +5,7 @@ import re
 import pytest
 import timm
 import torch
-from densezoo.backbones.attention_resnet import VARIANTS, checkpoint_filter_fn
+from densezoo.backbones.attention_resnet import VARIANTS, AttentionResNet, checkpoint_filter_fn
 from densezoo.ops.plugins import BAM, CBAM, ECA, FCA, SE, Triplet
 from torch import nn
 
@@ -97,6 +97,17 @@ def test_where_the_module_sits(name):
             y = (branch + (y if block.downsample is None else block.downsample(y))).relu()
         torch.testing.assert_close(expected, y)
     torch.testing.assert_close(model(x), model.head(y.mean((2, 3))))
+
+
+@torch.no_grad()
+def test_without_a_module_it_is_timms_resnet():
+    theirs = timm.create_model("resnet18", num_classes=7).eval().double()
+    ours = AttentionResNet(depths=(2, 2, 2, 2), bottleneck=False, attention=None, num_classes=7).eval().double()
+    for parameter in theirs.parameters():
+        if parameter.ndim == 1:  # the branches' last norms start at 0
+            nn.init.normal_(parameter, mean=0.5, std=0.2)
+    assert load_published(ours, theirs.state_dict()).matched == len(ours.state_dict())
+    torch.testing.assert_close(ours(image(64, 96)), theirs(image(64, 96)))
 
 
 @torch.no_grad()

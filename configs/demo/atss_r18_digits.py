@@ -1,0 +1,26 @@
+# ATSS with ResNet-18 on the drawn digits, from scratch, with the levels of faster-rcnn_r18_digits.py.
+_base_ = [
+    "../_base_/models/atss_fpn.py",
+    "../_base_/datasets/digits_detection.py",
+    "../_base_/schedules/schedule_digits.py",
+    "../_base_/default_runtime.py",
+]
+default_scope = "mmdet"
+
+channels = 64
+strides = [8, 16, 32]
+model = dict(
+    backbone=dict(type="densezoo.PluginResNet", depth=18, norm_eval=False),
+    neck=dict(
+        _delete_=True, type="FPN", in_channels=[64, 128, 256, 512], start_level=1, out_channels=channels, num_outs=3
+    ),
+    bbox_head=dict(
+        in_channels=channels,
+        feat_channels=channels,
+        stacked_convs=2,
+        num_classes=10,
+        norm_cfg=dict(type="GN", num_groups=8),
+        anchor_generator=dict(_delete_=True, type="AnchorGenerator", scales=[2.5], ratios=[1.0], strides=strides),
+    ),
+    test_cfg=dict(nms_pre=200, max_per_img=20),
+)

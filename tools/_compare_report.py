@@ -1,0 +1,167 @@
+"""The table, the words and the plot that tools/compare.py makes of what it measured."""
+
+from math import sqrt
+from pathlib import Path
+from statistics import mean, stdev, variance
+
+import matplotlib
+from _compare_variations import PLAIN, VARIATIONS
+from _files import replacing
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+METRIC = {name: "mIoU" if name == "upernet" else "AP" for name in PLAIN}
+INTRO = """# Modules, necks and heads on the drawn digits
+
+Written by `python tools/compare.py --report` from comparison.json. Every model has ResNet-18 and starts from scratch:
+{epochs} epochs of {training} images of 128x128 in batches of {batch_size}, one schedule and the same seeds for all,
+evaluated once on {validation} images of other writers: COCO's box AP, mIoU for segmentation. Each part stands where its
+paper puts it, and is compared with the plain model of its kind. Some hundred steps on small images tell whether a part
+trains and what it costs; they do not tell what it gives on COCO with pretrained weights.
+
+- *Difference*: to the plain model, the mean over the seeds that both have, ± its standard error, from the spread over
+  seeds of all rows of a kind that have several. Bold: more than twice that error, which among so many rows happens to
+  one or two by chance alone.
+- All ran with seed{s} {first}; the plain models, and what looked better than they, also with others. To be chosen, a
+  part needed luck as well, and the mean over all its seeds has that luck in it: {added}
+- *Training step*: of {batch_size} images. *Images/s*: predictions with pre- and post-processing, in batches of 8 and
+  of 1. Medians of up to {timed} calls on {device}, one model after the other and nothing beside them; × is the ratio to
+  the plain model.
+- SEPC's last convolutions have no padding, as published, which takes two cells of each level: of the coarsest here
+  half. The simple feature pyramid comes from one map, so that its backbone has a stage less.
+- Relation-DETR's position relation is not here: DINO needs far more than this budget to learn anything from scratch.
+
+![score and time](comparison.png)
+"""
+HEADER = ("parameters, M", "{metric} by seed", "mean", "difference", "training step, ms", "images/s, 8", "images/s, 1")
+
+
+def scores_of(facts: dict, name: str) -> dict[str, float]:
+    """Return the scores of a variation by seed."""
+    return facts["variations"].get(name, {}).get("scores", {})
+
+
+def group_of(plain: str) -> list[str]:
+    """Return the names that are compared with a plain variation, itself first."""
+    return [name for name, variation in VARIATIONS.items() if variation.plain == plain]
+
+
+def looks_better(facts: dict, name: str, seeds: list[str]) -> bool:
+    """Return whether a variation's mean over these seeds is above the plain one's."""
+    own, plain = ([scores_of(facts, n).get(s) for s in seeds] for n in (name, VARIATIONS[name].plain))
+    return None not in own + plain and mean(own) > mean(plain)
+
+
+def spread(facts: dict, plain: str) -> float | None:
+    """Return the standard deviation over seeds, pooled over the rows of a kind that have several."""
+    rows = [list(scores_of(facts, name).values()) for name in group_of(plain)]
+    rows = [row for row in rows if len(row) > 1]
+    return sqrt(sum((len(r) - 1) * variance(r) for r in rows) / sum(len(r) - 1 for r in rows)) if rows else None
+
+
+def difference(facts: dict, name: str) -> tuple[float, float | None] | None:
+    """Return the difference to the plain variation on the seeds that both have, and its standard error."""
+    plain = VARIATIONS[name].plain
+    own, other, deviation = scores_of(facts, name), scores_of(facts, plain), spread(facts, plain)
+    seeds = own.keys() & other.keys()
+    if not seeds or name == plain:
+        return None
+    error = None if deviation is None else deviation * sqrt(2 / len(seeds))
+    return mean(own[seed] - other[seed] for seed in seeds), error
+
+
+def row(facts: dict, name: str) -> list[str]:
+    """Return the cells of a variation."""
+    entry = facts["variations"].get(name, {})
+    scores, errors = scores_of(facts, name), entry.get("errors", {})
+    by_seed = {seed: f"{score:.3f}" for seed, score in scores.items()}
+    by_seed |= {seed: f"failed: {text}".replace("|", "\\|") for seed, text in errors.items()}
+    values = list(scores.values())
+    cells = [
+        VARIATIONS[name].title,
+        f"{entry['parameters'] / 1e6:.2f}" if "parameters" in entry else "–",
+        ", ".join(by_seed[seed] for seed in sorted(by_seed, key=int)) or "–",
+        "–" if not values else f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else ""),
+    ]
+    found = difference(facts, name)
+    text = "–" if found is None else f"{found[0]:+.3f}" + ("" if found[1] is None else f" ± {found[1]:.3f}")
+    cells.append(f"**{text}**" if found and found[1] and abs(found[0]) > 2 * found[1] else text)
+    times, plain = entry.get("times"), facts["variations"].get(VARIATIONS[name].plain, {}).get("times")
+    for key, images in (("step", None), ("predict_8", 8), ("predict_1", 1)):
+        if not times:
+            cells.append("–")
+            continue
+        cell = f"{times[key]:.1f}" if images is None else f"{1e3 * images / times[key]:.0f}"
+        if plain and plain["device"] == times["device"]:
+            ratio = times[key] / plain[key] if images is None else plain[key] / times[key]
+            cell += f" (×{ratio:.2f})"
+        cells.append(cell)
+    return cells
+
+
+def added_seeds(facts: dict, seeds: list[str]) -> str:
+    """Say how many of those that looked better with `seeds` do so without them."""
+    chosen, still = 0, 0
+    for name, variation in VARIATIONS.items():
+        own, plain = scores_of(facts, name), scores_of(facts, variation.plain)
+        others = (own.keys() & plain.keys()) - set(seeds)
+        if name != variation.plain and others and looks_better(facts, name, seeds):
+            chosen += 1
+            still += mean(own[s] - plain[s] for s in others) > 0
+    return f"of these {chosen}, {still} are better by the added seeds alone too."
+
+
+def render(facts: dict) -> str:
+    """Return the Markdown text."""
+    devices = sorted({e["times"]["device"] for e in facts["variations"].values() if "times" in e})
+    text = INTRO.format(
+        **facts["budget"],
+        timed=facts["timed"],
+        device=" and ".join(devices) or "no device yet",
+        s="s" * (len(facts["seeds"]) > 1),
+        first=", ".join(facts["seeds"]),
+        added=added_seeds(facts, facts["seeds"]),
+    )
+    for plain, title in PLAIN.items():
+        names = [name for name in group_of(plain) if name in facts["variations"]]
+        if not names:
+            continue
+        header = [title.split(",")[0], *(h.format(metric=METRIC[plain]) for h in HEADER)]
+        deviation = spread(facts, plain)
+        told = "not known: no row has several seeds" if deviation is None else f"{deviation:.3f}"
+        text += f"\n## {header[0]}\n\nStandard deviation over seeds: {told}.\n\n"
+        for cells in (header, ["---"] * len(header), *(row(facts, name) for name in names)):
+            text += f"| {' | '.join(cells)} |\n"
+    return text
+
+
+def plot(facts: dict, out: Path) -> None:
+    """Save the scores against the times of a prediction."""
+    figure, axes = plt.subplots(1, 2, figsize=(14, 6), layout="constrained")
+    for plain, title in PLAIN.items():
+        axis = axes[int(METRIC[plain] == "mIoU")]
+        names = [n for n in group_of(plain) if scores_of(facts, n) and "times" in facts["variations"][n]]
+        if not names:
+            continue
+        points = [list(scores_of(facts, name).values()) for name in names]
+        x = [facts["variations"][name]["times"]["predict_8"] / 8 for name in names]
+        y = [mean(p) for p in points]
+        bars = [stdev(p) if len(p) > 1 else 0 for p in points]
+        axis.errorbar(x, y, bars, fmt="o", capsize=2, label=title.split(",")[0])
+        for name, *place in zip(names, x, y, strict=True):
+            axis.annotate(name, place, xytext=(3, 3), textcoords="offset points", fontsize=8)
+    for axis, label in zip(axes, ("box AP", "mIoU"), strict=True):
+        axis.set(xlabel="prediction, ms an image, batch 8", ylabel=label)
+        if axis.has_data():
+            axis.legend()
+    with replacing(out) as file:
+        figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def report(facts: dict, place: Path) -> None:
+    """Write the text and the plot beside the facts at `place`."""
+    with replacing(place.with_suffix(".md")) as file:
+        file.write_text(render(facts))
+    plot(facts, place.with_suffix(".png"))
