@@ -19,7 +19,7 @@ from densezoo.backbones.cswin import CSwin, convolve
 from densezoo.backbones.dinat_s import PatchEmbed
 from densezoo.backbones.nat import spread_drop_path
 from densezoo.backbones.pvt import NORM_EPS, PVT, Block
-from densezoo.backbones.staged import StagedBackbone, check_per_stage, init_weights, resize_tokens
+from densezoo.backbones.staged import StagedBackbone, check_per_stage, init_weights, pretrained_filter, resize_tokens
 from densezoo.backbones.swin import Swin, resize_bias_table
 from densezoo.ops import agent_attention
 from densezoo.ops.backend import is_exporting
@@ -556,7 +556,6 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     another image size are resized as the published code does for fine-tuning: the rows and columns of agent biases
     linearly, others bicubically.
     """
-    state_dict = unwrap(state_dict)
     own = {name: tensor.shape for name, tensor in model.state_dict().items()}
     converted = {}
     for name, value in state_dict.items():
@@ -578,11 +577,6 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
             value = resize_bias_table(value, shape[0])
         converted[name] = value
     return converted
-
-
-def unwrap(checkpoint: dict) -> dict[str, Tensor]:
-    """Return the weights, averaged ones first, of a LeapLabTHU training run's file: timm unwraps no download."""
-    return checkpoint.get("state_dict_ema") or checkpoint.get("model") or checkpoint
 
 
 def resize_square(tokens: Tensor, count: int) -> Tensor:
@@ -690,7 +684,7 @@ def create(
             cls,
             variant,
             pretrained,
-            pretrained_filter_fn=filter_fn,
+            pretrained_filter_fn=pretrained_filter(filter_fn),
             feature_cfg=dict(out_indices=tuple(range(len(kwargs.get("depths", [0])))), feature_cls="getter"),
             **kwargs,
         )

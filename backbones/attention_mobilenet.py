@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 from densezoo.backbones.nat import spread_drop_path
-from densezoo.backbones.staged import Blocks, StagedBackbone, check_per_stage, rename_keys
+from densezoo.backbones.staged import Blocks, StagedBackbone, check_per_stage, pretrained_filter, rename_keys
 from densezoo.ops.plugins import ECA, Triplet
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerNorm2d
@@ -178,7 +178,7 @@ def _create(variant: str, pretrained: bool, **kwargs) -> AttentionMobileNetV2:
         AttentionMobileNetV2,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=pretrained_filter(checkpoint_filter_fn),
         feature_cfg=dict(out_indices=tuple(range(len(kwargs["depths"]))), feature_cls="getter"),
         **kwargs,
     )

@@ -18,6 +18,7 @@ from densezoo.backbones.staged import (
     crop_map,
     init_weights,
     pad_to_multiple,
+    pretrained_filter,
     rename_keys,
 )
 from densezoo.ops import channel_attention, window_attention
@@ -342,7 +343,7 @@ def _create(variant: str, pretrained: bool, **kwargs) -> DaViT:
         DaViT,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=pretrained_filter(checkpoint_filter_fn),
         feature_cfg=dict(out_indices=tuple(range(len(kwargs["depths"]))), feature_cls="getter"),
         **kwargs,
     )

@@ -16,7 +16,7 @@ from densezoo.backbones.nat import (
     checkpoint_filter_fn,
     shi_labs_cfg,
 )
-from densezoo.backbones.staged import StagedBackbone, init_weights, pad_to_multiple
+from densezoo.backbones.staged import StagedBackbone, init_weights, pad_to_multiple, pretrained_filter
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -165,7 +165,7 @@ def _create(variant: str, pretrained: bool, **kwargs) -> DiNAT_s:
         DiNAT_s,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=pretrained_filter(checkpoint_filter_fn),
         feature_cfg=dict(out_indices=tuple(range(len(kwargs["depths"]))), feature_cls="getter"),
         **kwargs,
     )

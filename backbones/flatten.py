@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from densezoo.backbones.agent import create, leaplab_cfg, resize_square, unwrap
+from densezoo.backbones.agent import create, leaplab_cfg, resize_square
 from densezoo.backbones.cswin import CSwin, convolve
 from densezoo.backbones.dinat_s import PatchEmbed
 from densezoo.backbones.nat import spread_drop_path
@@ -342,7 +342,6 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     which the published model never applies. Position tables made for another image size are resized bicubically, as in
     the published code for fine-tuning.
     """
-    state_dict = unwrap(state_dict)
     own = {name: tensor.shape for name, tensor in model.state_dict().items()}
     converted = {}
     for name, value in state_dict.items():

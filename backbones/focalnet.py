@@ -19,6 +19,7 @@ from densezoo.backbones.staged import (
     check_per_stage,
     init_weights,
     pad_to_multiple,
+    pretrained_filter,
     rename_keys,
 )
 from densezoo.ops import focal_modulation
@@ -363,7 +364,7 @@ def _create(variant: str, pretrained: bool, **kwargs) -> FocalNet:
         FocalNet,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=pretrained_filter(checkpoint_filter_fn),
         feature_cfg=dict(out_indices=tuple(range(len(kwargs["depths"]))), feature_cls="getter"),
         **kwargs,
     )

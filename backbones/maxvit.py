@@ -19,7 +19,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from densezoo.backbones.nat import resize_bias, spread_drop_path
-from densezoo.backbones.staged import Blocks, StagedBackbone, check_per_stage, rename_keys
+from densezoo.backbones.staged import Blocks, StagedBackbone, check_per_stage, pretrained_filter, rename_keys
 from densezoo.ops import window_attention
 from densezoo.ops.backend import is_exporting
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -481,7 +481,7 @@ def _create(variant: str, pretrained: bool, **kwargs) -> MaxViT:
         MaxViT,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=pretrained_filter(checkpoint_filter_fn),
         feature_cfg=dict(out_indices=tuple(range(len(kwargs["depths"]))), feature_cls="getter"),
         **kwargs,
     )

@@ -10,7 +10,7 @@ from itertools import cycle, islice
 
 import torch
 import torch.nn.functional as F
-from densezoo.backbones.staged import Blocks, StagedBackbone, crop_map, init_weights, pad_map
+from densezoo.backbones.staged import Blocks, StagedBackbone, crop_map, init_weights, pad_map, pretrained_filter
 from densezoo.ops import na2d
 from densezoo.ops.backend import is_exporting
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -353,7 +353,7 @@ def _create(variant: str, pretrained: bool, **kwargs) -> NAT:
         NAT,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=pretrained_filter(checkpoint_filter_fn),
         feature_cfg=dict(out_indices=tuple(range(len(kwargs["depths"]))), feature_cls="getter"),
         **kwargs,
     )

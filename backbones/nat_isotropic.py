@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from densezoo.backbones import nat
 from densezoo.backbones.dinat_s import PatchEmbed
 from densezoo.backbones.nat import Block, NeighborhoodAttention, resize_bias, shi_labs_cfg, spread_drop_path
-from densezoo.backbones.staged import Blocks, StagedBackbone, init_weights
+from densezoo.backbones.staged import Blocks, StagedBackbone, init_weights, pretrained_filter
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -150,7 +150,7 @@ def _create(variant: str, pretrained: bool, **kwargs) -> NATIsotropic:
         NATIsotropic,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=pretrained_filter(checkpoint_filter_fn),
         feature_cfg=dict(out_indices=(0,), feature_cls="getter"),
         **(VARIANTS[variant] | kwargs),
     )

@@ -19,6 +19,7 @@ from densezoo.backbones.staged import (
     StagedBackbone,
     check_per_stage,
     init_weights,
+    pretrained_filter,
     rename_keys,
     resize_tokens,
 )
@@ -500,7 +501,7 @@ def _create(variant: str, pretrained: bool, **kwargs) -> PoolFormer:
         PoolFormer,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=pretrained_filter(checkpoint_filter_fn),
         feature_cfg=dict(out_indices=tuple(range(len(kwargs["depths"]))), feature_cls="getter"),
         **kwargs,
     )

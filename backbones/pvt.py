@@ -142,7 +142,7 @@ class PVT(StagedBackbone):
         if self.overlapping:
             return self.get_submodule(f"norm{i + 1}")(blocks(x))
         height, width = x.shape[1:3]
-        position = resize_tokens(self.get_parameter(f"pos_embed{i + 1}"), height, width, mode="bilinear")
+        position = resize_tokens(getattr(self, f"pos_embed{i + 1}"), height, width, mode="bilinear")
         return blocks(x + position.unflatten(1, (height, width)))
 
     def keep_stages(self, count: int) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from densezoo.backbones.pvt import PVT
-from densezoo.backbones.staged import check_per_stage
+from densezoo.backbones.staged import check_per_stage, pretrained_filter
 from densezoo.ops import quadtree_attention
 from densezoo.ops.quadtree import extend_to_even, halve
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -246,7 +246,7 @@ def _create(variant: str, pretrained: bool, **kwargs) -> QuadTree:
         QuadTree,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=pretrained_filter(checkpoint_filter_fn),
         feature_cfg=dict(out_indices=tuple(range(len(kwargs["depths"]))), feature_cls="getter"),
         **kwargs,
     )

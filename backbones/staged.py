@@ -1,5 +1,7 @@
 """What timm expects of a backbone, written once for every family that is a stem and stages."""
 
+import functools
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -8,9 +10,14 @@ import torch
 import torch.nn.functional as F
 from densezoo.ops.backend import is_exporting
 from timm.layers import create_classifier
-from timm.models import checkpoint_seq
+from timm.models import checkpoint_seq, clean_state_dict
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+
+_log = logging.getLogger("densezoo")
+
+ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
+"""What training code saves a state dict under; averaged weights first, as in timm."""
 
 
 def pad_map(x: Tensor, height: int | torch.SymInt, width: int | torch.SymInt) -> Tensor:
@@ -277,3 +284,33 @@ def rename_keys(state_dict: Mapping[str, Tensor], rules: Mapping[str, str]) -> d
             name = re.sub(pattern, replacement, name)
         renamed[name] = value
     return renamed
+
+
+def pretrained_filter(convert: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]) -> Callable:
+    """Return a family's `checkpoint_filter_fn` as what timm calls for `pretrained=True`.
+
+    timm hands a download over as it was saved, and lets gaps pass wherever the classifier is not loaded: with other
+    `num_classes` or `features_only`. This one takes the weights out, says how many match, and raises ValueError where
+    any but the classifier's, which timm sees to, are missing or unknown.
+    """
+
+    @functools.wraps(convert)
+    def filter_fn(checkpoint: dict, model: nn.Module) -> dict[str, Tensor]:
+        entries = (checkpoint[key] for key in ENTRIES if isinstance(checkpoint.get(key), Mapping) and checkpoint[key])
+        converted, own = convert(clean_state_dict(next(entries, checkpoint)), model), model.state_dict()
+        # A classifier's file has no norms for dense outputs.
+        fresh = model.out_norms and not any(re.match(r"norm\d+\.", name) for name in converted)
+        optional = r"(head|norm\d+)\." if fresh else r"head\."
+        missing = [name for name in own if name not in converted and not re.match(optional, name)]
+        unknown = [name for name in converted if name not in own and not re.match(r"(head|norm\d*)\.", name)]
+        cfg = model.pretrained_cfg
+        source = cfg.get("file") or cfg.get("url") or cfg.get("hf_hub_id")
+        matched = sum(name in converted and converted[name].shape == value.shape for name, value in own.items())
+        report = f"{source}: {matched} of {len(own)} tensors of this {type(model).__name__} match"
+        if missing or unknown:
+            named = [f"{name} is missing" for name in missing] + [f"{name} is unknown" for name in unknown]
+            raise ValueError(f"{report}; {', '.join(named[:4])}{', ...' if len(named) > 4 else ''}")
+        _log.info(report)
+        return converted
+
+    return filter_fn

@@ -21,11 +21,10 @@ from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
 from densezoo import backbones
+from densezoo.backbones.staged import ENTRIES
 
 _log = logging.getLogger("densezoo")
 
-# The entries that training code saves a state dict under; averaged weights first, as in timm.
-_ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
 # What wrappers put before every name: DDP, torch.compile, timm's feature nets, OpenMMLab's models.
 _PREFIXES = ("module.", "_orig_mod.", "model.", "timm_model.", "backbone.")
 # What stands beside the backbone in mmpretrain's classifiers.
@@ -129,7 +128,7 @@ def read_state_dict(source: str | Path | Mapping) -> dict[str, Tensor]:
     content = source if isinstance(source, Mapping) else read_checkpoint(source)
     # Bounded, because a hostile file may nest without end.
     for _ in range(4):
-        inner = (content[key] for key in _ENTRIES if isinstance(content.get(key), Mapping) and content[key])
+        inner = (content[key] for key in ENTRIES if isinstance(content.get(key), Mapping) and content[key])
         content = next(inner, content)
     state = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if not state:

@@ -20,7 +20,7 @@ CORE = ("torch", "torchvision", "triton", "timm", "safetensors", "numpy")
 EXTRAS = {
     "openmmlab": (
         *("onedl-mmengine", "onedl-mmcv", "onedl-mmdetection", "onedl-mmsegmentation", "onedl-mmpretrain"),
-        *("pycocotools", "opencv-python-headless", "matplotlib"),
+        *("pycocotools", "opencv-python-headless", "setuptools", "matplotlib", "tensorboard"),
     ),
     "export": ("onnx", "onnxscript", "onnxruntime"),
 }

@@ -319,7 +319,7 @@ class DaViT(_Backbone, davit.DaViT, BaseModule, prefix="densezoo_davit_"):
     """DaViT (arXiv 2204.03645); arguments as for `_Backbone`."""
 
 
-class MaxViT(_Backbone, maxvit.MaxViT, BaseModule, prefix="densezoo_maxvit_"):
+class MaxViT(_Backbone, maxvit.MaxViT, BaseModule, prefix="densezoo_maxvit_", out_norms=()):
     """MaxViT (arXiv 2204.01697); arguments as for `_Backbone`."""
 
 

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -14,7 +14,13 @@ from mmengine.dataset import InfiniteSampler
 from mmengine.device import get_device
 from mmengine.dist import is_distributed, master_only
 from mmengine.logging import MMLogger
-from mmengine.model import BaseTTAModel, is_model_wrapper, revert_sync_batchnorm
+from mmengine.model import (
+    BaseTTAModel,
+    MMFullyShardedDataParallel,
+    convert_sync_batchnorm,
+    is_model_wrapper,
+    revert_sync_batchnorm,
+)
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.runner import EpochBasedTrainLoop
 from mmengine.runner.checkpoint import CheckpointLoader
@@ -22,6 +28,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from densezoo.checkpoints import read_checkpoint
+from densezoo.fsdp import asks_for_sharding, gathered, shard
 from densezoo.hooks import AverageNamesHook, CheckpointHook, MeanLossHook, ProgressHook, SeedHook
 from densezoo.seeding import SeededSampler, seed_samples
 
@@ -35,6 +42,8 @@ class Runner(mmengine.runner.Runner):
       gaps, which are logged. They are written whole or not at all (see `CheckpointHook`).
     - A resumed run repeats the unbroken one (see `densezoo.seeding`).
     - Several processes work on a CPU (gloo), and so does `AmpOptimWrapper` (in bfloat16).
+    - `model_wrapper_cfg` of the type MMFullyShardedDataParallel splits the model over the processes of a training (see
+      `densezoo.fsdp`); its checkpoints are those of any other run.
     """
 
     def __init__(self, model: Any, work_dir: str, *args, **kwargs):
@@ -82,14 +91,15 @@ class Runner(mmengine.runner.Runner):
         configured = scaling.get("base_batch_size")
         lr = max(group.get("initial_lr", group["lr"]) for group in self.optim_wrapper.param_groups)
         if configured and scaling.get("enable"):
-            note = f"scaled by {total / configured:g}: configured for a batch of {configured}"
+            note = f"scaled linearly by {total / configured:g}: configured for a batch of {configured}"
         elif configured and configured != total:
             scaled = f"{lr * total / configured:g}"
             note = f"not scaled, though configured for a batch of {configured}: --auto-scale-lr makes it {scaled}"
         else:
             note = f"as configured{f' for a batch of {configured}' if configured else ''}"
         return (
-            f"Training on {device}: {self.world_size} process(es) x {batch} images"
+            f"Training on {device}: {self.world_size} process(es){' sharing the weights' if self._sharding else ''}"
+            f" x {batch} images"
             f"{f' x {steps} accumulated steps' if steps > 1 else ''} = batch {total}; "
             f"largest learning rate {lr:g} ({note}); seed {self.seed}; saving to {self.work_dir}"
             + (f"; going on from {self._load_from} at iteration {self.iter}" if self._resume else "")
@@ -118,8 +128,15 @@ class Runner(mmengine.runner.Runner):
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """Wrap for several processes; on a CPU there is no device to name, and no SyncBN."""
-        if self.distributed and not torch.cuda.is_available() and model_wrapper_cfg is None:
+        on_cpu = self.distributed and not torch.cuda.is_available()
+        if on_cpu:
             model = revert_sync_batchnorm(model)
+        if self._sharding:
+            # `load_or_resume` splits it, when it has its weights
+            if self.cfg.get("sync_bn") and not on_cpu:
+                model = convert_sync_batchnorm(model, self.cfg.sync_bn)
+            return model.to(get_device())
+        if on_cpu and model_wrapper_cfg is None:
             unused = self.cfg.get("find_unused_parameters", False)
             model_wrapper_cfg = dict(device_ids=None, broadcast_buffers=False, find_unused_parameters=unused)
         return super().wrap_model(model_wrapper_cfg, model)
@@ -130,7 +147,23 @@ class Runner(mmengine.runner.Runner):
             scaling = ("type", "loss_scale", "dtype", "use_fsdp")
             config = {key: value for key, value in optim_wrapper.items() if key not in scaling}
             return build_optim_wrapper(self.model, dict(config, type=CpuAmpOptimWrapper))
+        if isinstance(optim_wrapper, dict) and optim_wrapper.get("type") == "AmpOptimWrapper" and self._sharding:
+            optim_wrapper = dict(optim_wrapper, use_fsdp=True)
         return super().build_optim_wrapper(optim_wrapper)
+
+    def load_or_resume(self) -> None:
+        """Load or resume as configured; a training that splits its model does so then."""
+        sharding = self._sharding and isinstance(self.optim_wrapper, OptimWrapper) and not is_model_wrapper(self.model)
+        if sharding:
+            # so that a GPU never holds more than its part of the optimizer's state
+            self.model.cpu()
+        super().load_or_resume()
+        if sharding:
+            self.model = shard(self.model, self.optim_wrapper, self.cfg.model_wrapper_cfg)
+
+    @property
+    def _sharding(self) -> bool:
+        return self.distributed and asks_for_sharding(self.cfg.get("model_wrapper_cfg"))
 
     @staticmethod
     def build_dataloader(
@@ -169,9 +202,15 @@ class Runner(mmengine.runner.Runner):
             hooks["checkpoint"] = dict(saving, type=CheckpointHook)
         super().register_default_hooks(hooks)
 
-    @master_only
     def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
-        """Save a checkpoint under a temporary name, and rename it when it is whole."""
+        """Save a checkpoint, whole or not at all; every process has to call this."""
+        sharded = isinstance(self.model, MMFullyShardedDataParallel)
+        with gathered(self.model, self.optim_wrapper) if sharded else nullcontext():
+            self._write_checkpoint(out_dir, filename, *args, **kwargs)
+
+    @master_only
+    def _write_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
+        # under a temporary name until it is whole
         if "://" in str(out_dir):
             super().save_checkpoint(out_dir, filename, *args, **kwargs)
             return

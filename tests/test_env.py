@@ -1,8 +1,11 @@
 """python -m densezoo.env: what it says of this machine, and of others."""
 
 import importlib.metadata
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +48,13 @@ def test_backend_without_triton(monkeypatch):
     monkeypatch.setattr(ops.backend, "_backend", "triton")
     found, reason = env.backend_of("na2d", True, "cpu")
     assert found == "none" and "pip install triton" in reason
+
+
+def test_extras_are_those_of_the_project():
+    text = Path(__file__).parents[1].joinpath("pyproject.toml").read_text()
+    extras = tomllib.loads(text)["project"]["optional-dependencies"]
+    for extra, names in env.EXTRAS.items():
+        assert {re.match(r"[\w-]+", requirement)[0] for requirement in extras[extra]} == set(names)
 
 
 def test_missing_names_the_command(monkeypatch):

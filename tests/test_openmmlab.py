@@ -71,7 +71,8 @@ TYPES = {
     "TripletMobileNetV2": ("triplet_mobilenetv2_k3", MOBILE),
 }
 # Without norms on their outputs in the published detectors and segmentors.
-NORMLESS = ("AgentPVT", "FLattenPVT", *(kind for kind, (_, small) in TYPES.items() if small in (RESIDUAL, MOBILE)))
+NORMLESS = ("MaxViT", "AgentPVT", "FLattenPVT")
+NORMLESS += tuple(kind for kind, (_, small) in TYPES.items() if small in (RESIDUAL, MOBILE))
 
 
 def build(kind: str = "NAT", **kwargs) -> torch.nn.Module:

@@ -25,6 +25,7 @@ README, TOOLS_README = (path.read_text() for path in (ROOT / "README.md", TOOLS 
 TOUR = "tests/tools/test_tour.py::test_few_steps"
 # Tool, with its first word where it has a choice of them -> the test that runs it. Those of a GPU run on one.
 TESTS = {
+    "benchmark.py modules": "tests/tools/test_benchmark.py::test_on_a_gpu",
     "benchmark.py ops": "tests/tools/test_benchmark.py::test_on_a_gpu",
     "benchmark.py models": "tests/tools/test_benchmark.py::test_on_a_gpu",
     "benchmark.py latency": "tests/tools/test_benchmark.py::test_latency",

@@ -6,13 +6,17 @@ from importlib.util import find_spec
 from _errors import ConfigError
 from mmengine.config import Config
 
+from densezoo.fsdp import asks_for_sharding
+
 
 def add_switches(parser: ArgumentParser) -> None:
-    """Add the arguments; all but TensorBoard are off unless given."""
+    """Add the arguments, all of them off unless given."""
     group = parser.add_argument_group("switches, of every family")
-    group.add_argument("--amp", action="store_true",
-                       help="mixed precision: float16 with loss scaling on a GPU, bfloat16 on a CPU")  # fmt: skip
-    group.add_argument("--bf16", action="store_true", help="mixed precision in bfloat16, which needs no loss scaling")
+    precision = group.add_mutually_exclusive_group()
+    precision.add_argument("--amp", action="store_true",
+                           help="mixed precision: float16 with loss scaling on a GPU, bfloat16 on a CPU")  # fmt: skip
+    precision.add_argument("--bf16", action="store_true",
+                           help="mixed precision in bfloat16, which needs no loss scaling")  # fmt: skip
     group.add_argument("--accumulate", type=int, metavar="STEPS",
                        help="gradient accumulation: update the weights once in so many steps")  # fmt: skip
     group.add_argument("--ema", type=float, metavar="MOMENTUM",
@@ -22,6 +26,8 @@ def add_switches(parser: ArgumentParser) -> None:
     group.add_argument("--checkpoint-activations", action="store_true",
                        help="recompute the backbone's activations in the backward pass, to save memory")  # fmt: skip
     group.add_argument("--channels-last", action="store_true", help="keep convolutions' weights in that memory format")
+    group.add_argument("--fsdp", action="store_true",
+                       help="split weights, gradients and optimizer state over the processes")  # fmt: skip
     group.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
 
 
@@ -42,8 +48,7 @@ def apply_switches(cfg: Config, args: Namespace) -> None:
         if not 0 < args.ema < 1:
             raise ConfigError(f"--ema: got {args.ema}, expected the new weights' share, between 0 and 1")
         hook = dict(type="mmengine.EMAHook", momentum=args.ema, priority=49)
-        others = [other for other in cfg.get("custom_hooks") or () if "EMAHook" not in str(other["type"])]
-        cfg.custom_hooks = [*others, hook]
+        cfg.custom_hooks = [*(other for other in cfg.get("custom_hooks") or () if not is_average(other)), hook]
     if args.layer_decay is not None:
         if not 0 < args.layer_decay <= 1:
             raise ConfigError(f"--layer-decay: got {args.layer_decay}, expected a rate between 0 and 1")
@@ -56,6 +61,8 @@ def apply_switches(cfg: Config, args: Namespace) -> None:
         # mmpretrain's classifiers around timm models are their own backbone
         target = cfg.model.get("backbone") or cfg.model
         target["with_cp"] = True
+    if args.fsdp:
+        set_fsdp(cfg, args)
     add_loggers(cfg, args.wandb)
 
 
@@ -70,13 +77,32 @@ def set_amp(cfg: Config, bf16: bool) -> None:
     cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
 
 
+def set_fsdp(cfg: Config, args: Namespace) -> None:
+    """Split the model over the processes."""
+    for option in ("compile", "channels_last", "ema"):
+        if getattr(args, option):
+            raise ConfigError(f"--fsdp: does not go with --{option.replace('_', '-')}; leave one of them out")
+    for i, hook in enumerate(cfg.get("custom_hooks") or ()):
+        if is_average(hook):
+            raise ConfigError(f"--fsdp: does not go with custom_hooks.{i}, an EMAHook; take it out of the config")
+    if args.launcher == "none":
+        raise ConfigError("--fsdp: needs several processes; start with tools/dist_train.sh CONFIG PROCESSES --fsdp")
+    if not asks_for_sharding(cfg.get("model_wrapper_cfg")):
+        cfg.model_wrapper_cfg = dict(type="MMFullyShardedDataParallel")
+
+
+def is_average(hook: dict) -> bool:
+    """Return whether this is the config of a hook that keeps moving averages of the weights."""
+    return "EMAHook" in str(hook)
+
+
 def add_loggers(cfg: Config, wandb: bool) -> None:
-    """Log to TensorBoard where it is installed, and to Weights & Biases if asked to."""
+    """Log to TensorBoard, and to Weights & Biases if asked to."""
     if wandb and not find_spec("wandb"):
         raise ConfigError("--wandb: wandb is not installed; pip install wandb")
     visualizer = cfg.get("visualizer") or dict(type="mmengine.Visualizer")
     backends = list(visualizer.get("vis_backends") or [dict(type="LocalVisBackend")])
-    there = {str(backend["type"]).split(".")[-1] for backend in backends}
-    wanted = {"TensorboardVisBackend": find_spec("tensorboard"), "WandbVisBackend": wandb}
-    backends += [dict(type=f"mmengine.{name}") for name, wants in wanted.items() if wants and name not in there]
+    for name in ("TensorboardVisBackend", *["WandbVisBackend"] * wandb):
+        if not any(name in str(backend) for backend in backends):
+            backends.append(dict(type=f"mmengine.{name}"))
     cfg.visualizer = dict(visualizer, vis_backends=backends)

@@ -2,21 +2,22 @@
 
     python tools/benchmark.py ops                       every operator, at the shapes of its networks
     python tools/benchmark.py ops na2d --dtype float16 --json na2d.json
+    python tools/benchmark.py modules                   attention modules, ours and timm's, eager and compiled
     python tools/benchmark.py models                    tiny models at 224, in images per second
     python tools/benchmark.py models nat_tiny swin_tiny_patch4_window7_224 --dense
     python tools/benchmark.py latency nat_tiny swin_tiny_patch4_window7_224 --sizes 224 512 1024     on a CPU too
     python tools/benchmark.py report *.json             tables and plots of what --json saved, in ops/benchmarks.md,
                                                         and images per second for the cards
 
-Times of operators are medians of many, in microseconds. The floor is the bytes of each input read once and each output
-written once over the copy bandwidth measured in the same run. A kernel that disagrees with its float64 reference is
-not timed.
+Times of operators and modules are medians of many, in microseconds. The floor is the bytes of each input read once and
+each output written once over the copy bandwidth measured in the same run. A kernel that disagrees with its float64
+reference, or a module with timm's, is not timed.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -25,12 +26,14 @@ import timm
 import torch
 from _benchmark_latency import SIZES, latency_rows
 from _benchmark_models import MODELS, model_rows
+from _benchmark_modules import MODULES
 from _benchmark_ops import OPERATORS, TOLERANCE, Case
 from _benchmark_report import operator_table, plot_latency, report, write
 from triton.testing import do_bench
 
 from densezoo import __version__
 
+CASES = {"ops": OPERATORS, "modules": MODULES}
 BENCHMARKS = Path(__file__).resolve().parents[1] / "ops/benchmarks.md"
 
 
@@ -63,11 +66,12 @@ def measure(case: Case, bandwidth: float, dtype: torch.dtype) -> list[dict]:
     inputs = [t.detach().requires_grad_() for t in case.inputs]
     rows = [{"case": case.name, "pass": p, "us": {}, "error": error} for p in ("forward", "backward")]
     for way, run in case.ways.items():
+        leaves = [*inputs, *run.parameters()] if isinstance(run, torch.nn.Module) else inputs
         try:
             out = run(*inputs)
             grad = torch.randn_like(out)
-            grads = torch.autograd.grad(out, inputs, grad, allow_unused=True, retain_graph=True)
-            wanted = [t for t, g in zip(inputs, grads, strict=True) if g is not None]
+            grads = torch.autograd.grad(out, leaves, grad, allow_unused=True, retain_graph=True)
+            wanted = [t for t, g in zip(leaves, grads, strict=True) if g is not None]
             rows[0]["us"][way] = median_us(lambda run=run: run(*inputs))
             rows[1]["us"][way] = median_us(
                 lambda out=out, wanted=wanted, grad=grad: torch.autograd.grad(out, wanted, grad, retain_graph=True)
@@ -86,16 +90,16 @@ def measure(case: Case, bandwidth: float, dtype: torch.dtype) -> list[dict]:
     return rows
 
 
-def time_operators(names: list[str], dtype: torch.dtype) -> tuple[list[dict], str]:
-    """Time the cases of operators; return a row for each pass, and what was measured with."""
+def time_cases(makers: Iterable[Callable], dtype: torch.dtype) -> tuple[list[dict], str]:
+    """Time the cases that `makers` yield; return a row for each pass, and what was measured with."""
     # The backward is timed apart from the forward, so its saved tensors must outlive it.
     torch._functorch.config.donated_buffer = False
     rows = []
     # Graphs are captured on a stream of their own, and a backward runs on that of its forward.
     with torch.cuda.stream(torch.cuda.Stream()):
         bandwidth = copy_bandwidth()
-        for name in names:
-            for case in OPERATORS[name](dtype, "cuda"):
+        for make in makers:
+            for case in make(dtype, "cuda"):
                 rows += (new := measure(case, bandwidth, dtype))
                 # Comparing takes minutes: what is known is shown at once.
                 print(*operator_table(new).splitlines()[2:], sep="\n", file=sys.stderr, flush=True)
@@ -115,18 +119,18 @@ def time_models(names: list[str], dense: bool, mode: str) -> tuple[list[dict], s
 def main() -> None:
     """Run the benchmark that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["ops", "models", "latency", "report"])
+    parser.add_argument("what", choices=["ops", "modules", "models", "latency", "report"])
     parser.add_argument(
         "names",
         nargs="*",
         metavar="name",
-        help=f"operators, of {', '.join(OPERATORS)}, timm models, or files of --json",
+        help=f"operators, of {', '.join(OPERATORS)}, modules, of {', '.join(MODULES)}, timm models, or files of --json",
     )
     parser.add_argument(
         "--dtype",
         default="bfloat16",
         choices=[str(d).removeprefix("torch.") for d in TOLERANCE],
-        help="of operators (%(default)s); models run in bfloat16 autocast",
+        help="of operators and modules (%(default)s); models run in bfloat16 autocast",
     )
     parser.add_argument("--dense", action="store_true", help="models as dense backbones at 800x1216, batch 2")
     parser.add_argument(
@@ -144,9 +148,9 @@ def main() -> None:
             return write([json.loads(Path(name).read_text()) for name in args.names], BENCHMARKS)
         except (OSError, ValueError, KeyError) as e:
             parser.error(f"report: {e}; expected files that --json saved")
-    known = OPERATORS if args.what == "ops" else timm.list_models()
-    if unknown := set(args.names) - set(known):
-        hint = ", ".join(OPERATORS) if args.what == "ops" else "timm's and the zoo's models"
+    cases = CASES.get(args.what)
+    if unknown := set(args.names) - set(cases or timm.list_models()):
+        hint = ", ".join(cases) if cases else "timm's and the zoo's models"
         parser.error(f"name: got {', '.join(sorted(unknown))}, expected of {hint}")
     if min(args.sizes) < 32:
         parser.error(f"--sizes: got {min(args.sizes)}, expected 32 or more")
@@ -156,9 +160,10 @@ def main() -> None:
     if not on_gpu and args.what != "latency":
         parser.error("needs a CUDA GPU: times on a CPU say nothing about the kernels")
 
-    dtype = args.dtype if args.what == "ops" else "bfloat16 autocast" if on_gpu else "float32"
-    if args.what == "ops":
-        rows, measured = time_operators(args.names or list(OPERATORS), getattr(torch, args.dtype))
+    dtype = args.dtype if cases else "bfloat16 autocast" if on_gpu else "float32"
+    if cases:
+        makers = [cases[name] for name in args.names or cases]
+        rows, measured = time_cases(makers, getattr(torch, args.dtype))
     elif args.what == "models":
         rows, measured = time_models(args.names or list(MODELS), args.dense, args.mode)
     else:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from _common import Start, add_run_arguments, finish, load_config, make_parser
 from _errors import ConfigError
-from _switches import add_switches, apply_switches
+from _switches import add_switches, apply_switches, is_average
 from mmengine.config import Config
 from torch import cuda, nn
 
@@ -17,6 +17,8 @@ from densezoo.checkpoints import read_checkpoint
 from densezoo.runner import Runner
 
 NEEDS = ("model", "train_dataloader", "train_cfg", "optim_wrapper")
+# What a checkpoint has to hold to be resumed, beside its place in the training.
+RESUMED = ("state_dict", "optimizer", "message_hub")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -62,9 +64,13 @@ def set_resume(cfg: Config, source: str) -> None:
             return
     else:
         path = existing_checkpoint(source, "--resume")
-    meta = read_checkpoint(path).get("meta", {})
-    if not {"epoch", "iter"} <= meta.keys():
+    checkpoint = read_checkpoint(path)
+    meta = checkpoint.get("meta")
+    # A best checkpoint has a place in the training but no optimizer.
+    if not isinstance(meta, dict) or not {"epoch", "iter", *RESUMED} <= meta.keys() | checkpoint.keys():
         raise ConfigError(f"--resume {path}: holds weights but no state of a training; start from it with load_from")
+    if "ema_state_dict" in checkpoint and not any(map(is_average, cfg.get("custom_hooks") or ())):
+        raise ConfigError(f"--resume {path}: its run kept moving averages; give --ema, or start from it with load_from")
     cfg.resume, cfg.load_from = True, str(path)
     # Samplers are built with the seed, before mmengine takes it from the checkpoint.
     if meta.get("seed") is not None:

@@ -82,9 +82,8 @@ def _check(query, key, value, agent, aggregation_bias, broadcast_bias) -> None:
 def _unsupported(query: Tensor, agent: Tensor, *biases: Tensor | None) -> str | None:
     """Return why the kernels cannot take these inputs, or None where they can."""
     for t in (query, *biases):
-        if t is not None and t.dtype not in (torch.bfloat16, torch.float32):
-            # In float16 the kernels are right in Triton's interpreter, but not on a GPU.
-            return f"dtype {t.dtype} (kernels: bfloat16, float32)"
+        if t is not None and t.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return f"dtype {t.dtype} (kernels: float16, bfloat16, float32)"
     if not 8 <= query.shape[-1] <= 128:
         return f"head dim {query.shape[-1]} (kernels: 8 to 128)"
     if agent.shape[1] > 64:

@@ -206,6 +206,13 @@ def _backward(
         else:
             grad_v_tile = tl.load(grad_value + a_rows, mask=a_mask, other=0.0)
         if KEYS:
+            unit = 1.0
+            if dtype == tl.float16:
+                # A sum over the queries, which may leave the range of float16; what follows is in units of its largest.
+                top = tl.max(tl.max(tl.abs(grad_v_tile), 1), 0)
+                unit = tl.where(top > 0, top, 1.0)
+                grad_v_tile /= unit
+                grad_tile /= unit
             norm = tl.load(lse + row + a, mask=a_inside, other=0.0)
             delta = tl.sum(grad_v_tile * value.to(tl.float32), 1)
             origin = image * k_stride_b + head * k_stride_n
@@ -224,16 +231,17 @@ def _backward(
                 zero = tl.zeros((TOKENS, BLOCK_DIM), tl.float32)
                 grad = product(p.T, grad_v_tile, zero, dtype, PRECISION)
                 offsets = t.to(INDEX)[:, None] * (HEADS * DIM) + d[None, :]
-                tl.store(grad_v + o_origin + offsets, grad.to(dtype), mask=mask)
+                tl.store(grad_v + o_origin + offsets, (grad * unit).to(dtype), mask=mask)
                 zero_scores = tl.zeros((AGENTS, TOKENS), tl.float32)
                 dp = product(grad_v_tile, v_tile.T, zero_scores, dtype, PRECISION)
                 ds = p * (dp - delta[:, None])
-                grad = product(ds.T, tile, zero, dtype, PRECISION) * scale
+                grad = product(ds.T, tile, zero, dtype, PRECISION) * (scale * unit)
                 tl.store(grad_k + o_origin + offsets, grad.to(dtype), mask=mask)
                 grad_tile = product(ds, k_tile, grad_tile, dtype, PRECISION)
                 if HAS_A:
                     offsets = a[:, None] * tokens + t[None, :]
-                    _add(grad_bias_a + table, offsets, ds, inside, image > start_image)
+                    _add(grad_bias_a + table, offsets, ds * unit, inside, image > start_image)
+            grad_tile *= unit
         part = (tl.program_id(1) + (0 if QUERIES else tl.num_programs(1))).to(tl.int64) * batch * agents * HEADS * DIM
         # (parts, B, agents, heads, dim)
         rows = ((image * agents + a) * HEADS + head)[:, None] * DIM + d[None, :]

@@ -19,7 +19,8 @@ def ms_deform_attn(
 
     A point (x, y) of a level lies at column x * width - 0.5 and row y * height - 0.5: whole numbers are the centres of
     positions, and 0 and 1 the level's edges. Values between positions are interpolated linearly along both axes, and
-    outside of the level there are zeros. The weights are taken as they are: their softmax is the caller's.
+    outside of the level there are zeros. The weights are taken as they are: their softmax is the caller's. At the
+    centre of a position, where the gradient of a location jumps, it is the one towards larger coordinates.
 
     Args:
         value: (B, keys, heads, dim), float16, bfloat16, float32 or float64, any strides: the positions of all levels,

@@ -187,18 +187,18 @@ class _Problem:
 def _ms_deform_attn(
     value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor, sampling_locations: Tensor,
     attention_weights: Tensor,
-) -> tuple[Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     problem = _Problem(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    (out,) = _fake(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    out, nothing = _fake(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
     if out.numel():
         grid, constants = problem.launch("forward")
         _forward[grid](*problem.tensors, out, *problem.sizes, *problem.strides, **constants)
-    return (out,)
+    return out, nothing
 
 
 def _ms_deform_attn_backward(
     grad_out: Tensor, value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor, sampling_locations: Tensor,
-    attention_weights: Tensor, out: Tensor | None,
+    attention_weights: Tensor, out: Tensor | None, nothing: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     problem = _Problem(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
     grad_value, *others, grad_locations, grad_weights = _fake_backward(
@@ -226,7 +226,8 @@ def _ms_deform_attn_backward(
 
 def _fake(value, spatial_shapes, level_start_index, sampling_locations, attention_weights):
     batch, _, heads, dim = value.shape
-    return (value.new_empty(batch, sampling_locations.shape[1], heads * dim),)
+    # PyTorch 2.11 compiles anew for every batch where an operator returns a tuple of one: here are two.
+    return value.new_empty(batch, sampling_locations.shape[1], heads * dim), value.new_empty(0)
 
 
 def _fake_backward(grad_out, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, *others):
@@ -264,5 +265,5 @@ def ms_deform_attn_triton_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of value, sampling_locations and attention_weights from that of the output."""
     args = value, spatial_shapes, level_start_index, sampling_locations, attention_weights
-    grad_value, _, _, *others = _ms_deform_attn_backward(grad_out, *args, None)
+    grad_value, _, _, *others = _ms_deform_attn_backward(grad_out, *args, None, None)
     return grad_value, *others

@@ -29,13 +29,14 @@ def ms_deform_attn_reference(
     for level, ((height, width), start) in enumerate(zip(spatial_shapes, level_start_index, strict=True)):
         x = locations[:, :, :, level, :, 0] * width - 0.5
         y = locations[:, :, :, level, :, 1] * height - 0.5
+        top, left = y.detach().floor(), x.detach().floor()
         for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
-            row, column = y.detach().floor() + i, x.detach().floor() + j
-            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            row, column = top + i, left + j
+            inside = (y > -1) & (x > -1) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
             key = start + (row * width + column).where(inside, 0).long()
             inside = inside & (key >= 0) & (key < keys)
             place = ((image * keys + key) * heads + head).where(inside, batch * keys * heads)
-            share = (1 - (y - row).abs()) * (1 - (x - column).abs())
+            share = (y - top if i else 1 - y + top) * (x - left if j else 1 - x + left)
             # What is far outside, or nowhere, has no share to multiply the zeros by.
             share = (share * weights[:, :, :, level]).where(inside, 0)
             with without_autocast(value):

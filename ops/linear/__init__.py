@@ -82,9 +82,8 @@ def _check(query, key, value, feature_scale, positional_encoding, focusing_facto
 def _unsupported(query: Tensor, feature_scale: Tensor, positional_encoding: Tensor | None) -> str | None:
     """Return why the kernels cannot take these inputs, or None where they can."""
     for t in (query, feature_scale, positional_encoding):
-        if t is not None and t.dtype not in (torch.bfloat16, torch.float32):
-            # In float16 the gradient of a query whose features vanish would be off by 5e-3.
-            return f"dtype {t.dtype} (kernels: bfloat16, float32)"
+        if t is not None and t.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return f"dtype {t.dtype} (kernels: float16, bfloat16, float32)"
     heads, dim = query.shape[2:]
     if not 8 <= dim <= 128:
         return f"head dim {dim} (kernels: 8 to 128)"

@@ -3,21 +3,20 @@
 With a = x / |x| the features of a token over all heads (x as in `focused_linear_attention`) and w = a ** p / |a ** p|,
 phi(x) = |x| w. The two norms of a token are all that its heads share: once they are known, heads are independent.
 
-- `_forward`: a program owns one head of one image, or all heads of an image where these have few channels: the state
-  mean(phi(k)^T [v, 1]) is then one product of all channels, without what it holds of two heads. It sums the state over
-  the tokens, keeps it on the chip, and visits the queries. Where programs are too few to fill the GPU, the tokens are
-  split between them: one launch writes partial states, and a second one sums them up and visits the queries.
-- `_norms`: a program owns a few tokens of query or key, all heads; writes 1 / |x| and 1 / |a ** p|, where programs of
-  the forward own one head of several.
-- `_delta`: a program owns a few tokens, all heads: out . grad_out of each head over its normaliser, and their sum,
-  which is the gradient of a query along itself.
+- `_norms`: a program owns a few tokens of query or key, all heads; writes 1 / |x| and 1 / |a ** p|. A head alone has
+  them at hand.
+- `_forward`: a program owns one head of one image. It sums the state mean(phi(k)^T [v, 1]) over the tokens, keeps it on
+  the chip, and visits the queries. Where programs are too few to fill the GPU, the tokens are split between them: one
+  launch writes partial states, and a second one sums them up and visits the queries.
+- `_delta`: a program owns a few tokens, all heads: the sum over heads of out . grad_out over the normaliser, which is
+  the gradient of a query along itself.
 - `_backward_query`: a program owns one head of one image or of a run of its tokens. Sums the state again, or loads it;
   writes the gradient of the queries and (partial) gradients of the state and of the feature scale.
-- `_backward_key`: split as the forward is. The gradient of a key along itself is a sum over heads: programs that own
-  one head of several are launched twice, first for the gradient of the values and each head's share.
+- `_backward_key`: a program owns one head of one image or of a run of its tokens. The gradient of a key along itself is
+  a sum over heads: of several, programs are launched twice, first for the gradient of the values and heads' shares.
 
 Gradients of parameters are partial sums that PyTorch adds up: two deterministic stages. Norms, powers and means leave
-the range of float16: `product` scales its operands.
+the range of float16: its products are those of tf32, which keeps as many digits in the range of float32.
 """
 
 from functools import lru_cache
@@ -117,15 +116,14 @@ def _norms(
 @triton.jit
 def _unit(
     x, pos, norms, origin, stride_t, row, head, t, t_inside, d, inverse_scale, mask,
-    HAS_POS: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr, DIM: tl.constexpr, P: tl.constexpr,
-    INDEX: tl.constexpr,
+    HAS_POS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, P: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """What tokens `t` of a program's heads enter as: x, the unit vector a of its features, 1 / |x| and 1 / |a ** p|."""
+    """What tokens `t` of one head enter as: x, the unit vector a of its features, 1 / |x| and 1 / |a ** p|."""
     x = _load(x, origin, stride_t, t, d, mask, INDEX)
     if HAS_POS:
         x += _load(pos, head * DIM, HEADS * DIM, t, d, mask, INDEX)
     a = _features(x, inverse_scale[None, :])
-    if PACK == HEADS:
+    if HEADS == 1:
         inverse = 1.0 / tl.sqrt(tl.sum(a * a, 1))
         a *= inverse[:, None]
         power = _power(a, P)
@@ -138,37 +136,10 @@ def _unit(
 
 
 @triton.jit
-def _store_norms(norms, row, t, t_inside, inverse, inverse_power):
-    tl.store(norms + 2 * (row + t), inverse, mask=t_inside)
-    tl.store(norms + 2 * (row + t) + 1, inverse_power, mask=t_inside)
-
-
-@triton.jit
-def _head_sum(x, PACK: tl.constexpr, DIM: tl.constexpr):
-    """(tokens, heads): the sum over each head's channels."""
-    if PACK == 1:
-        out = tl.sum(x, 1)[:, None]
-    else:
-        out = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // DIM, DIM)), 2)
-    return out
-
-
-@triton.jit
-def _spread(x, PACK: tl.constexpr, DIM: tl.constexpr):
-    """(tokens, heads) to each head's channels, which one head's broadcast to as it is."""
-    if PACK == 1:
-        out = x
-    else:
-        channels = tl.broadcast_to(x[:, :, None], (x.shape[0], x.shape[1], DIM))
-        out = tl.reshape(channels, (x.shape[0], x.shape[1] * DIM))
-    return out
-
-
-@triton.jit
 def _state(
     k, v, pos, norms_k, k_origin, k_stride_t, row, head, first, last, tokens, d, d_inside, inverse_scale,
-    HAS_POS: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    P: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, STORE: tl.constexpr,
+    HAS_POS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    P: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """The sums of phi(k)^T v and of phi(k) over tokens `first` to `last`, over the number of all tokens."""
     dtype: tl.constexpr = k.dtype.element_ty
@@ -180,41 +151,34 @@ def _state(
         mask = t_inside[:, None] & d_inside[None, :]
         _, a, inverse, inverse_power = _unit(
             k, pos, norms_k, k_origin, k_stride_t, row, head, t, t_inside, d, inverse_scale, mask,
-            HAS_POS, HEADS, PACK, DIM, P, INDEX,
+            HAS_POS, HEADS, DIM, P, INDEX,
         )  # fmt: skip
-        if STORE:
-            _store_norms(norms_k, row, t, t_inside, inverse, inverse_power)
         phi = _power(a, P) * (inverse_power / inverse)[:, None]
         v_tile = _load(v, k_origin, k_stride_t, t, d, mask, INDEX)
         key_value = product(phi.T, v_tile, key_value, dtype, PRECISION)
         key_sum += phi
-    if PACK > 1:
-        key_value = tl.where(d[:, None] // DIM == d[None, :] // DIM, key_value, 0.0)
     return key_value / tokens, tl.sum(key_sum, 0) / tokens
 
 
 @triton.jit
 def _store_state(state, key_value, key_sum, d, d_inside, DIM: tl.constexpr):
-    """Write each head's (DIM, DIM) sums, and a row of DIM."""
-    head = d // DIM * (DIM * DIM + DIM)
-    offsets = (head + d % DIM * DIM)[:, None] + (d % DIM)[None, :]
-    mask = d_inside[:, None] & (d[:, None] // DIM == d[None, :] // DIM)
-    tl.store(state + offsets, key_value, mask=mask)
-    tl.store(state + head + DIM * DIM + d % DIM, key_sum, mask=d_inside)
+    """Write (DIM, DIM) sums, and a row of DIM."""
+    mask = d_inside[:, None] & d_inside[None, :]
+    tl.store(state + d[:, None] * DIM + d[None, :], key_value, mask=mask)
+    tl.store(state + DIM * DIM + d, key_sum, mask=d_inside)
 
 
 @triton.jit
 def _load_state(state, stride, parts, d, d_inside, DIM: tl.constexpr):
-    """The sum of `parts` states; products of two heads' channels are 0."""
-    head = d // DIM * (DIM * DIM + DIM)
-    offsets = (head + d % DIM * DIM)[:, None] + (d % DIM)[None, :]
-    mask = d_inside[:, None] & (d[:, None] // DIM == d[None, :] // DIM)
+    """The sum of `parts` states."""
+    offsets = d[:, None] * DIM + d[None, :]
+    mask = d_inside[:, None] & d_inside[None, :]
     key_value = tl.load(state + offsets, mask=mask, other=0.0)
-    key_sum = tl.load(state + head + DIM * DIM + d % DIM, mask=d_inside, other=0.0)
+    key_sum = tl.load(state + DIM * DIM + d, mask=d_inside, other=0.0)
     for _ in range(1, parts):
         state += stride
         key_value += tl.load(state + offsets, mask=mask, other=0.0)
-        key_sum += tl.load(state + head + DIM * DIM + d % DIM, mask=d_inside, other=0.0)
+        key_sum += tl.load(state + DIM * DIM + d, mask=d_inside, other=0.0)
     return key_value, key_sum
 
 
@@ -222,7 +186,7 @@ def _load_state(state, stride, parts, d, d_inside, DIM: tl.constexpr):
 def _forward(
     q, k, v, pos, scale, norms_q, norms_k, partial, state, out, normaliser, tokens, run, parts,
     q_stride_b, q_stride_t, q_stride_n, k_stride_b, k_stride_t, k_stride_n,
-    HAS_POS: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    HAS_POS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     P: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
     SUM: tl.constexpr, ATTEND: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
@@ -230,22 +194,22 @@ def _forward(
 
     With SAVE the sums are written.
     """
-    head = tl.program_id(0) % (HEADS // PACK)
-    image = (tl.program_id(0) // (HEADS // PACK)).to(tl.int64)
+    head = tl.program_id(0) % HEADS
+    image = (tl.program_id(0) // HEADS).to(tl.int64)
     first = tl.program_id(1) * run
     last = tl.minimum(first + run, tokens)
     row = image * tokens
     d = tl.arange(0, BLOCK_DIM)
-    d_inside = d < PACK * DIM
+    d_inside = d < DIM
     dtype: tl.constexpr = q.dtype.element_ty
     inverse_scale = _inverse_scale(scale, head, d, d_inside, DIM)
-    size: tl.constexpr = PACK * (DIM * DIM + DIM)
+    size: tl.constexpr = DIM * DIM + DIM
     program = tl.program_id(0).to(tl.int64)
     stride = tl.num_programs(0).to(tl.int64) * size
     if SUM:
         key_value, key_sum = _state(
             k, v, pos, norms_k, image * k_stride_b + head * k_stride_n, k_stride_t, row, head, first, last, tokens,
-            d, d_inside, inverse_scale, HAS_POS, HEADS, PACK, DIM, BLOCK_DIM, P, TOKENS, PRECISION, INDEX, PACK > 1,
+            d, d_inside, inverse_scale, HAS_POS, HEADS, DIM, BLOCK_DIM, P, TOKENS, PRECISION, INDEX,
         )  # fmt: skip
     else:
         key_value, key_sum = _load_state(partial + program * size, stride, parts, d, d_inside, DIM)
@@ -261,25 +225,21 @@ def _forward(
             mask = t_inside[:, None] & d_inside[None, :]
             _, a, inverse, inverse_power = _unit(
                 q, pos, norms_q, image * q_stride_b + head * q_stride_n, q_stride_t, row, head, t, t_inside, d,
-                inverse_scale, mask, False, HEADS, PACK, DIM, P, INDEX,
+                inverse_scale, mask, False, HEADS, DIM, P, INDEX,
             )  # fmt: skip
             w = _power(a, P) * inverse_power[:, None]
-            total = _head_sum(w * key_sum[None, :], PACK, DIM) + (1e-6 * inverse)[:, None]
+            total = tl.sum(w * key_sum[None, :], 1) + 1e-6 * inverse
             zero = tl.zeros((TOKENS, BLOCK_DIM), tl.float32)
-            o_tile = product(w, key_value, zero, dtype, PRECISION) * _spread(1.0 / total, PACK, DIM)
+            o_tile = product(w, key_value, zero, dtype, PRECISION) * (1.0 / total)[:, None]
             offsets = t.to(INDEX)[:, None] * (HEADS * DIM) + d[None, :]
             tl.store(out + (row * HEADS + head) * DIM + offsets, o_tile.to(dtype), mask=mask)
-            if PACK > 1:
-                _store_norms(norms_q, row, t, t_inside, inverse, inverse_power)
             if HEADS > 1:
-                h = tl.arange(0, total.shape[1])
-                target = normaliser + ((row + t) * HEADS + head)[:, None] + h[None, :]
-                tl.store(target, total, mask=t_inside[:, None] & (h < PACK)[None, :])
+                tl.store(normaliser + (row + t) * HEADS + head, total, mask=t_inside)
 
 
 @triton.jit(do_not_specialize_on_alignment=["norms_q", "normaliser"])
 def _delta(
-    out, grad_out, normaliser, norms_q, deltas, delta, rows,
+    out, grad_out, normaliser, norms_q, delta, rows,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -293,7 +253,6 @@ def _delta(
     do_tile = tl.load(grad_out + offsets, mask=inside, other=0.0).to(tl.float32)
     total = tl.load(normaliser + item, mask=mask, other=1.0)
     share = tl.sum(o_tile * do_tile, 2) / total
-    tl.store(deltas + item, share, mask=mask)
     inverse = tl.load(norms_q + 2 * row, mask=row < rows, other=0.0)
     # Only the epsilon of the normaliser keeps the result from being the same for any length of a query.
     tl.store(delta + row, 1e-6 * inverse * tl.sum(share, 1), mask=row < rows)
@@ -301,7 +260,7 @@ def _delta(
 
 @triton.jit(do_not_specialize_on_alignment=["norms_q", "norms_k", "normaliser"])
 def _backward_query(
-    q, k, v, pos, scale, norms_q, norms_k, state, normaliser, deltas, delta, out, grad_out,
+    q, k, v, pos, scale, norms_q, norms_k, state, normaliser, delta, grad_out,
     grad_q, grad_state, grad_scale, tokens, run,
     q_stride_b, q_stride_t, q_stride_n, k_stride_b, k_stride_t, k_stride_n,
     HAS_POS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
@@ -320,7 +279,7 @@ def _backward_query(
     if SUM:
         key_value, key_sum = _state(
             k, v, pos, norms_k, image * k_stride_b + head * k_stride_n, k_stride_t, row, head, 0, tokens, tokens,
-            d, d_inside, inverse_scale, HAS_POS, HEADS, 1, DIM, BLOCK_DIM, P, TOKENS, PRECISION, INDEX, False,
+            d, d_inside, inverse_scale, HAS_POS, HEADS, DIM, BLOCK_DIM, P, TOKENS, PRECISION, INDEX,
         )  # fmt: skip
     else:
         key_value, key_sum = _load_state(state + tl.program_id(0).to(tl.int64) * size, 0, 1, d, d_inside, DIM)
@@ -334,7 +293,7 @@ def _backward_query(
         mask = t_inside[:, None] & d_inside[None, :]
         x, a, inverse, inverse_power = _unit(
             q, pos, norms_q, image * q_stride_b + head * q_stride_n, q_stride_t, row, head, t, t_inside, d,
-            inverse_scale, mask, False, HEADS, 1, DIM, P, INDEX,
+            inverse_scale, mask, False, HEADS, DIM, P, INDEX,
         )  # fmt: skip
         slope = _power(a, P - 1) * inverse_power[:, None]
         w = slope * a
@@ -342,16 +301,18 @@ def _backward_query(
         do_tile = _load(grad_out, (row * HEADS + head) * DIM, HEADS * DIM, t, d, mask, INDEX)
         if HEADS == 1:
             total = tl.sum(w * key_sum[None, :], 1) + 1e-6 * inverse
-            o_tile = _load(out, row * DIM, DIM, t, d, mask, INDEX)
-            share = tl.sum(o_tile * do_tile, 1) / total
-            along = 1e-6 * inverse * share
         else:
             total = tl.load(normaliser + (row + t) * HEADS + head, mask=t_inside, other=1.0)
-            share = tl.load(deltas + (row + t) * HEADS + head, mask=t_inside, other=0.0)
-            along = tl.load(delta + row + t, mask=t_inside, other=0.0)
-        # The weights of the values: of a query whose features are almost nothing, float16 holds no other part.
+        # The gradient of the output enters products as it is: scaled, it would be rounded.
         by_total = (1.0 / total)[:, None]
-        grad = product(do_tile * by_total, key_value.T, zero, dtype, PRECISION) - share[:, None] * key_sum[None, :]
+        grad = product(do_tile, key_value.T, zero, dtype, PRECISION) * by_total
+        # That is out . grad_out over the normaliser, with the errors of `grad`, from which it is subtracted.
+        share = tl.sum(w * grad, 1) / total
+        grad -= share[:, None] * key_sum[None, :]
+        if HEADS == 1:
+            along = 1e-6 * inverse * share
+        else:
+            along = tl.load(delta + row + t, mask=t_inside, other=0.0)
         grad_key_value = product((w * by_total).T, do_tile, grad_key_value, dtype, PRECISION)
         grad_key_sum -= share[:, None] * w
         # The gradient of the features, over their norm.
@@ -370,20 +331,20 @@ def _backward_query(
 def _backward_key(
     k, v, pos, scale, norms_k, grad_state, shares, grad_k, grad_v, grad_scale, tokens, run, parts,
     k_stride_b, k_stride_t, k_stride_n,
-    HAS_POS: tl.constexpr, HEADS: tl.constexpr, PACK: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, P: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    HAS_POS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+    P: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
     VALUES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """With VALUES writes their gradient and each head's share in that of the keys, with KEYS the gradient of these."""
-    head = tl.program_id(0) % (HEADS // PACK)
-    image = (tl.program_id(0) // (HEADS // PACK)).to(tl.int64)
+    head = tl.program_id(0) % HEADS
+    image = (tl.program_id(0) // HEADS).to(tl.int64)
     first = tl.program_id(1) * run
     last = tl.minimum(first + run, tokens)
     row = image * tokens
     d = tl.arange(0, BLOCK_DIM)
-    d_inside = d < PACK * DIM
+    d_inside = d < DIM
     dtype: tl.constexpr = k.dtype.element_ty
-    size: tl.constexpr = PACK * (DIM * DIM + DIM)
+    size: tl.constexpr = DIM * DIM + DIM
     inverse_scale = _inverse_scale(scale, head, d, d_inside, DIM)
     part = grad_state + tl.program_id(0).to(tl.int64) * size
     stride = tl.num_programs(0).to(tl.int64) * size
@@ -398,7 +359,7 @@ def _backward_key(
         mask = t_inside[:, None] & d_inside[None, :]
         x, a, inverse, inverse_power = _unit(
             k, pos, norms_k, origin, k_stride_t, row, head, t, t_inside, d, inverse_scale, mask,
-            HAS_POS, HEADS, PACK, DIM, P, INDEX,
+            HAS_POS, HEADS, DIM, P, INDEX,
         )  # fmt: skip
         norm = 1.0 / inverse
         slope = _power(a, P - 1) * inverse_power[:, None]
@@ -409,22 +370,24 @@ def _backward_key(
         if VALUES:
             grad = product(w, grad_key_value, zero, dtype, PRECISION)
             tl.store(grad_v + target, (grad * norm[:, None]).to(dtype), mask=mask)
-            along = tl.sum(grad * v_tile + w * grad_key_sum[None, :], 1)
             if not KEYS:
-                tl.store(shares + (row + t) * HEADS + head, along, mask=t_inside)
-        else:
-            h = tl.arange(0, BLOCK_HEADS)
-            others = shares + (row + t)[:, None] * HEADS + h[None, :]
-            along = tl.sum(tl.load(others, mask=t_inside[:, None] & (h < HEADS)[None, :], other=0.0), 1)
+                share = tl.sum(grad * v_tile + w * grad_key_sum[None, :], 1)
+                tl.store(shares + (row + t) * HEADS + head, share, mask=t_inside)
         if KEYS:
             grad = product(v_tile, grad_key_value.T, zero, dtype, PRECISION) + grad_key_sum[None, :]
+            if VALUES:
+                along = tl.sum(w * grad, 1)
+            else:
+                h = tl.arange(0, BLOCK_HEADS)
+                heads = shares + (row + t)[:, None] * HEADS + h[None, :]
+                along = tl.sum(tl.load(heads, mask=t_inside[:, None] & (h < HEADS)[None, :], other=0.0), 1)
             grad = P * slope * (grad - along[:, None] * w) + along[:, None] * a
             scale_sum += tl.where(t_inside[:, None], grad * a * norm[:, None], 0.0)
             grad = tl.where(x > 0, grad * inverse_scale[None, :], 0.0)
             tl.store(grad_k + target, grad.to(dtype), mask=mask)
     if KEYS:
         program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-        tl.store(grad_scale + program * (PACK * DIM) + d, -tl.sum(scale_sum, 0) * inverse_scale, mask=d_inside)
+        tl.store(grad_scale + program * DIM + d, -tl.sum(scale_sum, 0) * inverse_scale, mask=d_inside)
 
 
 class _Launch(NamedTuple):
@@ -449,9 +412,6 @@ LAUNCH = {
     ("backward_key", 64): _Launch(32, 4, 1),
     ("backward_key", 128): _Launch(32, 8, 2),
 }
-# The most channels of a program that takes all heads of its tokens: one visit instead of two, and products of heads
-# with one another, which are dropped.
-PACK = {"forward": 128, "backward_query": 0, "backward_key": 0}
 # Programs that fill the GPU. Fewer are split into runs of at least so many tokens; with fewer tokens, the state of a
 # head is not much smaller than its keys and values, and is computed again instead of saved.
 PROGRAMS = 384
@@ -472,15 +432,6 @@ def _sizes(batch: int, tokens: int, heads: int, dim: int) -> tuple[int, ...]:
     return state, 2 * rows, 2 * rows, rows * heads
 
 
-class _Launches(NamedTuple):
-    """How one kernel runs: programs and runs, tokens of a run, heads of a program, constants."""
-
-    grid: tuple[int, int]
-    run: int
-    pack: int
-    constants: dict
-
-
 class _Plan:
     """How the kernels are launched on inputs of one layout."""
 
@@ -499,42 +450,40 @@ class _Plan:
             # 32-bit offsets within an image halve the registers of addresses; images themselves are 64 bits apart.
             "INDEX": tl.int32 if max(largest, tokens * heads * dim) < 2**31 else tl.int64,
         }
-        adjacent = dim in (8, 16, 32, 64) and all(stride[2] == dim for stride in strides)
+        block_dim = max(16, triton.next_power_of_2(dim))
 
-        def launches(kernel: str, **constants) -> _Launches:
-            pack = heads if adjacent and heads * dim <= PACK[kernel] else 1
-            block_dim = max(16, triton.next_power_of_2(pack * dim))
+        def constants(kernel: str) -> dict:
             launch = LAUNCH[kernel, max(32, block_dim)]
-            if kernel == "forward" and tokens <= 64 and pack == 1:
+            if kernel == "forward" and tokens <= 64:
                 # Of a window there is no next tile to load.
                 launch = launch._replace(stages=1, registers=128)
-            programs = batch * heads // pack
-            runs = 1 if programs >= PROGRAMS else max(1, min(tokens // RUN, 2 * PROGRAMS // programs))
-            run = triton.cdiv(triton.cdiv(tokens, runs), 64) * 64
-            constants |= {"BLOCK_DIM": block_dim, "TOKENS": launch.tokens, "PRECISION": "tf32" if tf32 else "ieee"}
-            constants |= {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.registers}
-            if kernel != "backward_query":
-                constants["PACK"] = pack
-            return _Launches((programs, triton.cdiv(tokens, run)), run, pack, features | constants)
+            tile = {"BLOCK_DIM": block_dim, "TOKENS": launch.tokens, "PRECISION": "tf32" if tf32 else "ieee"}
+            options = {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.registers}
+            return features | tile | options
 
-        self.forward, self.backward_query = launches("forward"), launches("backward_query")
-        self.backward_key = launches("backward_key", BLOCK_HEADS=triton.next_power_of_2(heads))
+        self.forward, self.backward_query = constants("forward"), constants("backward_query")
+        self.backward_key = constants("backward_key") | {"BLOCK_HEADS": triton.next_power_of_2(heads)}
+        programs = batch * heads
+        runs = 1 if programs >= PROGRAMS else max(1, min(tokens // RUN, 2 * PROGRAMS // programs))
+        self.run = triton.cdiv(triton.cdiv(tokens, runs), 64) * 64
+        self.runs = triton.cdiv(tokens, self.run)
+        self.grid = (programs, self.runs)
         self.state = batch * heads * dim * (dim + 1)
 
         block_c = triton.next_power_of_2(heads * dim)
         rows = max(1, TILE // block_c)
         self.norms = {**features, "BLOCK_C": block_c, "TOKENS": rows, "num_warps": 4}
         self.norms_grid = (batch * triton.cdiv(tokens, rows), 2)
-        blocks = {"BLOCK_DIM": max(16, triton.next_power_of_2(dim)), "BLOCK_HEADS": triton.next_power_of_2(heads)}
+        blocks = {"BLOCK_DIM": block_dim, "BLOCK_HEADS": triton.next_power_of_2(heads)}
         rows = max(1, TILE // (blocks["BLOCK_DIM"] * blocks["BLOCK_HEADS"]))
         self.delta = {"HEADS": heads, "DIM": dim, **blocks, "ROWS": rows, "num_warps": 4}
         self.delta_grid = (triton.cdiv(batch * tokens, rows),)
-        # Of the backward: gradients of states of each run, of the feature scale of each program, and heads' shares.
-        runs = self.backward_query.grid[1]
+        # Of the backward: gradients of states of each run, of the feature scale of each program by queries and by keys,
+        # and heads' shares.
         rows = batch * tokens if heads > 1 else 0
-        self.scales = (runs * batch, self.backward_key.grid[1] * batch)
-        scales = sum(self.scales) * heads * dim
-        self.scratch = (_aligned(runs * self.state), _aligned(scales), _aligned(rows * heads), rows)
+        self.scales = self.runs * batch
+        scales = 2 * self.scales * heads * dim
+        self.scratch = (_aligned(self.runs * self.state), _aligned(scales), _aligned(rows * heads), rows)
 
 
 _plan = lru_cache(maxsize=1024)(_Plan)
@@ -545,7 +494,7 @@ def _prepare(query, key, value, scale, pos, factor) -> tuple:
         query = query.contiguous()
     if key.stride() != value.stride() or key.stride(3) != 1:
         key, value = key.contiguous(), value.contiguous()
-    tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = query.dtype == torch.float16 or query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     plan = _plan(query.shape, query.stride(), key.stride(), pos is not None, factor, tf32)
     # Kernels have no use for a missing encoding, but need a pointer.
     return plan, query, key, value, scale.contiguous(), query if pos is None else pos.contiguous()
@@ -559,20 +508,19 @@ def _linear(
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     saved = torch.empty(sum(plan.sizes), dtype=torch.float32, device=query.device)
     state, norms_q, norms_k, normaliser = saved.split(plan.sizes)
-    grid, run, pack, constants = plan.forward
-    if pack < heads:
+    if heads > 1:
         _norms[plan.norms_grid](query, key, pos, scale, norms_q, norms_k, tokens, *plan.strides, **plan.norms)
     partial = state
-    if grid[1] > 1:
-        partial = torch.empty(grid[1] * plan.state, dtype=torch.float32, device=query.device)
+    if plan.runs > 1:
+        partial = torch.empty(plan.runs * plan.state, dtype=torch.float32, device=query.device)
 
     def launch(**flags) -> None:
-        _forward[grid](
-            query, key, value, pos, scale, norms_q, norms_k, partial, state, out, normaliser, tokens, run, grid[1],
-            *plan.strides, **constants, **flags,
+        _forward[plan.grid](
+            query, key, value, pos, scale, norms_q, norms_k, partial, state, out, normaliser,
+            tokens, plan.run, plan.runs, *plan.strides, **plan.forward, **flags,
         )  # fmt: skip
 
-    if grid[1] == 1:
+    if plan.runs == 1:
         launch(SUM=True, ATTEND=True, SAVE=plan.saves_state)
     else:
         launch(SUM=True, ATTEND=False, SAVE=True)
@@ -591,24 +539,22 @@ def _linear_backward(
     state, norms_q, norms_k, normaliser = saved.split(plan.sizes)
     scratch = torch.empty(sum(plan.scratch), dtype=torch.float32, device=query.device)
     grad_state, grad_scales, shares, along = scratch.split(plan.scratch)
-    grad_scales = grad_scales[: sum(plan.scales) * heads * dim].view(-1, heads, dim)
+    grad_scales = grad_scales[: 2 * plan.scales * heads * dim].view(-1, heads, dim)
     if heads > 1:
-        _delta[plan.delta_grid](out, grad_out, normaliser, norms_q, shares, along, batch * tokens, **plan.delta)
-    grid, run, _, constants = plan.backward_query
-    _backward_query[grid](
-        query, key, value, pos, scale, norms_q, norms_k, state, normaliser, shares, along, out, grad_out,
-        grad_q, grad_state, grad_scales, tokens, run, *plan.strides, **constants, SUM=not plan.saves_state,
+        _delta[plan.delta_grid](out, grad_out, normaliser, norms_q, along, batch * tokens, **plan.delta)
+    _backward_query[plan.grid](
+        query, key, value, pos, scale, norms_q, norms_k, state, normaliser, along, grad_out,
+        grad_q, grad_state, grad_scales, tokens, plan.run,
+        *plan.strides, **plan.backward_query, SUM=not plan.saves_state,
     )  # fmt: skip
-    parts = grid[1]
-    grid, run, pack, constants = plan.backward_key
 
     def launch(**flags) -> None:
-        _backward_key[grid](
-            key, value, pos, scale, norms_k, grad_state, shares, grad_k, grad_v, grad_scales[plan.scales[0] :],
-            tokens, run, parts, *plan.strides[3:], **constants, **flags,
+        _backward_key[plan.grid](
+            key, value, pos, scale, norms_k, grad_state, shares, grad_k, grad_v, grad_scales[plan.scales :],
+            tokens, plan.run, plan.runs, *plan.strides[3:], **plan.backward_key, **flags,
         )  # fmt: skip
 
-    if pack == heads:
+    if heads == 1:
         launch(VALUES=True, KEYS=True)
     else:
         launch(VALUES=True, KEYS=False)

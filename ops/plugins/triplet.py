@@ -30,7 +30,8 @@ class Triplet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Take (B, C, H, W) to the same shape."""
-        cw = self.cw(max_mean(x, 2)).sigmoid()  # (B, 1, C, W)
-        hc = self.hc(max_mean(x, 3).transpose(2, 3)).sigmoid()  # (B, 1, H, C)
-        hw = self.hw(max_mean(x, 1)).sigmoid()  # (B, 1, H, W)
-        return x * ((cw.transpose(1, 2) + hc.permute(0, 3, 2, 1) + hw) / 3)
+        # A third of each while they are small.
+        cw = self.cw(max_mean(x, 2)).sigmoid() / 3  # (B, 1, C, W)
+        hc = self.hc(max_mean(x, 3).transpose(2, 3)).sigmoid() / 3  # (B, 1, H, C)
+        hw = self.hw(max_mean(x, 1)).sigmoid() / 3  # (B, 1, H, W)
+        return x * (cw.transpose(1, 2) + hc.permute(0, 3, 2, 1) + hw)

@@ -34,6 +34,11 @@ def inputs(setting, dtype=torch.float32, device="cpu", location_dtype=None):
     value = torch.randn(batch, sum(keys), 2, heads, dim, generator=generator, dtype=torch.float64)[:, :, 1]
     shape = batch, queries, heads, len(sizes), points
     locations = torch.rand(*shape, 2, generator=generator, dtype=torch.float64) * 1.3 - 0.15
+    # The locations' gradient jumps at the centres of positions: none so near that rounding crosses one.
+    extent = torch.tensor(sizes).flip(1)[:, None]
+    pixel = locations * extent - 0.5
+    near = (pixel - pixel.round()).abs() < 1e-3
+    locations = ((pixel.round() + 0.501) / extent).where(near, locations)
     weights = torch.rand(shape, generator=generator, dtype=torch.float64).flatten(3).softmax(-1).view(shape)
     starts = torch.tensor([0, *itertools.accumulate(keys[:-1])], device=device)
     location_dtype = location_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -145,6 +150,23 @@ def test_kernels_interpreted(setting):
     check_kernels(setting, 1e-6)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_gradients_at_the_centres_of_positions(device):
+    """Where the gradient of a location jumps it is the one towards larger coordinates; there is none a step outside."""
+    (value, _, weights), levels = inputs((1, [(4, 8)], 6, 1, 8, 5), device=device)
+    rows, columns = torch.arange(-1, 5, device=device), torch.tensor([-1, 0, 3, 7, 8], device=device)
+    pixel = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1)
+    locations = ((pixel + 0.5) / torch.tensor([8, 4], device=device)).view(1, 6, 1, 1, 5, 2)
+    results = []
+    for backend in ("triton", "reference"):
+        set_backend(backend)
+        results.append(gradients(run_with(levels), [value, locations, weights]))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+    assert results[0][2][:, 1:5, :, :, 1:4].all() and not results[0][2][:, 0].any()
+    assert not results[0][2][:, :, :, :, [0, 4]].any()
+
+
 GPU_SETTINGS = [
     *SETTINGS,
     (2, [(100, 152), (50, 76), (25, 38), (13, 19)], 3000, 8, 32, 4),
@@ -227,8 +249,8 @@ def check_operator_contract(device):
     tensors = [value, *levels, *rest]
     leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
     torch.library.opcheck(torch.ops.densezoo.ms_deform_attn, tuple(leaves))
-    out = torch.ops.densezoo.ms_deform_attn(*leaves)[0].detach()
-    args = (torch.ones_like(out), *tensors, out)
+    out, nothing = (t.detach() for t in torch.ops.densezoo.ms_deform_attn(*leaves))
+    args = (torch.ones_like(out), *tensors, out, nothing)
     # opcheck leaves out what the compiler asserts: strides.
     with FakeTensorMode() as mode:
         expected = [t.stride() for t in torch.ops.densezoo.ms_deform_attn_backward(*map(mode.from_tensor, args))]

@@ -210,8 +210,9 @@ def test_more_than_2_31_elements():
         leaves = [t[-count:].detach().requires_grad_() for t in (context, gates)]
         out = run(*leaves, *weights)
         results.append([out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+    # Indices of 64 bits make other code: where a sum nearly cancels, its rounding shows.
     for big, one in zip(*results, strict=True):
-        torch.testing.assert_close(big[-1:], one)
+        torch.testing.assert_close(big[-1:], one, rtol=1.6e-2, atol=4e-3)
 
 
 @pytest.mark.gpu

@@ -26,6 +26,14 @@ LATENCY = {
         {"model": "davit_tiny", "ms": {"64": 1.5}, "errors": {"1024": "out of memory"}},
     ],
 }
+MODULES = {
+    **OPS,
+    "what": "modules",
+    "rows": [
+        {"case": "SE 2, 8x4x4", "pass": name, "us": {"densezoo compiled": 15.0, "timm eager": 30.0}, "floor_us": 10.0}
+        for name in ("forward", "backward")
+    ],
+}
 MODELS = {
     **OPS,
     "what": "models",
@@ -38,14 +46,16 @@ MODELS = {
 
 def test_report(tmp_path):
     paths = tmp_path / "benchmarks.md", tmp_path / "benchmarks_throughput.json"
-    tool("_benchmark_report").write([OPS, MODELS, LATENCY], *paths)
+    tool("_benchmark_report").write([OPS, MODULES, MODELS, LATENCY], *paths)
     text = (tmp_path / "benchmarks.md").read_text()
     assert "| na2d 2, 8x8 | forward | 10.0 | 30.0 | 90.0 | 3.00 | 3.0 |" in text
     # A kernel that could not run leaves its place empty, and the others' times in.
     assert "| na2d 2, 8x8 | backward | 20.0 |  | 90.0 | nan | nan |" in text
     assert "| 1.50x |  |" in text
     assert "| model | 64x64 | 224x224 | 1024x1024 |" in text and "| davit_tiny | 1.50 |  |  |" in text
-    for name in ("ops", "models", "latency"):
+    # Of modules, ours is the compiled way.
+    assert "| SE 2, 8x4x4 | forward | 10.0 | 15.0 | 30.0 | 1.50 | 2.0 |" in text and "floor: 1.50" in text
+    for name in ("ops", "modules", "models", "latency"):
         assert (tmp_path / f"benchmarks_{name}.png").stat().st_size > 1000
     assert {path.name.split("_")[0] for path in tmp_path.iterdir()} == {"benchmarks.md", "benchmarks"}
 
@@ -74,20 +84,23 @@ def test_latency(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("arguments", [["ops", "channel_attention"], ["models", "densezoo_poolformer_s12"]])
-def test_on_a_gpu(arguments, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("what", "name"), [("ops", "channel_attention"), ("modules", "ECA"), ("models", "densezoo_poolformer_s12")]
+)
+def test_on_a_gpu(what, name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    run(monkeypatch, *arguments, "--json", "out.json")
+    run(monkeypatch, what, name, "--json", "out.json")
     result = json.loads(Path("out.json").read_text())
     assert result["rows"] and capsys.readouterr().out.count("| ") > 2 * len(result["rows"])
     for row in result["rows"]:
-        assert row["us"]["densezoo"] > 0 if arguments[0] == "ops" else row["compiled inference"] > 100
+        assert min((row.get("us") or {name: row["compiled inference"]}).values()) > 0
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["ops", "na3d"], "got na3d, expected of na2d"),
+        (["modules", "SE", "BAM"], "got BAM, expected of SE, ECA, CBAM, Triplet"),
         (["models", "resnet51"], "got resnet51"),
         (["report", "nothing.json"], "nothing.json"),
         (["latency", "nat_tiny", "--sizes", "224", "8"], "--sizes: got 8, expected 32 or more"),
@@ -103,3 +116,31 @@ def test_wrong_arguments(arguments, message, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         run(monkeypatch, *arguments)
     assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("name", ["SE", "ECA", "CBAM", "Triplet"])
+def test_modules_compute_the_same(name, layout):
+    (case,) = tool("_benchmark_modules").MODULES[name](torch.float32, "cpu", batch=3, shapes=[(32, 6, layout)])
+    assert case.name.startswith(f"{name} 3, 32x6x6") and list(case.ways)[0] == "densezoo compiled"
+    assert case.inputs[0].is_contiguous(memory_format=layout)
+    assert ("timm eager" in case.ways) == (name != "Triplet")
+    assert case.check() < 1e-5
+    if "timm eager" in case.ways:
+        next(case.ways["timm eager"].parameters()).data.neg_()
+        assert case.check() > 1e-3
+
+
+def test_gradients_of_a_modules_parameters_are_timed(monkeypatch):
+    """On a CPU, with the GPU's clock and memory out of the way."""
+    benchmark, timed = tool("benchmark"), []
+    monkeypatch.setattr(benchmark, "median_us", lambda function: timed.append(function()) or 1.0)
+    for name in ("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, int)
+    (case,) = benchmark.MODULES["CBAM"](torch.float32, "cpu", batch=2, shapes=[(32, 6, torch.contiguous_format)])
+    case.ways = {way: run for way, run in case.ways.items() if way.endswith("eager")}
+    forward, backward = benchmark.measure(case, 1.0, torch.float32)
+    assert forward["us"] == backward["us"] == {"densezoo eager": 1.0, "timm eager": 1.0}
+    assert [len(grads) for grads in timed[1::2]] == [1 + 7] * 2
+    torch.testing.assert_close(timed[0], timed[2])
+    assert backward["floor_us"] == 2 * forward["floor_us"] == 4 * case.inputs[0].nbytes

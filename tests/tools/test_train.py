@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("mmengine")
 
-from tiny import CLASSIFIER, DETECTOR, TOOLS, losses, tool, write_classes, write_config
+from tiny import CLASSIFIER, DETECTOR, TOOLS, losses, run_processes, tool, write_classes, write_config
 
 train = tool("train").main
 on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU takes no part where there is a GPU")
@@ -89,7 +89,7 @@ def test_train(config, capfd):
 
 def test_auto_scale_lr(config, capfd):
     train([config(), "--auto-scale-lr", "--work-dir", "work", "--cfg-options", "train_cfg.max_epochs=1"])
-    assert "learning rate 0.0005 (scaled by 0.5: configured for a batch of 8)" in capfd.readouterr().out
+    assert "learning rate 0.0005 (scaled linearly by 0.5: configured for a batch of 8)" in capfd.readouterr().out
 
 
 @on_a_cpu
@@ -195,6 +195,9 @@ def test_resume(config, capsys):
     assert "12 have another shape (backbone.levels.0.blocks.0.mlp.fc1.weight: (32, 16) there, (16, 16) here" in message
     torch.save(torch.load("moved/epoch_2.pth", weights_only=True)["state_dict"], "weights.pth")
     assert "start from it with load_from" in fail(capsys, path, "--resume", "weights.pth")
+    # without the optimizer it would go on as if from the beginning
+    (best,) = Path("moved").glob("best_*.pth")
+    assert f"--resume {best}: holds weights but no state of a training" in fail(capsys, path, "--resume", str(best))
 
 
 class Code:
@@ -317,12 +320,6 @@ def test_failed_start_changes_nothing(config, capsys):
 def test_errors_of_a_step_are_not_hidden(config):
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         train([config(), "--work-dir", "work", "--cfg-options", "model.head.in_channels=12"])
-
-
-def run_processes(path, count, *args):
-    command = ["bash", TOOLS / "dist_train.sh", path, str(count), *args]
-    env = {**os.environ, "PYTHON": sys.executable}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
 @on_a_cpu

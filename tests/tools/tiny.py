@@ -1,6 +1,8 @@
 """The smallest data sets and configs on which the tools can be tested, one for each task."""
 
 import json
+import os
+import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -120,6 +122,13 @@ def tool(name: str) -> ModuleType:
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def run_processes(config: str, count: int, *args: str) -> subprocess.CompletedProcess:
+    """Train in several processes."""
+    command = ["bash", TOOLS / "dist_train.sh", config, str(count), *args]
+    env = {**os.environ, "PYTHON": sys.executable}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
 def losses(work_dir: Path) -> dict[int, float]:
