@@ -36,7 +36,7 @@ def exportable(model: nn.Module) -> tuple[nn.Module, list[str]]:
         model = model.model
     if hasattr(model, "data_preprocessor"):
         model = copy.deepcopy(model).eval()
-        _replace_adaptive_pools(model)
+        _free_sizes(model)
         bbox_head, roi_head = getattr(model, "bbox_head", None), getattr(model, "roi_head", None)
         if roi_head is not None and getattr(model, "rpn_head", None) is not None:
             names = ["boxes", "scores", "labels"] + ["masks"] * roi_head.with_mask
@@ -370,12 +370,17 @@ class _AdaptivePool(nn.Module):
         return inside / inside.sum(1, keepdim=True)
 
 
-def _replace_adaptive_pools(model: nn.Module) -> None:
+def _free_sizes(model: nn.Module) -> None:
+    """Replace the modules that would fix their sizes as those traced with."""
     for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.AdaptiveAvgPool2d):
                 size = child.output_size
                 setattr(module, name, _AdaptivePool(size if isinstance(size, tuple | list) else (size, size)))
+            elif type(child).__name__ == "Upsample" and not child.size:
+                # mmseg's, which rounds sizes in Python
+                mode = dict(mode=child.mode, align_corners=child.align_corners)
+                setattr(module, name, nn.Upsample(scale_factor=child.scale_factor, **mode))
 
 
 def flat(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:

@@ -373,10 +373,12 @@ def _registered() -> set[str]:
     names = set(_FUNCTIONS) | set(_SCOPES) | {"mmengine"}
     for scope in _SCOPES[:3]:
         import_module(f"{scope}.registry")
-    for root in (MODELS, TASK_UTILS):
-        for registry in (root, *root.children.values()):
-            registry.import_from_location()
-            names.update(registry.module_dict, (f"{registry.scope}.{name}" for name in registry.module_dict))
+    registries = [registry for root in (MODELS, TASK_UTILS) for registry in (root, *root.children.values())]
+    for registry in registries:
+        registry.import_from_location()
+    # Only now: what the libraries import registers layers with the roots.
+    for registry in registries:
+        names.update(registry.module_dict, (f"{registry.scope}.{name}" for name in registry.module_dict))
     return names
 
 

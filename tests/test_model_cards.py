@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 pytest.importorskip("mmengine")
 
 from densezoo.backbones import FAMILIES
+from tiny import tool
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import make_cards
@@ -185,6 +186,39 @@ def test_check_names_what_differs_and_writing_mends_it(small_root, monkeypatch, 
     capsys.readouterr()
     assert run(monkeypatch, "--check") == 1
     assert "model_cards/nat_mini.md: out of date" in capsys.readouterr().out
+
+
+def test_throughput_is_that_of_the_last_benchmark(small_root, monkeypatch):
+    card = small_root / "model_cards" / "nat_mini.md"
+    assert run(monkeypatch) == 0
+    assert "\n- Throughput: not measured\n\n" in card.read_text()
+
+    path = small_root / "model_cards" / "throughput.json"
+    write = tool("_benchmark_report").write
+    command = "python tools/benchmark.py models"
+    rows = [
+        {"model": "nat_mini", "eager inference": 900.0, "compiled inference": 1800.4, "compiled training": 600.0},
+        {"model": "nat_tiny", "eager inference": 500.0, "compiled error": "out of memory"},
+        {"model": "nat_small", "eager error": "out of memory", "compiled error": "out of memory"},
+        {"model": "swin_tiny_patch4_window7_224", "compiled inference": 3000.0},
+    ]
+    first = dict(what="models", command=command, machine="a GPU", date="2026-01-01", rows=rows)
+    dense = dict(first, command=f"{command} nat_mini --dense", rows=[{"model": "nat_mini", "compiled inference": 20.0}])
+    write([first, dense], small_root / "benchmarks.md", path)
+    measured = json.loads(path.read_text())
+    assert measured.keys() == {"nat_mini", "nat_tiny"}
+    assert measured["nat_tiny"] == dict(inference=500, way="eager", machine="a GPU", date="2026-01-01")
+    assert run(monkeypatch, "--check") == 1 and run(monkeypatch) == 0
+    line = "1800 images per second in inference, 600 in training, compiled (a GPU, 2026-01-01)"
+    assert f"\n- Throughput: {line}\n\n" in card.read_text()
+
+    # A later run replaces what it measures, and leaves the rest.
+    later = dict(first, date="2026-02-02", rows=[{"model": "nat_mini", "compiled inference": 2000.0}])
+    write([later], small_root / "benchmarks.md", path)
+    assert json.loads(path.read_text())["nat_tiny"] == measured["nat_tiny"]
+    assert run(monkeypatch) == 0
+    line = "2000 images per second in inference, compiled (a GPU, 2026-02-02)"
+    assert f"\n- Throughput: {line}\n\n" in card.read_text()
 
 
 def test_readme_without_markers_is_refused_and_kept(small_root, monkeypatch, capsys):

@@ -33,14 +33,14 @@ def per_second(step: Callable[[], object], images: int) -> float:
     return images / do_bench(step, warmup=200, rep=1000, return_mode="median") * 1e3
 
 
-def build(name: str, dense: bool, size: tuple[int, int]) -> nn.Module:
-    """Build a model, or its dense backbone for inputs of `size`."""
+def build(name: str, dense: bool, size: tuple[int, int], device: str = "cuda") -> nn.Module:
+    """Build a model, or its dense backbone for inputs of `size`, on a device."""
     kwargs = dict(features_only=True) if dense else {}
     try:
         model = timm.create_model(name, **kwargs, img_size=size if dense else 224)
     except TypeError:  # takes any size
         model = timm.create_model(name, **kwargs)
-    return model.cuda().to(memory_format=torch.channels_last)
+    return model.to(device).to(memory_format=torch.channels_last)
 
 
 def model_rows(names: Iterable[str], dense: bool, mode: str) -> Iterator[dict]:

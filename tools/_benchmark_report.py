@@ -1,11 +1,14 @@
 """Tables and plots of what tools/benchmark.py measured."""
 
+import json
 import statistics
 from pathlib import Path
 
 import matplotlib
 from _benchmark_models import RIVALS
+from _facts import CARDS
 from _files import replacing
+from densezoo.backbones import VARIANTS
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -47,13 +50,21 @@ def model_table(rows: list[dict]) -> str:
     return markdown(["model", *columns, "beside", *ratios], table)
 
 
+def latency_table(rows: list[dict]) -> str:
+    """Return the models: ms an image by size, empty where a model does not run."""
+    sizes = sorted({size for row in rows for size in (*row["ms"], *row["errors"])}, key=int)
+    table = [[row["model"], *(f"{row['ms'][size]:.2f}" if size in row["ms"] else "" for size in sizes)] for row in rows]
+    return markdown(["model", *(f"{size}x{size}" for size in sizes)], table)
+
+
 def report(runs: list[dict]) -> str:
     """Return the tables of runs, with where and how they were measured."""
     parts = []
     for run in runs:
         parts.append(f"{run['machine']}, {run['date']}\n\n`{run['command']}`")
-        if run["what"] == "models":
-            parts.append(model_table(run["rows"]))
+        if run["what"] in ("models", "latency"):
+            table = model_table if run["what"] == "models" else latency_table
+            parts.append(table(run["rows"]))
             continue
         by_operator = {}
         for row in run["rows"]:
@@ -65,8 +76,22 @@ def report(runs: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
-def write(runs: list[dict], out: Path) -> None:
-    """Write the report of runs to `out`, with plots beside it."""
+def throughput_of(runs: list[dict]) -> dict[str, dict]:
+    """Return what runs measured of the zoo's classifiers, by name; of two measurements the later one."""
+    found = {}
+    for run in runs:
+        if run["what"] != "models" or "--dense" in run["command"].split():
+            continue
+        for row in run["rows"]:
+            way = "compiled" if "compiled inference" in row else "eager"
+            speeds = {what: round(row[f"{way} {what}"]) for what in ("inference", "training") if f"{way} {what}" in row}
+            if row["model"] in VARIANTS and "inference" in speeds:
+                found[row["model"]] = speeds | dict(way=way, machine=run["machine"], date=run["date"])
+    return found
+
+
+def write(runs: list[dict], out: Path, throughput: Path = CARDS / "throughput.json") -> None:
+    """Write the report of runs to `out`, with plots beside it, and what the cards say of models to `throughput`."""
     parts = [
         "# Measured speed\n\nTimes are medians in microseconds; the floor is what reading each input and writing each "
         "output once would take. What pools a map and then scales it reads it twice: SE and ECA are at 1.5 times the "
@@ -77,9 +102,16 @@ def write(runs: list[dict], out: Path) -> None:
             parts.append(f"![{what}]({plot_operators(rows, out.with_name(f'benchmarks_{what}.png')).name})")
     if models := [row for run in runs if run["what"] == "models" for row in run["rows"]]:
         parts.append(f"![models]({plot_models(models, out.with_name('benchmarks_models.png')).name})")
+    if latency := [row for run in runs if run["what"] == "latency" for row in run["rows"]]:
+        parts.append(f"![latency]({plot_latency(latency, out.with_name('benchmarks_latency.png')).name})")
     with replacing(out) as file:
         file.write_text("\n\n".join([*parts, report(runs)]) + "\n")
     print(f"saved to {out}")
+    if found := throughput_of(runs):
+        known = json.loads(throughput.read_text()) if throughput.is_file() else {}
+        with replacing(throughput) as file:
+            file.write_text(json.dumps(known | found, indent=1, sort_keys=True) + "\n")
+        print(f"throughput of {len(found)} models saved to {throughput}; now run tools/make_cards.py")
 
 
 def plot_operators(rows: list[dict], out: Path) -> Path:
@@ -108,6 +140,20 @@ def plot_models(rows: list[dict], out: Path) -> Path:
         axis.set(xlabel="images per second, compiled", title=what)
         axis.set_yticks(range(len(rows)), names, fontsize=8)
     axes[0].invert_yaxis()
+    return save(figure, out)
+
+
+def plot_latency(rows: list[dict], out: Path) -> Path:
+    """Draw each model's time against the size of the image."""
+    figure, axis = plt.subplots(figsize=(9, 6), layout="constrained")
+    for row in rows:
+        axis.plot([int(size) for size in row["ms"]], list(row["ms"].values()), "o-", label=row["model"])
+    axis.set(xscale="log", yscale="log", xlabel="height and width of the image", ylabel="ms an image")
+    ticks = sorted({int(size) for row in rows for size in row["ms"]})
+    axis.set_xticks(ticks, ticks)
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
     return save(figure, out)
 
 

@@ -5,7 +5,9 @@
     python tools/benchmark.py modules                   attention modules, ours and timm's, eager and compiled
     python tools/benchmark.py models                    tiny models at 224, in images per second
     python tools/benchmark.py models nat_tiny swin_tiny_patch4_window7_224 --dense
-    python tools/benchmark.py report *.json             tables and plots of what --json saved, in ops/benchmarks.md
+    python tools/benchmark.py latency nat_tiny swin_tiny_patch4_window7_224 --sizes 224 512 1024     on a CPU too
+    python tools/benchmark.py report *.json             tables and plots of what --json saved, in ops/benchmarks.md,
+                                                        and images per second for the cards
 
 Times of operators and modules are medians of many, in microseconds. The floor is the bytes of each input read once and
 each output written once over the copy bandwidth measured in the same run. A kernel that disagrees with its float64
@@ -22,10 +24,11 @@ from pathlib import Path
 
 import timm
 import torch
+from _benchmark_latency import SIZES, latency_rows
 from _benchmark_models import MODELS, model_rows
 from _benchmark_modules import MODULES
 from _benchmark_ops import OPERATORS, TOLERANCE, Case
-from _benchmark_report import operator_table, report, write
+from _benchmark_report import operator_table, plot_latency, report, write
 from triton.testing import do_bench
 
 from densezoo import __version__
@@ -116,7 +119,7 @@ def time_models(names: list[str], dense: bool, mode: str) -> tuple[list[dict], s
 def main() -> None:
     """Run the benchmark that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["ops", "modules", "models", "report"])
+    parser.add_argument("what", choices=["ops", "modules", "models", "latency", "report"])
     parser.add_argument(
         "names",
         nargs="*",
@@ -136,6 +139,8 @@ def main() -> None:
         choices=["default", "reduce-overhead", "max-autotune"],
         help="how models are compiled; reduce-overhead: as CUDA graphs (%(default)s)",
     )
+    parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, metavar="SIDE", help="of latency's images")
+    parser.add_argument("--out", type=Path, default=Path("latency.png"), help="latency's plot (%(default)s)")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args()
     if args.what == "report":
@@ -147,19 +152,29 @@ def main() -> None:
     if unknown := set(args.names) - set(cases or timm.list_models()):
         hint = ", ".join(cases) if cases else "timm's and the zoo's models"
         parser.error(f"name: got {', '.join(sorted(unknown))}, expected of {hint}")
-    if not torch.cuda.is_available():
+    if min(args.sizes) < 32:
+        parser.error(f"--sizes: got {min(args.sizes)}, expected 32 or more")
+    if args.out.suffix != ".png" or not args.out.parent.is_dir():
+        parser.error(f"--out: got {args.out}, expected a .png in a folder that exists")
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu and args.what != "latency":
         parser.error("needs a CUDA GPU: times on a CPU say nothing about the kernels")
 
+    dtype = args.dtype if cases else "bfloat16 autocast" if on_gpu else "float32"
     if cases:
         makers = [cases[name] for name in args.names or cases]
         rows, measured = time_cases(makers, getattr(torch, args.dtype))
-    else:
+    elif args.what == "models":
         rows, measured = time_models(args.names or list(MODELS), args.dense, args.mode)
-    dtype = args.dtype if cases else "bfloat16 autocast"
+    else:
+        rows = list(latency_rows(args.names or MODELS, args.sizes, "cuda" if on_gpu else "cpu"))
+        measured = "dense backbones, eager, one image"
+        print(f"plot saved to {plot_latency(rows, args.out)}", file=sys.stderr)
+    device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     run = {
         "what": args.what,
         "command": " ".join(["python", "tools/benchmark.py", *sys.argv[1:]]),
-        "machine": f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {version('triton')}, timm "
+        "machine": f"{device}, torch {torch.__version__}, triton {version('triton')}, timm "
         f"{timm.__version__}, densezoo {__version__}, {dtype}, {measured}",
         "date": str(date.today()),
         "rows": rows,

@@ -2,7 +2,8 @@
 
 FLOPs are those in model_cards/flops.json, G multiply-adds at the size of training, as tools/get_flops.py counts them.
 Errors of the comparison with the published implementations are those in model_cards/parity.json, which
-tests/backbones/test_parity.py measures. What exports is in model_cards/exports.json, by tests/test_exporting.py.
+tests/backbones/test_parity.py measures. What exports is in model_cards/exports.json, by tests/test_exporting.py. Images
+per second are in model_cards/throughput.json, by `tools/benchmark.py report`.
 
     python tools/make_cards.py            write what is out of date
     python tools/make_cards.py --check    write nothing; name what is out of date and exit with 1
@@ -64,7 +65,7 @@ def count_flops(name: str) -> float:
     return float(f"{count_multiply_adds(model, model.default_cfg['input_size']) / 1e9:.3g}")
 
 
-def describe(name: str, facts: dict, flops: dict[str, float], errors: dict[str, float]) -> dict:
+def describe(name: str, facts: dict, flops: dict[str, float], errors: dict[str, float], throughput: dict) -> dict:
     """Return what the templates say of a model."""
     model = facts["models"][name]
     with torch.device("meta"):
@@ -83,6 +84,7 @@ def describe(name: str, facts: dict, flops: dict[str, float], errors: dict[str, 
         flops_differ=published is not None and flops_differ(flops[name], published),
         features=[(info["num_chs"], info["reduction"]) for info in built.feature_info],
         parity=parity_of(name, facts["models"], errors),
+        throughput=throughput.get(name),
         state=", ".join(status for status in STATUSES if status in statuses) or "none published",
     )  # fmt: skip
 
@@ -90,10 +92,11 @@ def describe(name: str, facts: dict, flops: dict[str, float], errors: dict[str, 
 def read_models() -> list[dict]:
     """Return what the templates say of every model of the facts."""
     flops, errors = (json.loads((CARDS / name).read_text()) for name in ("flops.json", "parity.json"))
+    throughput = json.loads(path.read_text()) if (path := CARDS / "throughput.json").is_file() else {}
     models = []
     for path in sorted((CARDS / "facts").glob("*.yaml")):
         facts = load_facts(path)
-        models += [describe(name, facts, flops, errors) for name in facts["models"]]
+        models += [describe(name, facts, flops, errors, throughput) for name in facts["models"]]
     return models
 
 
@@ -151,9 +154,8 @@ def main() -> int:
     if args.check:
         return int(bool(stale or orphans))
     for path in stale:
-        partial = path.with_suffix(".tmp")
-        partial.write_text(texts[path])
-        partial.replace(path)
+        with replacing(path) as file:
+            file.write_text(texts[path])
     for path in orphans:
         path.unlink()
     return 0

@@ -1,13 +1,11 @@
 """Write zoo/index.html: every model in a sortable, filterable table, plots, and its card; see tools/README.md."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
-from _facts import CARDS
 from _files import replacing
 from make_cards import ROOT, read_models
 
@@ -23,15 +21,10 @@ RESULTS = {
 }
 
 
-def measured_throughput() -> dict[str, float]:
-    """Return images/s by model, empty where model_cards/throughput.json is not there."""
-    path = CARDS / "throughput.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def row_of(model: dict, throughput: dict[str, float]) -> dict:
+def row_of(model: dict) -> dict:
     """Return the numbers of a model, those that are known."""
-    row = {"params": float(model["millions"]), "flops": model["flops"], "throughput": throughput.get(model["name"])}
+    row = {"params": float(model["millions"]), "flops": model["flops"]}
+    row["throughput"] = model["throughput"] and model["throughput"]["inference"]
     for key, (dataset, _) in RESULTS.items():
         found = (result[key] for result in model["results"] if key in result and result["dataset"] == dataset)
         row[key] = max(found, default=None)
@@ -46,15 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     loader = jinja2.FileSystemLoader(ROOT / "tools")
     environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, autoescape=True)
     try:
-        models, throughput = read_models(), measured_throughput()
+        models = read_models()
     except (ValueError, OSError) as error:
         print(f"make_zoo: {error}", file=sys.stderr)
         return 2
     for model in models:
-        model["row"] = row_of(model, throughput)
+        model["row"] = row_of(model)
     keys = [key for key in (*COSTS, *RESULTS) if any(key in model["row"] for model in models)]
     page = environment.get_template("zoo.html.j2").render(
         models=models,
+        machines=sorted({", ".join((t["machine"], t["date"])) for m in models if (t := m["throughput"])}),
         families=sorted({model["config"]["type"].removeprefix("densezoo.") for model in models}),
         columns={key: COSTS[key] if key in COSTS else " ".join(RESULTS[key]) for key in keys},
         costs=[key for key in keys if key in COSTS],

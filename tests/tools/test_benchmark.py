@@ -1,7 +1,9 @@
 """tools/benchmark.py: what needs no GPU."""
 
-import sys
+import json
+from pathlib import Path
 
+import matplotlib.image
 import pytest
 import torch
 from tiny import tool
@@ -14,6 +16,14 @@ OPS = {
     "rows": [
         {"case": "na2d 2, 8x8", "pass": "forward", "us": {"densezoo": 30.0, "eager": 90.0}, "floor_us": 10.0},
         {"case": "na2d 2, 8x8", "pass": "backward", "us": {"eager": 90.0}, "floor_us": 20.0},
+    ],
+}
+LATENCY = {
+    **OPS,
+    "what": "latency",
+    "rows": [
+        {"model": "nat_tiny", "ms": {"224": 3.0, "1024": 30.25}, "errors": {}},
+        {"model": "davit_tiny", "ms": {"64": 1.5}, "errors": {"1024": "out of memory"}},
     ],
 }
 MODULES = {
@@ -35,17 +45,55 @@ MODELS = {
 
 
 def test_report(tmp_path):
-    tool("_benchmark_report").write([OPS, MODULES, MODELS], tmp_path / "benchmarks.md")
+    paths = tmp_path / "benchmarks.md", tmp_path / "benchmarks_throughput.json"
+    tool("_benchmark_report").write([OPS, MODULES, MODELS, LATENCY], *paths)
     text = (tmp_path / "benchmarks.md").read_text()
     assert "| na2d 2, 8x8 | forward | 10.0 | 30.0 | 90.0 | 3.00 | 3.0 |" in text
     # A kernel that could not run leaves its place empty, and the others' times in.
     assert "| na2d 2, 8x8 | backward | 20.0 |  | 90.0 | nan | nan |" in text
     assert "| 1.50x |  |" in text
+    assert "| model | 64x64 | 224x224 | 1024x1024 |" in text and "| davit_tiny | 1.50 |  |  |" in text
     # Of modules, ours is the compiled way.
     assert "| SE 2, 8x4x4 | forward | 10.0 | 15.0 | 30.0 | 1.50 | 2.0 |" in text and "floor: 1.50" in text
-    for name in ("ops", "modules", "models"):
+    for name in ("ops", "modules", "models", "latency"):
         assert (tmp_path / f"benchmarks_{name}.png").stat().st_size > 1000
     assert {path.name.split("_")[0] for path in tmp_path.iterdir()} == {"benchmarks.md", "benchmarks"}
+
+
+def run(monkeypatch, *arguments):
+    """Run the tool, with its report in the folder of the test."""
+    benchmark = tool("benchmark")
+    monkeypatch.setattr(benchmark, "BENCHMARKS", Path("benchmarks.md"))
+    monkeypatch.setattr("sys.argv", ["benchmark.py", *arguments])
+    benchmark.main()
+
+
+def test_latency(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = ["quadtree_a_b0", "test_convnext"]
+    run(monkeypatch, "latency", *names, "--sizes", "32", "160", "--out", "out.png", "--json", "out.json")
+    captured = capsys.readouterr()
+    assert "| model | 32x32 | 160x160 |" in captured.out and "plot saved to out.png" in captured.err
+    assert matplotlib.image.imread("out.png").std() > 0.01
+    result = json.loads(Path("out.json").read_text())
+    assert [row["model"] for row in result["rows"]] == names and "one image" in result["machine"]
+    # 25 times the work.
+    assert all(0 < row["ms"]["32"] < row["ms"]["160"] and not row["errors"] for row in result["rows"])
+    run(monkeypatch, "report", "out.json")
+    assert captured.out.strip() in Path("benchmarks.md").read_text() and Path("benchmarks_latency.png").is_file()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("what", "name"), [("ops", "channel_attention"), ("modules", "ECA"), ("models", "densezoo_poolformer_s12")]
+)
+def test_on_a_gpu(what, name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, what, name, "--json", "out.json")
+    result = json.loads(Path("out.json").read_text())
+    assert result["rows"] and capsys.readouterr().out.count("| ") > 2 * len(result["rows"])
+    for row in result["rows"]:
+        assert min((row.get("us") or {name: row["compiled inference"]}).values()) > 0
 
 
 @pytest.mark.parametrize(
@@ -55,6 +103,8 @@ def test_report(tmp_path):
         (["modules", "SE", "BAM"], "got BAM, expected of SE, ECA, CBAM, Triplet"),
         (["models", "resnet51"], "got resnet51"),
         (["report", "nothing.json"], "nothing.json"),
+        (["latency", "nat_tiny", "--sizes", "224", "8"], "--sizes: got 8, expected 32 or more"),
+        (["latency", "nat_tiny", "--out", "no/such/plot.png"], "--out: got no/such/plot.png, expected a .png"),
         pytest.param(
             ["ops"],
             "needs a CUDA GPU",
@@ -63,9 +113,8 @@ def test_report(tmp_path):
     ],
 )
 def test_wrong_arguments(arguments, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
     with pytest.raises(SystemExit) as end:
-        tool("benchmark").main()
+        run(monkeypatch, *arguments)
     assert end.value.code == 2 and message in capsys.readouterr().err
 
 

@@ -1,5 +1,6 @@
 """tools/make_zoo.py: the page has what the cards have, and in a browser it sorts, filters, plots and opens cards."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -57,11 +58,12 @@ def path(tmp_path_factory) -> Path:
         (cards / "facts" / f"{family}.yaml").write_text(yaml.safe_dump(facts))
     for file in ("flops.json", "parity.json"):
         shutil.copy(ROOT / "model_cards" / file, cards)
-    (cards / "throughput.json").write_text('{"nat_mini": 2000, "nat_tiny": 1500.5}')
+    how = dict(training=700, way="compiled", machine="a GPU", date="2026-01-01")
+    throughput = {"nat_mini": dict(how, inference=2000), "nat_tiny": dict(how, inference=1500)}
+    (cards / "throughput.json").write_text(json.dumps(throughput))
     cards_module = __import__("make_cards")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cards_module, "CARDS", cards)
-        patch.setattr(make_zoo, "CARDS", cards)
         assert make_zoo.main(["--out-dir", str(folder / "zoo")]) == 0
     return folder / "zoo" / "index.html"
 
@@ -85,6 +87,10 @@ def test_page_has_what_the_cards_have(path):
     mini = rows["nat_mini"]
     assert (mini["data-params"], mini["data-flops"], mini["data-throughput"]) == ("19.98", "2.69", "2000")
     assert "data-throughput" not in rows["nat_base"]
+    assert "Throughput was measured in inference: a GPU, 2026-01-01</p>" in text
+    articles = dict(re.findall(r'<article id="(\w+)">.*?<p>Throughput: (.*?)</p>', text, re.DOTALL))
+    measured = "2000 images per second in inference, 700 in training, compiled (a GPU, 2026-01-01)"
+    assert articles["nat_mini"] == measured and articles["nat_base"] == "not measured"
     assert mini["data-family"] == "NAT" and rows["quadtree_b0"]["data-family"] == "QuadTree"
     for link in page.links:
         if link.startswith("../"):
