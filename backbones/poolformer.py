@@ -78,13 +78,18 @@ class FinalNorm(GroupNorm1):
             self._pool_first = bool(state_dict[f"{prefix}order"])
 
 
+def _sum_of_neighbours(x: Tensor) -> Tensor:
+    padded = F.pad(x.permute(0, 3, 1, 2), (1, 1, 1, 1))
+    return F.avg_pool2d(padded, 3, stride=1, divisor_override=1).permute(0, 2, 3, 1)
+
+
 class Pooling(nn.Module):
     """Mean of the 3x3 neighbours inside a map (B, H, W, dim), less the position itself."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a map of the shape of `x`."""
-        mean = F.avg_pool2d(x.permute(0, 3, 1, 2), 3, stride=1, padding=1, count_include_pad=False)
-        return mean.permute(0, 2, 3, 1) - x
+        # Padded apart: PyTorch's own padding gives a wrong gradient on a GPU where channels are last (issue 188344).
+        return _sum_of_neighbours(x) / _sum_of_neighbours(torch.ones_like(x[:1, :, :, :1])) - x
 
 
 class Attention(nn.Module):

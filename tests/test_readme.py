@@ -31,6 +31,7 @@ TESTS = {
     "benchmark.py latency": "tests/tools/test_benchmark.py::test_latency",
     "benchmark.py report": "tests/tools/test_benchmark.py::test_latency",
     "check_data.py": "tests/tools/test_check_data.py::test_whole_data_pass",
+    "compare.py": "tests/tools/test_compare.py::test_two_variations_from_end_to_end",
     "convert.py": "tests/tools/test_convert.py::test_official_layout",
     "demo.py": "tests/tools/test_demo.py::test_demo",
     "dist_test.sh": "tests/tools/test_test.py::test_two_processes",

@@ -511,18 +511,19 @@ def test_export_with_free_height_and_width(name):
 @pytest.mark.gpu
 @every_class
 def test_gpu_matches_cpu(name):
+    """As near to float64 as the CPU is, or to a thousandth."""
     model, x = build(name), image(65, 96)
     gradients = []
-    for device in ("cpu", "cuda"):
-        model.to(device).zero_grad()
+    for device, dtype in [("cpu", torch.float64), ("cpu", torch.float32), ("cuda", torch.float32)]:
+        model.to(device, dtype).zero_grad()
         # cuDNN's convolutions round float32 to TF32 unless told otherwise.
         with torch.backends.cudnn.flags(allow_tf32=False):
-            logits = model(x.to(device))
+            logits = model(x.to(device, dtype))
             logits.square().mean().backward()
         # Clones: moving the model moves its gradients in place.
         gradients.append([logits.detach().cpu()] + [p.grad.cpu().clone() for p in model.parameters()])
-    for expected, got in zip(*gradients, strict=True):
-        assert (got - expected).norm() <= 1e-3 * expected.norm() + 1e-6
+    for exact, cpu, gpu in zip(*gradients, strict=True):
+        assert (gpu - exact).norm() <= 1e-3 * exact.norm() + 4 * (cpu - exact).norm() + 1e-6
 
 
 @pytest.mark.gpu
