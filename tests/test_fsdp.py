@@ -63,6 +63,7 @@ def sharded(path, *args):
     return done.stdout
 
 
+@pytest.mark.slow
 @on_a_cpu
 def test_every_family():
     """Two processes with a half of the batch each take the step of one with all of it, recomputing activations."""

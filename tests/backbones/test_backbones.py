@@ -285,7 +285,7 @@ def test_forward_intermediates(name):
     assert as_dict.keys() == {"image_intermediates"}
 
 
-@every_design
+@every_class
 @torch.no_grad()
 def test_prune_intermediate_layers(name):
     x = image()
@@ -301,7 +301,7 @@ def test_prune_intermediate_layers(name):
     assert torch.equal(kept(x), build(name).eval()(x))
 
 
-@every_design
+@every_class
 @torch.no_grad()
 def test_classifier_and_pooling(name):
     model, x = build(name).eval().double(), image().double()
@@ -388,7 +388,7 @@ def test_grad_checkpointing(name):
         torch.testing.assert_close(gradients[1][key], expected)
 
 
-@every_design
+@every_class
 def test_layer_decay_groups(name):
     with torch.device("meta"):
         model = timm.create_model(name)
@@ -412,7 +412,7 @@ def test_layer_decay_groups(name):
     assert sorted(n for names in coarse.values() for n in names) == sorted(parameters)
 
 
-@every_design
+@every_class
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(name, dtype):
     model = build(name)
@@ -423,7 +423,7 @@ def test_autocast(name, dtype):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-@every_design
+@every_class
 @torch.no_grad()
 def test_pretrained_file(name, tmp_path):
     source = build(name).eval()

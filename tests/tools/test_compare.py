@@ -69,6 +69,7 @@ def test_sac_is_put_into_both_backbones():
         assert sum(isinstance(m, SAC) for m in part.modules()) == 12
 
 
+@pytest.mark.slow
 def test_two_variations_from_end_to_end(tmp_path):
     """Two steps on a few images, after runs that fail, and then one more seed."""
     data, out = tmp_path / "digits", tmp_path / "results/digits.json"

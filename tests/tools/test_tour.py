@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,11 +55,11 @@ def evaluate(folder: Path, config: str, checkpoint: str) -> dict[str, dict]:
     return {Path(found["image"]).name: found for found in (json.loads(file.read_text()) for file in files)}
 
 
-def export(folder: Path, config: str, checkpoint: str, forms: Sequence[str] = ("program", "onnx")) -> Path:
-    """Export a checkpoint as a published one and in these forms; return the published one."""
+def export(folder: Path, config: str, checkpoint: str) -> Path:
+    """Export a checkpoint as a published one, a program and ONNX; return the published one."""
     run(folder, "export.py", "checkpoint", config, checkpoint, "--metrics", "metrics.json")
     (path,) = (folder / "published").glob("*.safetensors")
-    for form in forms:
+    for form in ("program", "onnx"):
         run(folder, "export.py", form, str(path), "--size", "128", "128")
     return path
 
@@ -106,14 +105,13 @@ def check(boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, expec
         assert (distance.amin(0)[wanted[1] > last] < 2e-3).all() and (distance.amin(1)[scores > last] < 2e-3).all()
 
 
-# ONNX of a whole detector takes minutes.
-@pytest.mark.parametrize("forms", [("program",), pytest.param(("program", "onnx"), marks=pytest.mark.slow)])
-def test_few_steps(tmp_path, forms):
+@pytest.mark.slow
+def test_few_steps(tmp_path):
     config = "few.py"
     (tmp_path / config).write_text(FEW_STEPS)
     checkpoint = train(tmp_path, config, training=24, validation=3)
     predicted = evaluate(tmp_path, config, checkpoint)
-    check_forms(tmp_path, export(tmp_path, config, checkpoint, forms), predicted)
+    check_forms(tmp_path, export(tmp_path, config, checkpoint), predicted)
 
 
 @pytest.mark.slow
