@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch.nn.functional as F
+from densezoo.ops.backend import is_exporting
 from densezoo.ops.precision import widen, without_autocast
 from torch import Tensor
 
@@ -14,6 +15,9 @@ def focal_modulation_reference(
     dtype = context.dtype
     # (B, channels, H, W)
     context, gates = (t.permute(0, 3, 1, 2) for t in widen(context, gates))
+    if is_exporting():
+        # Export asks of other orders in memory whether a view will do, and the answer would bound the sizes.
+        context, gates = context.contiguous(), gates.contiguous()
     *level_gates, mean_gate = gates.split(1, dim=1)
     total = 0
     with without_autocast(context):

@@ -178,3 +178,13 @@ def test_wrong_arguments_are_named():
     ):
         with pytest.raises(ValueError, match=f"^{named}"):
             build("tiny_srf", **kwargs)
+
+
+@torch.no_grad()
+def test_export_of_one_image_with_bounds():
+    model, x = build("tiny_srf"), torch.randn(1, 3, 96, 128)
+    free = {2: torch.export.Dim("height", min=64, max=512), 3: torch.export.Dim("width", min=64, max=512)}
+    exported = torch.export.export(model, (x,), dynamic_shapes=(free,)).module()
+    for size in ((64, 64), (100, 130)):
+        x = torch.randn(1, 3, *size)
+        torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-4)
