@@ -97,6 +97,7 @@ def test_runs_go_on_from_each_other(config):
     torch.testing.assert_close(ours["optimizer"]["state"], theirs["optimizer"]["state"], rtol=1e-2, atol=1e-5)
 
 
+@pytest.mark.slow
 @on_a_cpu
 def test_classifiers_of_timm(config):
     """In bfloat16, with a best checkpoint; what is saved fits the plain model strictly."""
