@@ -68,12 +68,11 @@ def _conv(
 
 @triton.jit
 def _weight_gradient(
-    x, grad_out, partial, images, height, width,
+    x, grad_out, partial, images, tiles, height, width,
     SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     own = tl.program_id(0)
     channel, row = own // SIZE, own % SIZE
-    tiles = tl.cdiv(height, ROWS) * tl.cdiv(width, COLUMNS)
     sums = tl.zeros((COLUMNS, COLUMNS), dtype=tl.float32)
     for index in range(tl.program_id(1), images * tiles, tl.num_programs(1)):
         image = (index // tiles).to(tl.int64)
@@ -118,7 +117,7 @@ def _map_conv_backward(grad_out: Tensor, x: Tensor, weight: Tensor, out: Tensor)
     )
     shares = min(triton.cdiv(PROGRAMS, channels * size), max(1, batch * tiles))
     partial = x.new_empty(shares, *weight.shape, dtype=torch.float32)
-    _weight_gradient[(channels * size, shares)](x, grad_out, partial, batch, height, width, **constants)
+    _weight_gradient[(channels * size, shares)](x, grad_out, partial, batch, tiles, height, width, **constants)
     return grad_x, partial.sum(0).to(weight.dtype)
 
 
