@@ -23,14 +23,17 @@ class Kept(NamedTuple):
     weight: Tensor | None = None
 
 
+def _pairs(size: int, device: torch.device) -> Tensor:
+    """Return the positions along a side two by two, (ceil(size / 2), 2): the last one twice where the side is odd."""
+    return torch.arange((size + 1) // 2 * 2, device=device).clamp(max=size - 1).view(-1, 2)
+
+
 def extend_to_even(x: Tensor) -> Tensor:
     """Repeat the last row and the last column of a map (B, H, W, ...) where the side is odd."""
-    sizes = x.shape[1:3]
-    even = [(size + 1) // 2 * 2 for size in sizes]
-    # A branch would fix the exported sizes.
-    if is_exporting() or tuple(even) != sizes:
-        for dim, (size, stop) in enumerate(zip(sizes, even, strict=True), start=1):
-            x = x.index_select(dim, torch.arange(stop, device=x.device).clamp(max=size - 1))
+    for dim, size in enumerate(x.shape[1:3], start=1):
+        # A branch would fix the exported sizes.
+        if is_exporting() or size % 2:
+            x = x.index_select(dim, _pairs(size, x.device).flatten())
     return x
 
 
@@ -39,8 +42,11 @@ def to_quads(x: Tensor) -> Tensor:
 
     Where a side is odd its last positions stand twice in their quad, so that its mean is the mean of what is there.
     """
-    height, width = ((size + 1) // 2 for size in x.shape[1:3])
-    return extend_to_even(x).unflatten(2, (width, 2)).unflatten(1, (height, 2)).transpose(2, 3)
+    if is_exporting():
+        # Export cannot prove that a side of 2 * n + 2 splits by n + 1.
+        row, column = (_pairs(size, x.device) for size in x.shape[1:3])
+        return x[:, row[:, None, :, None], column[:, None, :]]
+    return extend_to_even(x).unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).transpose(2, 3)
 
 
 def halve(x: Tensor) -> Tensor:
@@ -133,8 +139,11 @@ def _attend_to_children(
 
     def to_map(x: Tensor) -> Tensor:
         # (B, heads, parents, queries of a parent, n) to (B, heads, H, W, n)
-        x = x.unflatten(3, (2, 2)).unflatten(2, (rows, columns)).transpose(3, 4)
-        return _crop(fold(x, batch, heads, 2 * rows, 2 * columns, x.shape[-1]), height, width)
+        x = x.unflatten(3, (2, 2)).unflatten(2, (rows, columns))
+        if is_exporting():
+            row, column = torch.arange(height, device=x.device)[:, None], torch.arange(width, device=x.device)
+            return x[:, :, row // 2, column // 2, row % 2, column % 2]
+        return fold(x.transpose(3, 4), batch, heads, 2 * rows, 2 * columns, x.shape[-1])[:, :, :height, :width]
 
     chosen = None
     if not last:
@@ -146,12 +155,3 @@ def _attend_to_children(
         chosen = Kept(*(to_map(x).flatten(2, 3) for x in chosen))
     coarser = fold(coarser.permute(0, 3, 1, 2, 4), batch, heads, parents, 1, dim)
     return to_map(attn @ value + coarser).permute(0, 2, 3, 1, 4), chosen
-
-
-def _crop(x: Tensor, height: int | torch.SymInt, width: int | torch.SymInt) -> Tensor:
-    """Cut (B, heads, H, W, n) to its first `height` rows and `width` columns."""
-    # Export asks of a view whether it is contiguous, and the answer would fix the exported sizes.
-    if is_exporting():
-        rows, columns = (torch.arange(size, device=x.device) for size in (height, width))
-        return x.index_select(2, rows).index_select(3, columns)
-    return x[:, :, :height, :width]

@@ -54,20 +54,19 @@ def window_attention_reference(
     dtype, device = qkv.dtype, qkv.device
     (qkv,) = widen(qkv)
     batch, height, width, channels = qkv.shape
-    rows, cols = window_size
-    tokens, dim = rows * cols, channels // (3 * num_heads)
     if is_exporting():
         # A size that may be 1 or fit exactly would fix the exported sizes: at least two windows, and always laid out.
-        # But a window whose own size is free is the map's: one.
+        # But a window whose own size is free is the map's: one, of at least two rows or columns.
+        window_size = [torch.sym_max(side, 2) if isinstance(side, torch.SymInt) else side for side in window_size]
         pairs = zip((height, width), window_size, strict=True)
         windows = [
             1 if isinstance(side, torch.SymInt) else torch.sym_max((size + side - 1) // side, 2) for size, side in pairs
         ]
-        laid_out = True
     else:
         windows = [(size + window - 1) // window for size, window in zip((height, width), window_size, strict=True)]
-        laid_out = any(shift) or (windows[0] * rows, windows[1] * cols) != (height, width)
-    n, m = windows
+    (n, m), (rows, cols) = windows, window_size
+    laid_out = is_exporting() or any(shift) or (n * rows, m * cols) != (height, width)
+    tokens, dim = rows * cols, channels // (3 * num_heads)
 
     if laid_out:
         (row_source, row_run, row_home), (col_source, col_run, col_home) = (
@@ -92,9 +91,12 @@ def window_attention_reference(
     if laid_out:
         run = 3 * row_run.view(n, 1, rows, 1) + col_run.view(1, m, 1, cols)
         run = fold(run, n * m, tokens)
-        mask = torch.where(run[:, :, None] == run[:, None, :], 0.0, float("-inf"))[:, None].to(qkv.dtype)
-        mask = mask.expand(-1, num_heads, -1, -1) if bias is None else mask + bias
-        bias = fold(mask, 1, n * m * num_heads, tokens, tokens)
+        mask = torch.where(run[:, :, None] == run[:, None, :], 0.0, float("-inf")).to(qkv.dtype)
+        if bias is None:
+            # A copy for each head. Of an expanded mask, export cannot prove that it folds.
+            bias = mask.index_select(0, torch.arange(n * m * num_heads, device=device) // num_heads)[None]
+        else:
+            bias = fold(mask[:, None] + bias, 1, n * m * num_heads, tokens, tokens)
     with without_autocast(q):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
