@@ -69,8 +69,8 @@ def test_every_family():
     """Two processes with a half of the batch each take the step of one with all of it, recomputing activations."""
     tests = Path(__file__).parent
     env = {**os.environ, "PYTHONPATH": str(tests), "DENSEZOO_BACKEND": "reference"}
-    command = [sys.executable, TOOLS / "_torchrun.py", "--standalone", "--nproc-per-node", "2"]
-    command.append(tests / "sharded_families.py")
+    command = [sys.executable, TOOLS / "_torchrun.py", "--standalone", "--local-addr=127.0.0.1"]
+    command += ["--nproc-per-node", "2", tests / "sharded_families.py"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.split() == list(TYPES)

@@ -14,8 +14,8 @@ python=${PYTHON:-python}
 if [ -z "${PYTHON:-}${VIRTUAL_ENV:-}" ] && [ -x "$tools/../.venv/bin/python" ]; then
     python=$tools/../.venv/bin/python
 fi
-# One machine finds a free port by itself.
-meeting=(--standalone)
+# One machine finds a free port by itself, and need not know itself by its name.
+meeting=(--standalone --local-addr 127.0.0.1)
 if [ -n "${PORT:-}" ] || [ "${NNODES:-1}" -gt 1 ]; then
     meeting=(--nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}"
         --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${PORT:-29500}")

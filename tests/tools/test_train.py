@@ -1,6 +1,7 @@
 """tools/train.py and dist_train.sh: training, resuming, several processes, and what a mistake gives."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,6 +108,8 @@ def test_amp_on_a_cpu(config):
 def test_compile(config, monkeypatch):
     # The real backend takes a minute and a C++ compiler; what is compiled and saved does not depend on it.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    which = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name, *args, **kwargs: name == "g++" or which(name, *args, **kwargs))
     compiled, compile_module = [], torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self) or compile_module(self))
     path = config("randomness = dict(seed=1)\nval_dataloader = val_evaluator = val_cfg = None")
@@ -390,7 +393,8 @@ def test_error_of_processes(config, capsys, monkeypatch, tmp_path):
 
     script = tmp_path / "script.py"
     script.write_text("import sys\nsys.exit(2)")
-    command = [sys.executable, TOOLS / "_torchrun.py", "--standalone", "--nproc-per-node", "1", script]
+    command = [sys.executable, TOOLS / "_torchrun.py", "--standalone", "--local-addr=127.0.0.1"]
+    command += ["--nproc-per-node", "1", script]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
