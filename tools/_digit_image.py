@@ -1,4 +1,4 @@
-"""One image of tools/draw_digits.py: digits in front of clutter, with their masks."""
+"""One image of tools/draw_digits.py, whose VERSION counts up with the pixels: digits before clutter, and masks."""
 
 import cv2
 import numpy as np
