@@ -15,7 +15,7 @@ METRIC = {name: "mIoU" if name == "upernet" else "AP" for name in PLAIN}
 INTRO = """# Modules, necks and heads on the drawn digits
 
 Written by `python tools/compare.py --report` from comparison.json. Every model has ResNet-18 and starts from scratch:
-{epochs} epochs of {training} images of 128x128 in batches of {batch_size}, one schedule and the same seeds for all,
+some epochs of {training} images of 128x128 in batches of {batch_size}, one schedule a kind and the same seeds for all,
 evaluated once on {validation} images of other writers: COCO's box AP, mIoU for segmentation. Each part stands where its
 paper puts it, and is compared with the plain model of its kind. Some hundred steps on small images tell whether a part
 trains and what it costs; they do not tell what it gives on COCO with pretrained weights.
@@ -130,7 +130,8 @@ def render(facts: dict) -> str:
         header = [title.split(",")[0], *(h.format(metric=METRIC[plain]) for h in HEADER)]
         deviation = spread(facts, plain)
         told = "not known: no row has several seeds" if deviation is None else f"{deviation:.3f}"
-        text += f"\n## {header[0]}\n\nStandard deviation over seeds: {told}.\n\n"
+        epochs = facts["budget"]["epochs"].get(plain, "–")
+        text += f"\n## {header[0]}\n\nEpochs: {epochs}. Standard deviation over seeds: {told}.\n\n"
         for cells in (header, ["---"] * len(header), *(row(facts, name) for name in names)):
             text += f"| {' | '.join(cells)} |\n"
     return text

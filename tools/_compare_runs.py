@@ -29,7 +29,7 @@ from densezoo.runner import Runner
 
 METRICS = {"mmdet": "coco/bbox_mAP", "mmseg": "mIoU"}
 TIMED = 10  # calls at most, of which the median counts
-SECONDS = 2  # after which no more calls begin
+SECONDS = 1  # after which no more calls begin
 BATCHES = (1, 8)
 
 
@@ -111,14 +111,14 @@ def train(name: str, cfg: Config, seed: int, work_dir: Path) -> dict:
 
 
 def measure(configs: dict[str, tuple[Config, Path]], out: Path) -> dict:
-    """Time variations one after the other on one device, with the weights in the work dirs; write `out` as it goes."""
+    """Time variations one after the other on one device, with the weights in the files; write `out` as it goes."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     times = {}
-    for name, (cfg, work_dir) in configs.items():
+    for name, (cfg, weights) in configs.items():
         init_default_scope(cfg.default_scope)
         try:
-            times[name] = dict(device=kind, **measure_one(name, cfg, work_dir, device))
+            times[name] = dict(device=kind, **measure_one(name, cfg, weights, device))
         except Exception:
             # Its row stays without times; the log tells why.
             traceback.print_exc()
@@ -127,11 +127,11 @@ def measure(configs: dict[str, tuple[Config, Path]], out: Path) -> dict:
     return times
 
 
-def measure_one(name: str, cfg: Config, work_dir: Path, device: str) -> dict[str, float]:
+def measure_one(name: str, cfg: Config, weights: Path, device: str) -> dict[str, float]:
     """Return the milliseconds of a training step and of predictions, pre- and post-processing included."""
     model = MODELS.build(cfg.model)
     VARIATIONS[name].prepare(model)
-    checkpoint = torch.load(next(work_dir.glob("epoch_*.pth")), weights_only=True, map_location="cpu")
+    checkpoint = torch.load(weights, weights_only=True, map_location="cpu")
     model.load_state_dict(checkpoint["state_dict"])
     model.to(device).eval()
     images = DATASETS.build(cfg.val_dataloader.dataset)

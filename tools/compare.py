@@ -6,7 +6,7 @@
 
 Results are kept in a JSON file as they come, and what it has is not trained again: a run that was stopped goes on, and
 other seeds are added. A failed run is reported in the table and tried again the next time. The table and the plot lie
-beside that file. Times are measured when the first seeds are done, one model after the other.
+beside that file. Times are measured last, one model after the other.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from itertools import chain
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NoReturn
@@ -102,7 +103,9 @@ class Comparison:
             if self.facts["variations"].get(name, {}).get("digest") != digest:
                 self.facts["variations"][name] = dict(digest=digest, scores={}, errors={})
         cfg, data = self.configs[self.names[0]], draw_digits.description(args.data_root)
-        budget = dict(epochs=cfg.train_cfg.max_epochs, batch_size=cfg.train_dataloader.batch_size)
+        epochs = {n: c.train_cfg.max_epochs for n, c in self.configs.items() if n in PLAIN}
+        epochs = self.facts.get("budget", {}).get("epochs", {}) | epochs
+        budget = dict(epochs=epochs, batch_size=cfg.train_dataloader.batch_size)
         self.facts["budget"] = budget | {split: data[split] for split in ("training", "validation")}
         self.facts["seeds"] = [str(seed) for seed in args.seeds]
         self.facts["timed"] = TIMED
@@ -113,13 +116,13 @@ class Comparison:
             folder.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> None:
-        """Train with the first seeds, time, and train what looks better with more seeds."""
+        """Train with the first seeds, then what looks better with more seeds, and time all."""
         self.train([(name, seed) for seed in self.args.seeds for name in self.names])
+        chosen = [name for name in self.names if name in PLAIN and scores_of(self.facts, name)]
+        chosen += [name for name in self.names if looks_better(self.facts, name, self.facts["seeds"])]
+        self.train([(name, seed) for name in chosen for seed in self.args.more_seeds])
         if any("times" not in self.facts["variations"][name] for name in self.names):
             self.time()
-        better = [name for name in self.names if looks_better(self.facts, name, self.facts["seeds"])]
-        better += [name for name in PLAIN if name in self.names and scores_of(self.facts, name)]
-        self.train([(name, seed) for seed in self.args.more_seeds for name in better])
 
     def train(self, runs: list[tuple[str, int]]) -> None:
         """Train what has no score yet, several at a time."""
@@ -158,8 +161,9 @@ class Comparison:
 
     def time(self) -> None:
         """Time all that was trained, in one process with nothing beside it."""
-        folders = {name: self.folder(name, self.args.seeds[0]) for name in self.names}
-        configs = {name: (self.configs[name], f) for name, f in folders.items() if any(f.glob("epoch_*.pth"))}
+        seeds = [*self.args.seeds, *self.args.more_seeds]
+        weights = {n: [*chain(*(self.folder(n, s).glob("epoch_*.pth") for s in seeds))] for n in self.names}
+        configs = {name: (self.configs[name], found[0]) for name, found in weights.items() if found}
         out = self.args.work_dir / "times.json"
         process = start(measure, out, 0 if self.gpus else None, self.cores, configs, out)
         with Progress() as progress:

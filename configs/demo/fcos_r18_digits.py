@@ -25,3 +25,11 @@ model = dict(
     ),
     test_cfg=dict(nms_pre=200, max_per_img=20),
 )
+
+# Dense heads learn slower from scratch than Faster R-CNN: an epoch more.
+max_epochs = 3
+train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=100),
+    dict(type="CosineAnnealingLR", T_max=max_epochs, eta_min=1e-6, by_epoch=True, convert_to_iter_based=True),
+]

@@ -1,4 +1,4 @@
-# UPerNet with ResNet-18 on the drawn digits, from scratch, with the budget of faster-rcnn_r18_digits.py.
+# UPerNet with ResNet-18 on the drawn digits, from scratch.
 _base_ = "./upernet_nat_digits.py"
 
 widths = [64, 128, 256, 512]
@@ -12,7 +12,8 @@ train_dataloader = dict(batch_size=8, sampler=dict(_delete_=True, type="DefaultS
 val_dataloader = dict(batch_size=8)
 test_dataloader = dict(batch_size=8)
 
-max_epochs = 2
+# Cheaper than the detectors', and from scratch UPerNet sees nothing but background in the first ones.
+max_epochs = 8
 train_cfg = dict(_delete_=True, type="EpochBasedTrainLoop", max_epochs=max_epochs, val_interval=max_epochs)
 optim_wrapper = dict(clip_grad=dict(max_norm=5.0))
 param_scheduler = [

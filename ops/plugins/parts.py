@@ -3,6 +3,7 @@
 from collections import OrderedDict
 
 import torch
+from densezoo.ops.backend import takes_triton
 from torch import Tensor, nn
 
 
@@ -44,10 +45,27 @@ def max_mean(x: Tensor, dim: int) -> Tensor:
     return torch.stack([x.amax(dim), x.mean(dim)], 1)
 
 
+class MapConv(nn.Conv2d):
+    """The convolution of two maps to one, in a kernel of its own on a GPU, where cuDNN's are made for more channels."""
+
+    def __init__(self, kernel_size: int, **factory):
+        super().__init__(2, 1, odd("kernel_size", kernel_size), padding=kernel_size // 2, bias=False, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take (B, 2, H, W) to (B, 1, H, W)."""
+        is_narrow = x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        unsupported = None if is_narrow else f"dtype {x.dtype} (kernels: float16, bfloat16, float32)"
+        if takes_triton("map_conv", x, unsupported):
+            from densezoo.ops.plugins.kernels import map_conv_triton
+
+            return map_conv_triton(x, self.weight)
+        return super().forward(x)
+
+
 def map_conv(kernel_size: int, **factory) -> nn.Sequential:
     """Return the convolution `conv` and norm `bn` that make one map (B, 1, H, W) of the two of `max_mean`."""
-    conv = nn.Conv2d(2, 1, odd("kernel_size", kernel_size), padding=kernel_size // 2, bias=False, **factory)
-    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(1, momentum=0.01, **factory)))
+    norm = nn.BatchNorm2d(1, momentum=0.01, **factory)
+    return nn.Sequential(OrderedDict(conv=MapConv(kernel_size, **factory), bn=norm))
 
 
 def init_as_published(module: nn.Module) -> None:

@@ -222,6 +222,94 @@ def test_cbam_starts_with_a_flat_spatial_gate():
     torch.testing.assert_close(module(x), x * channel[..., None, None] / 2)
 
 
+# Of one tile and of several, rows and columns that do not fill one; the last is stored transposed.
+MAPS = [
+    ((2, 2, 5, 7), 7),
+    ((1, 2, 70, 40), 7),
+    ((3, 2, 1, 1), 3),
+    ((2, 2, 9, 33), 5),
+    ((1, 2, 3, 60), 7),
+    ((1, 2, 70, 40), 27),
+    ((1, 2, 3, 3), 9),
+    ((2, 2, 7, 18), 7),
+]
+GPU_MAPS = [
+    ((128, 2, 256, 56), 7),
+    ((128, 2, 14, 1024), 7),
+    ((2, 2, 200, 304), 7),
+    ((256, 2, 7, 7), 3),
+    ((2, 2, 64, 40), 27),
+]
+
+
+def map_conv_results(shape, size, dtype, device, through_kernels):
+    """Return the convolution of two maps to one and its gradients, by the kernels or in float64."""
+    from densezoo.ops.plugins.kernels import map_conv_triton
+
+    generator = torch.Generator().manual_seed(0)
+    x, weight, grad = (
+        torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype)
+        for s in (shape, (1, 2, size, size), (shape[0], 1, *shape[2:]))
+    )
+    if shape == MAPS[-1][0]:
+        x = x.mT.contiguous().mT
+    if not through_kernels:
+        x, weight, grad = x.double(), weight.double(), grad.double()
+    x.requires_grad_(), weight.requires_grad_()
+    out = map_conv_triton(x, weight) if through_kernels else F.conv2d(x, weight, padding=size // 2)
+    return [out.detach(), *torch.autograd.grad(out, (x, weight), grad)]
+
+
+def worst_error(got, expected):
+    return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize(("shape", "size"), MAPS, ids=str)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU, in the tests below")
+def test_map_conv_interpreted(shape, size):
+    got, expected = (map_conv_results(shape, size, torch.float32, "cpu", way) for way in (True, False))
+    assert worst_error(got, expected) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(("shape", "size"), MAPS + GPU_MAPS, ids=str)
+def test_map_conv(shape, size, dtype, allowed, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    got, again = (map_conv_results(shape, size, dtype, "cuda", True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True)), "two runs differ"
+    assert worst_error(got, map_conv_results(shape, size, dtype, "cuda", False)) < allowed
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_map_conv_is_an_operator(device):
+    import densezoo.ops.plugins.kernels  # noqa: F401  (registers the operator)
+
+    if device == "cpu" and torch.cuda.is_available():
+        pytest.skip("the kernels run on the GPU")
+    x, weight = (torch.randn(s, device=device, requires_grad=True) for s in ((2, 2, 6, 9), (1, 2, 3, 3)))
+    torch.library.opcheck(torch.ops.densezoo.map_conv, (x, weight))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [CBAM, Triplet])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_gpu_matches_cpu(kind, layout, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    module, x = build(kind, 64), torch.randn(4, 64, 30, 41).to(memory_format=layout)
+    results = []
+    for device in ("cpu", "cuda"):
+        net = copy.deepcopy(module).to(device)
+        for run in (net, torch.compile(net, fullgraph=True)) if device == "cuda" else (net,):
+            leaf = x.to(device).detach().requires_grad_()
+            out = run(leaf)
+            results.append([out, *torch.autograd.grad(out.square().sum(), (leaf, *net.parameters()))])
+    expected, *others = results
+    for got in others:
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a.cpu(), b, atol=1e-4 * b.abs().max().item(), rtol=1e-3)
+
+
 @pytest.mark.parametrize("variant", ["theta-", "theta", "theta+"])
 @pytest.mark.parametrize("extent", [2, 4, None])
 def test_gather_excite(variant, extent):

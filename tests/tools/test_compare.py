@@ -46,7 +46,7 @@ def built(name: str) -> tuple[dict, list]:
 def test_every_variation_builds_and_differs_from_the_plain_one(name):
     shapes, budget = built(name)
     assert (shapes == built(variations.VARIATIONS[name].plain)[0]) == (name in variations.PLAIN)
-    assert budget == built("faster-rcnn")[1]
+    assert budget == built(variations.VARIATIONS[name].plain)[1]
 
 
 def test_every_attention_module_is_compared():
@@ -85,7 +85,7 @@ def test_two_variations_from_end_to_end(tmp_path):
     first = compare("eca", *common, *one_epoch, "--more-seeds", cwd=tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
     facts = json.loads(out.read_text())
-    assert facts["budget"] == dict(epochs=1, batch_size=8, training=16, validation=4)
+    assert facts["budget"] == dict(epochs={"faster-rcnn": 1}, batch_size=8, training=16, validation=4)
     assert list(facts["variations"]) == ["faster-rcnn", "eca"]
     for entry in facts["variations"].values():
         assert list(entry["scores"]) == ["0"] and 0 <= entry["scores"]["0"] <= 1
@@ -142,7 +142,7 @@ def entry(*scores: float, step: float | None = None, **errors: str) -> dict:
 @pytest.fixture
 def facts() -> dict:
     return dict(
-        budget=dict(epochs=2, batch_size=8, training=2000, validation=200),
+        budget=dict(epochs={"faster-rcnn": 2, "upernet": 3}, batch_size=8, training=2000, validation=200),
         seeds=["0"],
         timed=10,
         variations={
@@ -190,8 +190,8 @@ def test_words_and_plot(facts, tmp_path):
     assert "seed 0; the plain models" in text and "on a GPU" in text
     # SE and CBAM looked better with seed 0; with the others only SE is
     assert "of these 2, 1 are better by the added seeds alone too" in text
-    assert "Standard deviation over seeds: 0.012." in text
-    assert "Standard deviation over seeds: not known" in text
+    assert "Epochs: 2. Standard deviation over seeds: 0.012." in text
+    assert "Epochs: 3. Standard deviation over seeds: not known" in text
     assert not reporting.looks_better(facts, "eca", ["0"])
     assert not reporting.looks_better(facts, "das", ["0"])
     assert reporting.looks_better(facts, "cbam", ["0"])
