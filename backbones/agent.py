@@ -72,6 +72,10 @@ class AgentBase(nn.Module):
         ).items():
             setattr(self, name, nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.02)))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AgentBase":
+        # `.to(memory_format=torch.channels_last)` takes no tensor of five axes, which published tables have.
+        return super()._apply(lambda t: fn(t[0])[None] if t.dim() == 5 else fn(t), recurse)
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend over a map: (B, H, W, dim) each, with the heads together, to the same."""
         size = query.shape[1:3]

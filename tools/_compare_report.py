@@ -24,10 +24,11 @@ trains and what it costs; they do not tell what it gives on COCO with pretrained
   seeds of all rows of a kind that have several. Bold: more than twice that error, which among so many rows happens to
   one or two by chance alone.
 - All ran with seed{s} {first}; the plain models, and what looked better than they, also with others. To be chosen, a
-  part needed luck as well, and the mean over all its seeds has that luck in it: {added}
+  part needed luck as well, and the mean over all its seeds has that luck in it:
+  {added}
 - *Training step*: of {batch_size} images. *Images/s*: predictions with pre- and post-processing, in batches of 8 and
-  of 1. Medians of up to {timed} calls on {device}, one model after the other and nothing beside them; × is the ratio to
-  the plain model.
+  of 1. Medians of up to {timed} calls on {device}, one model after the other; × is the ratio to the
+  plain model.{remark}
 - SEPC's last convolutions have no padding, as published, which takes two cells of each level: of the coarsest here
   half. The simple feature pyramid comes from one map, so that its backbone has a stage less.
 - Relation-DETR's position relation is not here: DINO needs far more than this budget to learn anything from scratch.
@@ -118,6 +119,7 @@ def render(facts: dict) -> str:
     text = INTRO.format(
         **facts["budget"],
         timed=facts["timed"],
+        remark="".join(f"\n  {line}" for line in facts.get("remarks", [])),
         device=" and ".join(devices) or "no device yet",
         s="s" * (len(facts["seeds"]) > 1),
         first=", ".join(facts["seeds"]),
@@ -138,24 +140,22 @@ def render(facts: dict) -> str:
 
 
 def plot(facts: dict, out: Path) -> None:
-    """Save the scores against the times of a prediction."""
-    figure, axes = plt.subplots(1, 2, figsize=(14, 6), layout="constrained")
-    for plain, title in PLAIN.items():
-        axis = axes[int(METRIC[plain] == "mIoU")]
-        names = [n for n in group_of(plain) if scores_of(facts, n) and "times" in facts["variations"][n]]
-        if not names:
-            continue
-        points = [list(scores_of(facts, name).values()) for name in names]
-        x = [facts["variations"][name]["times"]["predict_8"] / 8 for name in names]
-        y = [mean(p) for p in points]
-        bars = [stdev(p) if len(p) > 1 else 0 for p in points]
-        axis.errorbar(x, y, bars, fmt="o", capsize=2, label=title.split(",")[0])
-        for name, *place in zip(names, x, y, strict=True):
-            axis.annotate(name, place, xytext=(3, 3), textcoords="offset points", fontsize=8)
-    for axis, label in zip(axes, ("box AP", "mIoU"), strict=True):
-        axis.set(xlabel="prediction, ms an image, batch 8", ylabel=label)
-        if axis.has_data():
-            axis.legend()
+    """Save a picture with the score of each seed, and the time of a prediction, of every variation."""
+    names = [name for plain in PLAIN for name in group_of(plain) if scores_of(facts, name)]
+    figure, (scores, times) = plt.subplots(1, 2, figsize=(12, 2 + len(names) / 4), sharey=True, layout="constrained")
+    for i, name in enumerate(names):
+        color, entry = f"C{list(PLAIN).index(VARIATIONS[name].plain)}", facts["variations"][name]
+        points = list(scores_of(facts, name).values())
+        scores.plot(points, [i] * len(points), "o", color=color, alpha=0.6)
+        scores.plot(mean(points), i, "|", color="black", markersize=12)
+        if "times" in entry:
+            times.barh(i, entry["times"]["predict_8"] / 8, color=color)
+    scores.set(xlabel="box AP, or mIoU of segmentors, by seed, and the mean", xlim=(0, 1))
+    scores.set_yticks(range(len(names)), [f"{VARIATIONS[name].plain}: {VARIATIONS[name].title}" for name in names])
+    scores.invert_yaxis()
+    times.set(xlabel="prediction, ms an image, batch 8")
+    for axis in (scores, times):
+        axis.grid(alpha=0.3)
     with replacing(out) as file:
         figure.savefig(file, dpi=110)
     plt.close(figure)

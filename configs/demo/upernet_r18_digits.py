@@ -12,8 +12,8 @@ train_dataloader = dict(batch_size=8, sampler=dict(_delete_=True, type="DefaultS
 val_dataloader = dict(batch_size=8)
 test_dataloader = dict(batch_size=8)
 
-# Cheaper than the detectors', and from scratch UPerNet sees nothing but background in the first ones.
-max_epochs = 8
+# As those of the detectors that learn slower than Faster R-CNN.
+max_epochs = 3
 train_cfg = dict(_delete_=True, type="EpochBasedTrainLoop", max_epochs=max_epochs, val_interval=max_epochs)
 optim_wrapper = dict(clip_grad=dict(max_norm=5.0))
 param_scheduler = [

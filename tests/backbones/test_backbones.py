@@ -336,8 +336,11 @@ def test_input_layouts(name):
     expected = model(x)
     strided = torch.stack([x, x], dim=-1)[..., 0]
     assert not strided.is_contiguous()
-    for other in (strided, x.contiguous(memory_format=torch.channels_last)):
+    channels_last = x.contiguous(memory_format=torch.channels_last)
+    for other in (strided, channels_last):
         torch.testing.assert_close(model(other), expected, rtol=1e-4, atol=1e-4)
+    model.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(channels_last), expected, rtol=1e-4, atol=1e-4)
     assert build(name, in_chans=1).eval()(image(channels=1)).shape == (2, 10)
 
 
