@@ -38,17 +38,19 @@ def exportable(model: nn.Module) -> tuple[nn.Module, list[str]]:
         model = copy.deepcopy(model).eval()
         _free_sizes(model)
         bbox_head, roi_head = getattr(model, "bbox_head", None), getattr(model, "roi_head", None)
-        if roi_head is not None and getattr(model, "rpn_head", None) is not None:
+        if type(roi_head).__name__ in ("StandardRoIHead", "CascadeRoIHead"):
             names = ["boxes", "scores", "labels"] + ["masks"] * roi_head.with_mask
             return TwoStageDetector(model), names
-        if hasattr(bbox_head, "prior_generator") and hasattr(bbox_head, "bbox_coder"):
+        if type(getattr(bbox_head, "bbox_coder", None)).__name__ == "DeltaXYWHBBoxCoder":
             return DenseDetector(model), ["boxes", "scores", "labels"]
         if hasattr(model, "decode_head") and hasattr(model, "encode_decode"):
             if type(model).__name__ == "EncoderDecoder" and hasattr(model.decode_head, "cls_seg"):
                 return Segmentor(model), ["logits", "labels"]
+        head = bbox_head if roi_head is None else roi_head
+        kind = type(model).__name__ + (f" with {type(head).__name__}" if head is not None else "")
         raise ValueError(
-            f"{type(model).__name__} has no form for export; there are forms for detectors with anchors (RetinaNet, "
-            "ATSS), with an RPN (Faster, Mask and Cascade R-CNN), and segmentors of one head (UPerNet, Semantic FPN)"
+            f"{kind} has no form for export; there are forms for detectors with anchors (RetinaNet, ATSS), with an RPN "
+            "(Faster, Mask and Cascade R-CNN), and segmentors of one head (UPerNet, Semantic FPN)"
         )
     features = getattr(model, "feature_info", None) is not None and not hasattr(model, "forward_head")
     names = [f"feature{i}" for i in range(len(model.feature_info.channels()))] if features else ["logits"]
@@ -317,15 +319,15 @@ def _best(boxes: Tensor, scores: Tensor, labels: Tensor, count: int) -> tuple[Te
 def _multiclass_nms(boxes: Tensor, scores: Tensor, cfg: dict) -> tuple[Tensor, Tensor, Tensor]:
     """Return the best detections of boxes (B, P, classes or 1, 4) with scores (B, P, classes)."""
     batch, count, classes = scores.shape
-    # One more, of nothing: runtimes differ in what they make of no boxes.
-    flat = F.pad(scores.flatten(), (0, 1), value=1.0)
+    # Two more, of nothing: runtimes differ in what they make of no boxes, and a program expects two or more.
+    flat = F.pad(scores.flatten(), (0, 2), value=1.0)
     index = (flat > cfg.score_thr).nonzero()[:, 0]
-    every = F.pad(boxes.expand(-1, -1, classes, -1).flatten(0, 2), (0, 0, 0, 1))
+    every = F.pad(boxes.expand(-1, -1, classes, -1).flatten(0, 2), (0, 0, 0, 2))
     group = index // (count * classes) * classes + index % classes
     candidates, candidate_scores = every[index], flat[index]
     kept = index[_nms(candidates, candidate_scores, group, _iou(cfg.nms)).nonzero()[:, 0]]
     mask = torch.zeros_like(flat).index_fill(0, kept, 1.0)
-    scores = (flat * mask)[:-1].view(batch, count * classes)
+    scores = (flat * mask)[:-2].view(batch, count * classes)
     scores, index = scores.topk(cfg.max_per_img)
     boxes = boxes.expand(-1, -1, classes, -1).flatten(1, 2)
     return boxes.gather(1, index[..., None].expand(-1, -1, 4)), scores, index % classes

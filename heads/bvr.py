@@ -380,7 +380,7 @@ class RelativePosition(nn.Module):
                 # the code of a position is that of x next to that of y, so that a table of it is their sum
                 x, y = self.axis(side, weight_x).T, self.axis(side, weight_y).T
                 table = x[:, None] + y[:, :, None] + conv.bias.float()[:, None, None]
-                table = table.expand(len(cells), -1, -1, -1)
+                table = table.expand(cells.shape[0], -1, -1, -1)
                 out = F.grid_sample(table, cells / half, padding_mode="border", align_corners=False)
             return out.clamp(min=1e-6).log()
 

@@ -120,7 +120,10 @@ class SharedConv(nn.Conv2d):
 
 def norm_act(features: Sequence[Tensor], norm: nn.BatchNorm2d | None) -> list[Tensor]:
     """Apply one batch norm, if any, to the pixels of all levels together, then ReLU."""
-    if norm is not None:
+    if norm is not None and not norm.training:
+        # pixels do not count then
+        features = [norm(x) for x in features]
+    elif norm is not None:
         sizes = [x.shape[2:] for x in features]
         joined = norm(torch.cat([x.flatten(2) for x in features], 2).unsqueeze(2)).squeeze(2)
         parts = joined.split([height * width for height, width in sizes], 2)

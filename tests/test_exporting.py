@@ -4,11 +4,13 @@ model_cards/exports.json says which models these tests have exported, and how fa
 as a script, this file adds what is not in it, or measures what is named: `python tests/test_exporting.py [NAME ...]`.
 """
 
+import copy
 import json
 import sys
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,6 +46,12 @@ NECK = {"neck.in_channels": [16, 16, 32, 32], "neck.out_channels": 16}
 RPN = {"rpn_head.in_channels": 16, "rpn_head.feat_channels": 16}
 BOXES = {"roi_head.bbox_roi_extractor.out_channels": 16, "test_cfg.rpn.nms_pre": 100, "test_cfg.rpn.max_per_img": 50}
 DENSE = {"bbox_head.in_channels": 16, "bbox_head.feat_channels": 16, "bbox_head.stacked_convs": 1}
+FASTER = NECK | RPN | BOXES | {"roi_head.bbox_head.in_channels": 16, "roi_head.bbox_head.fc_out_channels": 16}
+RETINANET = DENSE | {"test_cfg.nms_pre": 100}
+FPN = dict(type="FPN", in_channels=[16, 16, 32, 32], out_channels=16, start_level=1, num_outs=5)
+DYHEAD = dict(type="densezoo.DyHead", in_channels=16, out_channels=16, num_blocks=1)
+RCNET = dict(type="densezoo.RCNet", in_channels=[16, 16, 32, 32], out_channels=16, start_level=1, num_outs=5)
+DECODER = {"decode_head.in_channels": [16, 16, 32, 32], "decode_head.channels": 16}
 # The models of the configs, with few channels.
 MODELS = {
     "Mask R-CNN": (
@@ -64,17 +72,38 @@ MODELS = {
             "roi_head.mask_head.in_channels": 16, "roi_head.mask_head.conv_out_channels": 16,
         },
     ),
-    "RetinaNet": ("retinanet_fpn.py", NECK | DENSE | {"test_cfg.nms_pre": 100}),
+    "Faster R-CNN": ("faster-rcnn_fpn.py", FASTER),
+    "RetinaNet": ("retinanet_fpn.py", NECK | RETINANET),
+    "RetinaNet, PAFPN": ("retinanet_fpn.py", NECK | RETINANET | {"neck.type": "PAFPN"}),
+    "RetinaNet, DyHead": (
+        "retinanet_fpn.py", RETINANET | {"neck": [FPN | dict(add_extra_convs="on_output"), DYHEAD]},
+    ),
+    "RetinaNet, RCNet": ("retinanet_fpn.py", RETINANET | {"neck": [RCNET]}),
     "ATSS": ("atss_fpn.py", NECK | DENSE | {"test_cfg.nms_pre": 100, "neck.start_level": 1, "neck.out_channels": 32}
              | {"bbox_head.in_channels": 32, "bbox_head.feat_channels": 32}),
     "UPerNet": (
         "upernet.py",
-        {"decode_head.in_channels": [16, 16, 32, 32], "decode_head.channels": 16, "auxiliary_head": None},
+        DECODER | {"auxiliary_head": None},
     ),
     "Semantic FPN": (
         "semantic-fpn.py", NECK | {"decode_head.in_channels": [16] * 4, "decode_head.channels": 16},
     ),
+    "DeepLabV3+": (
+        "deeplabv3plus.py",
+        {"decode_head.in_channels": 32, "decode_head.c1_in_channels": 16, "decode_head.channels": 16}
+        | {"decode_head.c1_channels": 16, "auxiliary_head": None},
+    ),
+    "FPENet": ("fpenet.py", DECODER),
+    "P2AT": ("p2at.py", DECODER),
 }  # fmt: skip
+# Those with steps of their own, which the forms for export do not have.
+REFUSED = {
+    "RelationNet++ in Faster R-CNN": ("faster-rcnn_fpn.py", FASTER | {"roi_head.type": "densezoo.BVRRoIHead"}),
+    "FCOS": (
+        "fcos_fpn.py",
+        NECK | DENSE | {"neck.out_channels": 32, "bbox_head.in_channels": 32, "bbox_head.feat_channels": 32},
+    ),
+}
 
 
 @cache
@@ -86,7 +115,7 @@ def openmmlab(name: str) -> nn.Module:
 
     import densezoo.openmmlab  # noqa: F401
 
-    file, changes = MODELS[name]
+    file, changes = (MODELS | REFUSED)[name]
     cfg = Config.fromfile(BASE / file)
     cfg.model.backbone = BACKBONE
     cfg.merge_from_dict({f"model.{key}": value for key, value in changes.items()})
@@ -94,9 +123,15 @@ def openmmlab(name: str) -> nn.Module:
     with DefaultScope.overwrite_default_scope("mmseg" if "decode_head" in cfg.model else "mmdet"):
         model = REGISTRY.build(cfg.model).eval()
     for key, parameter in model.named_parameters():
-        if any(part in key for part in ("retina_", "atss_", "rpn_cls", "rpn_reg", "fc_", "conv_seg", "conv_logits")):
+        if "conv_seg" in key and key.endswith("bias"):
+            # else all is of one class
+            nn.init.zeros_(parameter)
+        elif any(part in key for part in ("retina_", "atss_", "rpn_cls", "rpn_reg", "fc_", "conv_seg", "conv_logits")):
             # not so sure that scores are equal
             nn.init.normal_(parameter, std=0.02 if "retina_" in key or "atss_" in key else 0.3)
+        elif "offset" in key:
+            # deformed, and not on whole positions
+            nn.init.normal_(parameter, std=0.1)
         elif parameter.dim() == 1 and "layer_scale" in key:
             nn.init.ones_(parameter)
     return model
@@ -168,7 +203,27 @@ def test_classifier_and_its_names(tmp_path):
     assert all(error < 1e-4 for error in measure(model, tmp_path).values())
 
 
-@pytest.mark.parametrize("name", ["Mask R-CNN", "Cascade Mask R-CNN", "RetinaNet", "ATSS"])
+class Pyramid(nn.Module):
+    """Two maps of an image, and a neck on them."""
+
+    def __init__(self, neck: nn.Module, channels: int):
+        super().__init__()
+        self.fine, self.coarse = nn.Conv2d(3, channels, 8, 8), nn.Conv2d(channels, channels, 3, 2, 1)
+        self.neck, self.feature_info = neck, SimpleNamespace(channels=lambda: [channels] * 2)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        fine = self.fine(images)
+        return tuple(self.neck([fine, self.coarse(fine)]))
+
+
+def test_deformable_convolutions(tmp_path):
+    from densezoo.heads import DyHead
+
+    errors = measure(Pyramid(DyHead(16, 16, num_blocks=1), 16).eval(), tmp_path)
+    assert errors.keys() == {"program", "onnx"} and all(error < 1e-4 for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("name", ["Mask R-CNN", "Cascade Mask R-CNN", "RetinaNet", "RetinaNet, DyHead", "ATSS"])
 def test_detectors_are_mmdets(name):
     """What is exported, in plain PyTorch, gives the detections of mmdet."""
     pytest.importorskip("mmdet")
@@ -202,7 +257,7 @@ def test_detectors_are_mmdets(name):
             torch.testing.assert_close(masks[0, :5], theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["UPerNet", "Semantic FPN"])
+@pytest.mark.parametrize("name", ["UPerNet", "Semantic FPN", "DeepLabV3+", "FPENet", "P2AT"])
 def test_segmentors_are_mmsegs(name):
     pytest.importorskip("mmseg")
     from mmseg.structures import SegDataSample
@@ -227,16 +282,31 @@ def test_models(name, tmp_path):
     assert all(error < exporting.TOLERANCE for error in errors.values()), errors
 
 
+def test_image_without_detections():
+    pytest.importorskip("mmdet")
+    model = copy.deepcopy(openmmlab("Faster R-CNN"))
+    model.roi_head.test_cfg.score_thr = 0.9999
+    module, _ = exporting.exportable(model)
+    program = exporting.to_program(module, TRACED_WHOLE).module()
+    boxes, scores, _ = program(exporting.sample(module, (1, 150, 260)))
+    assert boxes.shape == (1, 100, 4) and not scores.any()
+
+
 def test_adaptive_pooling_is_torchs():
     x = torch.randn(2, 3, 7, 11)
     for size in [(1, 1), (2, 3), (6, 6)]:
         torch.testing.assert_close(exporting._AdaptivePool(size)(x), nn.AdaptiveAvgPool2d(size)(x))
 
 
-def test_models_without_a_form_are_refused():
-    model = nn.Module()
-    model.data_preprocessor = nn.Identity()
-    with pytest.raises(ValueError, match="Module has no form for export; there are forms for"):
+@pytest.mark.parametrize("name", ["Module", *REFUSED])
+def test_models_without_a_form_are_refused(name):
+    if name == "Module":
+        model = nn.Module()
+        model.data_preprocessor = nn.Identity()
+    else:
+        pytest.importorskip("mmdet")
+        model = openmmlab(name)
+    with pytest.raises(ValueError, match=f"{type(model).__name__} .*has no form for export; there are forms for"):
         exporting.exportable(model)
 
 

@@ -3,7 +3,6 @@
 import difflib
 import os
 import re
-import subprocess
 import sys
 import time
 from argparse import ArgumentParser, Namespace
@@ -16,8 +15,9 @@ from typing import Any
 # Nothing that a file holds is ever run: torch obeys this, whatever a library asks of it.
 os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
 
-import torch
-from _errors import ConfigError, check_keys, check_option, describe, did_you_mean, explain, path_hint
+from _errors import ConfigError, check_keys, check_option, describe, did_you_mean, path_hint
+from _explain import explain
+from _launch import set_environment
 from mmengine.config import Config, DictAction
 
 from densezoo.runner import Runner
@@ -45,14 +45,6 @@ def make_parser(description: str) -> ArgumentParser:
     parser.add_argument("--cfg-options", nargs="+", action=Options, default={}, metavar="KEY=VALUE",
                         help="values that replace the config's, such as train_dataloader.batch_size=4")  # fmt: skip
     return parser
-
-
-def add_run_arguments(parser: ArgumentParser) -> None:
-    """Add what a run of mmengine's Runner has."""
-    parser.add_argument("--work-dir", help="where to save; default: the config's, else work_dirs/<config name>")
-    parser.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none",
-                        help="what started the processes of a run with several")  # fmt: skip
-    parser.add_argument("--local-rank", "--local_rank", type=int, help="set by old launchers")
 
 
 def load_config(args: Namespace, needs: Iterable[str] = ("model",)) -> Config:
@@ -100,30 +92,6 @@ def load_config(args: Namespace, needs: Iterable[str] = ("model",)) -> Config:
     return cfg
 
 
-def set_environment(launcher: str, local_rank: int | None) -> None:
-    """Set the environment variables of torchrun, whatever launched the process."""
-    theirs = {
-        "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
-        "mpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    }
-    if launcher == "none":
-        return
-    if local_rank is not None:
-        os.environ.setdefault("LOCAL_RANK", str(local_rank))
-    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    for name, source in zip(ours, theirs.get(launcher, ours), strict=True):
-        if source not in os.environ:
-            start = {"pytorch": "tools/dist_train.sh", "slurm": "tools/slurm_train.sh", "mpi": "mpirun"}[launcher]
-            raise ConfigError(f"--launcher {launcher}: {source} is not set; start the processes with {start}")
-        os.environ[name] = os.environ[source]
-    if launcher == "slurm" and "MASTER_ADDR" not in os.environ:
-        hosts = subprocess.check_output(["scontrol", "show", "hostnames", os.environ["SLURM_NODELIST"]], text=True)
-        os.environ["MASTER_ADDR"] = hosts.split()[0]
-    if "MASTER_ADDR" not in os.environ:
-        raise ConfigError(f"--launcher {launcher}: set MASTER_ADDR to the machine of the first process")
-    os.environ.setdefault("MASTER_PORT", "29500")
-
-
 class Start:
     """Turns what goes wrong before a run's first step into one message and exit code 2; later errors stay as they are.
 
@@ -164,9 +132,3 @@ def use_timm_layout(cfg: Config) -> None:
         if dataset.get("split") == "val" and not dataset.get("data_prefix") and (root / "validation").is_dir():
             if not (root / "val").exists():
                 dataset["data_prefix"] = "validation"
-
-
-def finish() -> None:
-    """Leave the group of processes, if there are several."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()

@@ -45,6 +45,17 @@ def load_facts(path: Path) -> dict:
     return facts
 
 
+def published_flops(model: dict) -> float | None:
+    """Return what the authors published of the FLOPs of the classifier, in G."""
+    return next((r["flops"] for r in model["results"] if r["method"] == "classifier" and "flops" in r), None)
+
+
+def flops_differ(counted: float, published: float) -> bool:
+    """Return whether a published number is more than 1 % off, beyond its rounding."""
+    unit = 10.0 ** -len(str(published).partition(".")[2])
+    return abs(counted - published) > max(0.01 * published, unit / 2)
+
+
 def check_known(found: Collection[str], known: Collection[str], place: str) -> None:
     """Raise ValueError if something found is not known."""
     if unknown := sorted(set(found) - set(known)):

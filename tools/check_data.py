@@ -8,7 +8,8 @@ from _check_coco import check_coco, check_coco_panoptic
 from _check_files import Report
 from _check_folders import check_classification, check_segmentation
 from _common import Start, load_config, make_parser
-from _errors import ConfigError, describe, unknown_type
+from _errors import ConfigError, describe
+from _explain import unknown_type
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 

@@ -9,16 +9,6 @@ fi
 config=$1 checkpoint=$2 processes=$3
 shift 3
 
-tools=$(cd "$(dirname "$0")" && pwd)
-python=${PYTHON:-python}
-if [ -z "${PYTHON:-}${VIRTUAL_ENV:-}" ] && [ -x "$tools/../.venv/bin/python" ]; then
-    python=$tools/../.venv/bin/python
-fi
-# One machine finds a free port by itself, and need not know itself by its name.
-meeting=(--standalone --local-addr 127.0.0.1)
-if [ -n "${PORT:-}" ] || [ "${NNODES:-1}" -gt 1 ]; then
-    meeting=(--nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}"
-        --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${PORT:-29500}")
-fi
-exec "$python" "$tools/_torchrun.py" "${meeting[@]}" --nproc-per-node "$processes" \
-    "$tools/test.py" "$config" "$checkpoint" --launcher pytorch "$@"
+# shellcheck source=tools/_launch.sh
+source "$(dirname "$0")/_launch.sh"
+start "$processes" test.py "$config" "$checkpoint" --launcher pytorch "$@"

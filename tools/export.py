@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _files import replacing
 from _targets import add_model, build, is_config, told_errors
 from torch import Tensor, nn
 
@@ -90,19 +91,14 @@ def export(args: argparse.Namespace) -> Path:
         load(model, args.checkpoint, read_checkpoint(args.checkpoint))
     module, names = exporting.exportable(model)
     program = exporting.to_program(module, args.size)
-    suffix = ".onnx" if args.form == "onnx" else ".pt2"
-    path = args.out_dir / (Path(args.model).stem + suffix)
+    path = args.out_dir / (Path(args.model).stem + (".onnx" if args.form == "onnx" else ".pt2"))
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp{suffix}")
-    try:
+    with replacing(path) as file:
         if args.form == "onnx":
-            exporting.to_onnx(program, temporary, names)
+            exporting.to_onnx(program, file, names)
         else:
-            torch.export.save(program, temporary)
-        compare(module, runner(temporary), args.size, names)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            torch.export.save(program, file)
+        compare(module, runner(file), args.size, names)
     return path
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import jinja2
 import timm
 import torch
-from _facts import CARDS, STATUSES, load_facts
+from _facts import CARDS, STATUSES, flops_differ, load_facts, published_flops
 from _files import replacing
 from densezoo.backbones import VARIANTS
 from get_flops import count_multiply_adds
@@ -45,17 +45,6 @@ def parity_of(name: str, models: Collection[str], errors: dict[str, float]) -> t
     compared = [m for m in models if m in errors and timm.model_entrypoint(m).__annotations__["return"] is cls]
     nearest = max(compared, key=lambda m: (m == name, len(commonprefix([m, name]))), default=None)
     return nearest, errors.get(nearest)
-
-
-def published_flops(model: dict) -> float | None:
-    """Return what the authors published of the FLOPs of the classifier, in G."""
-    return next((r["flops"] for r in model["results"] if r["method"] == "classifier" and "flops" in r), None)
-
-
-def flops_differ(counted: float, published: float) -> bool:
-    """Return whether a published number is more than 1 % off, beyond its rounding."""
-    unit = 10.0 ** -len(str(published).partition(".")[2])
-    return abs(counted - published) > max(0.01 * published, unit / 2)
 
 
 def count_flops(name: str) -> float:

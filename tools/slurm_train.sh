@@ -9,11 +9,8 @@ fi
 partition=$1 job_name=$2 config=$3
 shift 3
 
-tools=$(cd "$(dirname "$0")" && pwd)
-python=${PYTHON:-python}
-if [ -z "${PYTHON:-}${VIRTUAL_ENV:-}" ] && [ -x "$tools/../.venv/bin/python" ]; then
-    python=$tools/../.venv/bin/python
-fi
+# shellcheck source=tools/_launch.sh
+source "$(dirname "$0")/_launch.sh"
 gpus=${GPUS:-8}
 per_node=${GPUS_PER_NODE:-$((gpus < 8 ? gpus : 8))}
 # SRUN_ARGS is split into words on purpose.

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _common import Start, add_run_arguments, finish, load_config, make_parser
+from _common import Start, load_config, make_parser
 from _errors import ConfigError
 from _expect import add_test_time_augmentation, compare, find_expected
 from _files import replacing
-from infer import draw
+from _launch import add_run_arguments, finish
+from _predictions import draw
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from rich.console import Console

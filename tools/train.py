@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from _common import Start, add_run_arguments, finish, load_config, make_parser
+from _common import Start, load_config, make_parser
 from _errors import ConfigError
+from _launch import add_run_arguments, finish
 from _switches import add_switches, apply_switches, is_average
 from mmengine.config import Config
 from torch import cuda, nn

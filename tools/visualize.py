@@ -13,8 +13,9 @@ from _attention import attention_weights, find_layers
 from _common import Start, get_dataset, load_config, make_parser
 from _errors import ConfigError, did_you_mean, similar_path
 from _files import replacing
-from infer import build_model, draw
-from matplotlib.figure import Figure
+from _panels import draw_panels, main_components
+from _predictions import draw
+from infer import build_model
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
@@ -88,16 +89,7 @@ def draw_features(args: Namespace) -> None:
     strides = [x.shape[-1] // features.shape[-1] for features in maps]
     titles = [f"{features.shape[1]} channels, stride {stride}" for features, stride in zip(maps, strides, strict=True)]
     panels = [(title, main_components(features[0])) for title, features in zip(titles, maps, strict=True)]
-    save(args, image, panels, None)
-
-
-def main_components(features: Tensor) -> np.ndarray:
-    """Return a picture (H, W, 3) of a map (C, H, W): its three main components, each from 0 to 1."""
-    flat = features.flatten(1).T.double()
-    flat = flat - flat.mean(0)
-    components = flat @ torch.linalg.eigh(flat.T @ flat).eigenvectors[:, -3:].flip(1)
-    low, high = components.amin(0), components.amax(0)
-    return ((components - low) / (high - low).clamp(min=1e-12)).unflatten(0, features.shape[1:]).numpy()
+    save(args, image, panels)
 
 
 def draw_attention(args: Namespace) -> None:
@@ -125,27 +117,11 @@ def draw_attention(args: Namespace) -> None:
     save(args, image, panels, point)
 
 
-def save(args: Namespace, image: Image.Image, panels: list[tuple], point: tuple[float, float] | None) -> None:
-    """Save the image and its panels side by side: pictures as they are, weights over the image."""
-    figure = Figure(figsize=(4 * len(panels) + 4, 4 * image.height / image.width + 0.7), layout="constrained")
-    axes = figure.subplots(1, len(panels) + 1, squeeze=False)[0]
-    place = dict(extent=(0, image.width, image.height, 0))
-    for axis, (title, content) in zip(axes, [(args.model, None), *panels], strict=True):
-        if content is None or content.ndim == 2:
-            axis.imshow(image, **place)
-        if content is not None and content.ndim == 3:
-            axis.imshow(content, **place)
-        elif content is not None:
-            # dark where nothing is seen
-            axis.imshow(np.zeros(content.shape), cmap="gray", alpha=0.75 * (content.numpy() == 0), **place)
-            shown = np.ma.masked_equal(content.numpy(), 0)
-            axis.imshow(shown, cmap="viridis", vmin=0, alpha=0.65, **place)
-        if point:
-            axis.plot(point[1] * image.width, point[0] * image.height, "r+", markersize=12, markeredgewidth=2)
-        axis.set_title(title, fontsize=9)
-        axis.set_axis_off()
+def save(args: Namespace, image: Image.Image, panels: list[tuple], point: tuple[float, float] | None = None) -> None:
+    """Save the image and its panels side by side."""
     args.out_dir.mkdir(parents=True, exist_ok=True)
     path = args.out_dir / f"{Path(args.image).stem}_{args.model}_{args.what}.png"
+    figure = draw_panels(image, [(args.model, None), *panels], point)
     with replacing(path) as file:
         figure.savefig(file, dpi=100)
     print(f"saved to {path}")

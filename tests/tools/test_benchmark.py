@@ -133,13 +133,14 @@ def test_modules_compute_the_same(name, layout):
 
 def test_gradients_of_a_modules_parameters_are_timed(monkeypatch):
     """On a CPU, with the GPU's clock and memory out of the way."""
-    benchmark, timed = tool("benchmark"), []
-    monkeypatch.setattr(benchmark, "median_us", lambda function: timed.append(function()) or 1.0)
+    cases, timed = tool("_benchmark_cases"), []
+    monkeypatch.setattr(cases, "median_us", lambda function: timed.append(function()) or 1.0)
     for name in ("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, int)
-    (case,) = benchmark.MODULES["CBAM"](torch.float32, "cpu", batch=2, shapes=[(32, 6, torch.contiguous_format)])
+    cbam = tool("_benchmark_modules").MODULES["CBAM"]
+    (case,) = cbam(torch.float32, "cpu", batch=2, shapes=[(32, 6, torch.contiguous_format)])
     case.ways = {way: run for way, run in case.ways.items() if way.endswith("eager")}
-    forward, backward = benchmark.measure(case, 1.0, torch.float32)
+    forward, backward = cases.measure(case, 1.0, torch.float32)
     assert forward["us"] == backward["us"] == {"densezoo eager": 1.0, "timm eager": 1.0}
     assert [len(grads) for grads in timed[1::2]] == [1 + 7] * 2
     torch.testing.assert_close(timed[0], timed[2])

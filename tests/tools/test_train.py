@@ -363,7 +363,7 @@ def test_launchers(config, capsys, monkeypatch, tmp_path, launcher, theirs):
     else:
         assert "--launcher mpi: set MASTER_ADDR" in fail(capsys, config(), "--launcher", launcher)
         monkeypatch.setenv("MASTER_ADDR", "node3")
-    from _common import set_environment
+    from _launch import set_environment
 
     set_environment(launcher, None)
     assert [os.environ[name] for name in names] == ["1", "4", "0", "node3", "29500"]

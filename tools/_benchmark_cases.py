@@ -1,0 +1,78 @@
+"""Time cases of operators and of modules for tools/benchmark.py, on a GPU."""
+
+import sys
+from collections.abc import Callable, Iterable
+
+import torch
+from _benchmark_ops import TOLERANCE, Case
+from _benchmark_report import operator_table
+from triton.testing import do_bench
+
+
+def median_us(function: Callable[[], object]) -> float:
+    """Return the median time of `function` on the GPU, in microseconds.
+
+    It is replayed as a CUDA graph, so that what Python takes to launch kernels is left out; the L2 cache is cold.
+    """
+    function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        function()
+    return do_bench(graph.replay, warmup=20, rep=100, return_mode="median") * 1e3
+
+
+def copy_bandwidth() -> float:
+    """Return the device's copy bandwidth in bytes per microsecond, counting bytes read and bytes written."""
+    source = torch.randn(2**29, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (do_bench(lambda: target.copy_(source), return_mode="median") * 1e3)
+
+
+def measure(case: Case, bandwidth: float, dtype: torch.dtype) -> list[dict]:
+    """Return one row for the forward and one for the backward pass of a case."""
+    torch._dynamo.reset()
+    error = case.check()
+    if not error <= TOLERANCE[dtype]:
+        raise SystemExit(f"{case.name}: not timed: error {error:.1e} to the reference, {TOLERANCE[dtype]:.0e} allowed")
+    inputs = [t.detach().requires_grad_() for t in case.inputs]
+    rows = [{"case": case.name, "pass": p, "us": {}, "error": error} for p in ("forward", "backward")]
+    for way, run in case.ways.items():
+        leaves = [*inputs, *run.parameters()] if isinstance(run, torch.nn.Module) else inputs
+        try:
+            out = run(*inputs)
+            grad = torch.randn_like(out)
+            grads = torch.autograd.grad(out, leaves, grad, allow_unused=True, retain_graph=True)
+            wanted = [t for t, g in zip(leaves, grads, strict=True) if g is not None]
+            rows[0]["us"][way] = median_us(lambda run=run: run(*inputs))
+            rows[1]["us"][way] = median_us(
+                lambda out=out, wanted=wanted, grad=grad: torch.autograd.grad(out, wanted, grad, retain_graph=True)
+            )
+            del out, grads
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            torch.autograd.grad(run(*inputs), wanted, grad)
+            rows[1].setdefault("peak_mib", {})[way] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        except Exception as e:  # a way that cannot run this shape is a result too
+            print(f"{case.name}: {way}: {type(e).__name__}: {str(e).splitlines()[0][:150]}", file=sys.stderr)
+    nbytes = sum(t.nbytes for t in inputs)
+    rows[0]["floor_us"] = (nbytes + grad.nbytes) / bandwidth
+    # Inputs, output and its gradient read, the inputs' gradients written.
+    rows[1]["floor_us"] = (2 * nbytes + 2 * grad.nbytes) / bandwidth
+    return rows
+
+
+def time_cases(makers: Iterable[Callable], dtype: torch.dtype) -> tuple[list[dict], str]:
+    """Time the cases that `makers` yield; return a row for each pass, and what was measured with."""
+    # The backward is timed apart from the forward, so its saved tensors must outlive it.
+    torch._functorch.config.donated_buffer = False
+    rows = []
+    # Graphs are captured on a stream of their own, and a backward runs on that of its forward.
+    with torch.cuda.stream(torch.cuda.Stream()):
+        bandwidth = copy_bandwidth()
+        for make in makers:
+            for case in make(dtype, "cuda"):
+                rows += (new := measure(case, bandwidth, dtype))
+                # Comparing takes minutes: what is known is shown at once.
+                print(*operator_table(new).splitlines()[2:], sep="\n", file=sys.stderr, flush=True)
+    return rows, f"copy bandwidth {bandwidth / 1e6:.2f} TB/s"
