@@ -88,11 +88,21 @@ def in_channels(module: nn.Module) -> int:
 
 
 def to_onnx(program: ExportedProgram, path: str | Path, output_names: Sequence[str]) -> None:
-    """Write an exported program as ONNX; the axes are called batch, height and width."""
+    """Write an exported program as ONNX; the axes are called batch, height and width.
+
+    Raises:
+        ValueError: The program has an operation that torch.onnx cannot translate.
+    """
     axes = {0: "batch", 2: "height", 3: "width"}
     names = dict(input_names=["images"], output_names=list(output_names), dynamic_shapes=(axes,))
     table = {torch.ops.aten.remainder.Scalar: _remainder}
-    torch.onnx.export(program, **names, dynamo=True, verbose=False, custom_translation_table=table).save(str(path))
+    try:
+        onnx = torch.onnx.export(program, **names, dynamo=True, verbose=False, custom_translation_table=table)
+    except torch.onnx.OnnxExporterError as error:
+        # The cause says which operation; the error itself is pages of advice on the exporter.
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ValueError(f"the model has no ONNX form, but a torch.export program: {reason}") from error
+    onnx.save(str(path))
 
 
 def _remainder(x, divisor):

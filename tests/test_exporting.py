@@ -282,6 +282,17 @@ def test_models(name, tmp_path):
     assert all(error < exporting.TOLERANCE for error in errors.values()), errors
 
 
+def test_what_onnx_cannot_translate(tmp_path):
+    class Eigenvalues(nn.Conv2d):
+        def forward(self, x):
+            return torch.linalg.eigvals(super().forward(x)[:, 0, :8, :8]).real
+
+    program = exporting.to_program(Eigenvalues(3, 1, 1), (32, 32))
+    with pytest.raises(ValueError, match="the model has no ONNX form, but a torch.export program: .*eig"):
+        exporting.to_onnx(program, tmp_path / "x.onnx", ["values"])
+    assert not any(tmp_path.iterdir())
+
+
 def test_image_without_detections():
     pytest.importorskip("mmdet")
     model = copy.deepcopy(openmmlab("Faster R-CNN"))
