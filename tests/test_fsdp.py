@@ -76,6 +76,7 @@ def test_every_family():
     assert done.stdout.split() == list(TYPES)
 
 
+@pytest.mark.slow
 @on_a_cpu
 def test_runs_go_on_from_each_other(config):
     """A plain run, a sharded one that stops and goes on, and a plain one that goes on from it have the same losses."""

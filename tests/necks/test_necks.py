@@ -532,6 +532,7 @@ def test_rfp_on_zoo_backbones(name, levels):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in neck.parameters())
 
 
+@pytest.mark.slow
 def test_rfp_compiles_and_exports():
     backbone = zoo_backbone(depths=(1, 1, 1, 1), out_indices=(0, 1)).eval()
 
