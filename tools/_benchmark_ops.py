@@ -74,7 +74,9 @@ def flex_ways(height: int, width: int, heads: int, dilation: int, device: str) -
     def mask(b, h, q, k):
         return near(q // width, k // width, start_h) & near(q % width, k % width, start_w)
 
-    blocks = create_block_mask(mask, None, None, height * width, height * width, device=device, _compile=True)
+    # Compiled, it holds no mask of all pairs, but at 100x152 its compilation does not end.
+    tokens = height * width
+    blocks = create_block_mask(mask, None, None, tokens, tokens, device=device, _compile=tokens**2 > 2**30)
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def flex(q, k, v, rpb):
