@@ -46,7 +46,8 @@ def exportable(model: nn.Module) -> tuple[nn.Module, list[str]]:
         if hasattr(model, "decode_head") and hasattr(model, "encode_decode"):
             if type(model).__name__ == "EncoderDecoder" and hasattr(model.decode_head, "cls_seg"):
                 return Segmentor(model), ["logits", "labels"]
-        head = bbox_head if roi_head is None else roi_head
+        heads = (roi_head, bbox_head, getattr(model, "decode_head", None))
+        head = next((part for part in heads if part is not None), None)
         kind = type(model).__name__ + (f" with {type(head).__name__}" if head is not None else "")
         raise ValueError(
             f"{kind} has no form for export; there are forms for detectors with anchors (RetinaNet, ATSS), with an RPN "

@@ -177,6 +177,8 @@ class Comparison:
                 time.sleep(0.5)
         for name in configs.keys() & found.keys():
             self.facts["variations"][name]["times"] = found[name]
+        # They were about the times before.
+        self.facts.pop("remarks", None)
         self.save()
 
     def folder(self, name: str, seed: int) -> Path:

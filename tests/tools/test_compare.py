@@ -97,13 +97,20 @@ def test_two_variations_from_end_to_end(tmp_path):
 
     # The plain one has seed 1 already.
     facts["variations"]["faster-rcnn"]["scores"]["1"] = 0.5
+    # New times leave no remark on the old ones.
+    facts["variations"]["eca"].pop("times")
+    facts["remarks"] = ["Measured beside other work."]
     out.write_text(json.dumps(facts))
     second = compare("eca", *common, *one_epoch, "--seeds", "0", "1", "--more-seeds", cwd=tmp_path)
     assert second.returncode == 0, second.stdout + second.stderr
     assert re.findall(r"\d+: (\S+, seed \d)", second.stdout) == ["eca, seed 1"]
-    again = json.loads(out.read_text())["variations"]
+    facts_again = json.loads(out.read_text())
+    assert "remarks" not in facts_again
+    again = facts_again["variations"]
     assert list(again["eca"]["scores"]) == ["0", "1"]
     again["eca"]["scores"].pop("1")
+    assert all(entry.pop("times") for entry in again.values())
+    facts["variations"]["faster-rcnn"].pop("times")
     assert again == facts["variations"]
     text = out.with_suffix(".md").read_text()
     assert "| ECA | " in text and "RetinaNet" not in text
