@@ -203,24 +203,33 @@ LAUNCH = {"forward": _Launch(64, 64, 4, 3), "backward": _Launch(64, 64, 4, 3), "
 PROGRAMS = 256
 
 
-def _strided(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the inputs as (B, positions, heads, dim) with one set of strides, dense in the last axis."""
-    query, key, value = (t.flatten(1, -3) for t in (query, key, value))
-    if query.stride() == key.stride() == value.stride() and query.stride(-1) == 1:
-        return query, key, value
-    return query.contiguous(), key.contiguous(), value.contiguous()
+def _step(shape: tuple, strides: tuple) -> int | None:
+    """Return how far apart neighbouring positions lie in (B, positions..., heads, dim), or None where it varies."""
+    step = reach = None
+    for size, stride in zip(reversed(shape[1:-2]), reversed(strides[1:-2]), strict=True):
+        if size > 1:
+            if step is None:
+                step = reach = stride
+            elif stride != reach:
+                return None
+            reach *= size
+    return step or 0
 
 
 class _Problem:
     """How a call is cut into programs, and what the kernels share; the same for all calls alike."""
 
-    def __init__(self, shape: tuple, strides: tuple, itemsize: int, allows_tf32: bool):
-        self.batch, self.tokens, self.heads, self.dim = shape
-        self.strides = strides[:3]
-        self.out_strides = (self.tokens * self.heads * self.dim, self.heads * self.dim, self.dim)
-        self.block_dim = max(16, triton.next_power_of_2(self.dim))
+    def __init__(self, shape: torch.Size, strides: tuple | None, itemsize: int, allows_tf32: bool):
+        self.batch, (self.heads, self.dim) = shape[0], shape[-2:]
+        self.tokens = shape[1:-2].numel()
         self.itemsize = itemsize
-        extent = sum((size - 1) * stride for size, stride in zip(shape[1:], strides[1:], strict=True))
+        self.out_strides = (self.tokens * self.heads * self.dim, self.heads * self.dim, self.dim)
+        step = None if strides is None or strides[-1] != 1 else _step(shape, strides)
+        # Inputs of other layouts than the kernels can read are copied.
+        self.copies = step is None
+        self.strides = self.out_strides if self.copies else (strides[0], step, strides[-2])
+        self.block_dim = max(16, triton.next_power_of_2(self.dim))
+        extent = (self.tokens - 1) * self.strides[1] + (self.heads - 1) * self.strides[2] + self.dim
         self.constants = {
             "DIM": self.dim,
             "BLOCK_DIM": self.block_dim,
@@ -235,9 +244,13 @@ class _Problem:
             self.splits = max(1, min(2 * PROGRAMS // pairs, self.tokens // 256))
         self.chunk = triton.cdiv(triton.cdiv(self.tokens, self.splits), 128) * 128
         self.splits = triton.cdiv(self.tokens, max(self.chunk, 1))
-        self.sums, self.forward, self.backward = (self._tiling(name) for name in ("sums", "forward", "backward"))
+        self.weights_shape = _weights_shape(shape)
+        split, saves = {"SPLIT": self.splits > 1}, len(self.weights_shape) > 1
+        self.sums = self._tiling("sums")
+        self.forward = self._tiling("forward", **split, SAVE=saves)
+        self.backward = self._tiling("backward", **split, SAVED=saves)
 
-    def _tiling(self, name: str) -> tuple[tuple[int, int], dict]:
+    def _tiling(self, name: str, **flags) -> tuple[tuple[int, int], dict]:
         """Return the grid and the constants of the kernel called `name`."""
         launch = LAUNCH[name]
         block = max(self.block_dim, min(launch.channels, self.block_dim * triton.next_power_of_2(self.heads)))
@@ -249,23 +262,26 @@ class _Problem:
         stages = min(launch.stages, 2) if self.tokens <= tokens else launch.stages
         grid = (self.batch * triton.cdiv(self.heads, block // self.block_dim), max(self.splits, 1))
         constants = {"BLOCK": block, "TOKENS": tokens, "num_warps": warps, "num_stages": stages}
-        return grid, self.constants | constants
+        return grid, self.constants | constants | flags
 
 
-_problem = lru_cache(_Problem)
+_problem = lru_cache(maxsize=1024)(_Problem)
 
 
-def _plan(query: Tensor) -> _Problem:
-    return _problem(query.shape, query.stride(), query.itemsize, torch.backends.cuda.matmul.allow_tf32)
+def _prepare(query: Tensor, key: Tensor, value: Tensor) -> tuple[_Problem, Tensor, Tensor, Tensor]:
+    """Return how the kernels are launched, and the inputs with one set of strides, dense in the last axis."""
+    strides = query.stride()
+    if not strides == key.stride() == value.stride():
+        strides = None
+    problem = _problem(query.shape, strides, query.itemsize, torch.backends.cuda.matmul.allow_tf32)
+    if problem.copies:
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    return problem, query, key, value
 
 
-def _saves(query: Tensor) -> bool:
-    """Return whether the weights are kept for the backward: where they are small beside the query."""
-    return query.shape[1:-2].numel() >= 8 * query.shape[-1]
-
-
-def _weights_shape(query: Tensor) -> tuple[int, ...]:
-    return (query.shape[0], *query.shape[-2:], query.shape[-1]) if _saves(query) else (0,)
+def _weights_shape(shape: torch.Size) -> tuple[int, ...]:
+    """Return the shape of the weights kept for the backward: none where they are not small beside the query."""
+    return (shape[0], *shape[-2:], shape[-1]) if shape[1:-2].numel() >= 8 * shape[-1] else (0,)
 
 
 def _product_of_pieces(problem: _Problem, a: Tensor, b: Tensor, a_strides: tuple, b_strides: tuple) -> Tensor:
@@ -282,15 +298,14 @@ def _product_of_pieces(problem: _Problem, a: Tensor, b: Tensor, a_strides: tuple
 
 
 def _channel_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    weights = torch.empty(_weights_shape(query), dtype=torch.float32, device=query.device)
-    query, key, value = _strided(query, key, value)
-    problem = _plan(query)
+    problem, query, key, value = _prepare(query, key, value)
+    out = query.new_empty(query.shape)
+    weights = torch.empty(problem.weights_shape, dtype=torch.float32, device=query.device)
     product = _product_of_pieces(problem, query, key, problem.strides, problem.strides)
     grid, constants = problem.forward
     _forward[grid](
         query, key, value, product, weights, out, problem.tokens, problem.heads, problem.chunk, scale,
-        *problem.strides, **constants, SPLIT=problem.splits > 1, SAVE=weights.numel() > 0,
+        *problem.strides, **constants,
     )  # fmt: skip
     return out, weights
 
@@ -298,22 +313,20 @@ def _channel_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) 
 def _channel_attention_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, weights: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = [torch.empty_like(out) for _ in range(3)]
+    problem, query, key, value = _prepare(query, key, value)
+    grads = torch.empty_like(out), torch.empty_like(out), torch.empty_like(out)
     grad_out = grad_out.contiguous()
-    query, key, value = _strided(query, key, value)
-    problem = _plan(query)
     product = _product_of_pieces(problem, grad_out, value, problem.out_strides, problem.strides)
     grid, constants = problem.backward
     _backward[grid](
         query, key, value, grad_out, product, weights, *grads,
-        problem.tokens, problem.heads, problem.chunk, scale,
-        *problem.strides, **constants, SPLIT=problem.splits > 1, SAVED=weights.numel() > 0,
+        problem.tokens, problem.heads, problem.chunk, scale, *problem.strides, **constants,
     )  # fmt: skip
-    return tuple(grads)
+    return grads
 
 
 def _fake(query, key, value, scale):
-    return query.new_empty(query.shape), query.new_empty(_weights_shape(query), dtype=torch.float32)
+    return query.new_empty(query.shape), query.new_empty(_weights_shape(query.shape), dtype=torch.float32)
 
 
 def _fake_backward(grad_out, query, key, value, *others):

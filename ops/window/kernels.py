@@ -17,7 +17,7 @@ Positions beyond the window, which fill up its tile, and beyond the map are seen
 they see every key, so that no softmax is empty; their results are dropped. Scores are in base 2, scaled by log2(e).
 """
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -504,7 +504,7 @@ def _block_dim(dim: int) -> int:
 
 
 class _Problem:
-    """Arguments that the kernels share."""
+    """How the kernels are launched; the same for all calls alike."""
 
     def __init__(
         self, shape, strides, dtype, device, table_strides, num_heads, window_size, shift, grid, scale, tf32: bool
@@ -514,7 +514,7 @@ class _Problem:
         windows = [-(-size // window) for size, window in zip((height, width), window_size, strict=True)]
         self.items, self.device, self.itemsize = batch * windows[0] * windows[1], device, dtype.itemsize
         self.tile, self.is_whole = _tile(dim, dtype, table_strides is not None, *window_size)
-        self.tiles = -(-window_size[0] * window_size[1] // self.tile)
+        tiles = -(-window_size[0] * window_size[1] // self.tile)
         self.arguments = (
             batch, height, width, num_heads, *windows, *window_size, *shift, *(table_strides or (0, 0, 0)),
             scale, *strides[:3],
@@ -531,8 +531,19 @@ class _Problem:
             # 32-bit offsets within an image halve the registers of addresses; images themselves are 64 bits apart.
             "INDEX": tl.int32 if max(extent, height * width * channels) < 2**31 else tl.int64,
         }
+        # The shapes of the output, of the normalisers and of the bias gradient's partial tables.
+        self.out_shape = (batch, height, width, channels // 3)
+        self.lse_shape = 0 if self.is_whole else (batch, height, width, num_heads)
+        # Tiles are the same programs forward and backward, but for the gradient of the bias.
+        name, owners = ("backward_whole", 1) if self.is_whole else ("backward_bias", tiles**2)
+        groups = self._groups(name, owners * num_heads) * owners
+        self.partial_shape = (groups, num_heads, 2 * window_size[0] - 1, 2 * window_size[1] - 1)
+        self.sums_grid, self.sums = (groups * num_heads,), {**self._launch(name), "BINS": BINS}
+        programs = self._groups("forward_whole", num_heads) if self.is_whole else self.items * tiles
+        self.grid = (programs * num_heads,)
+        self.forward = self._launch("forward_whole" if self.is_whole else "tiles")
 
-    def launch(self, name: str) -> dict:
+    def _launch(self, name: str) -> dict:
         """Return a kernel's constants with its warps and the loads in flight that fit on the chip."""
         launch = LAUNCH[name]
         fit = TILE_BYTES // (self.tile * self.constants["BLOCK_DIM"] * self.itemsize)
@@ -545,43 +556,41 @@ class _Problem:
             "maxnreg": launch.registers if fit >= 4 else None,
         }
 
-    def groups(self, name: str, owners: int) -> int:
+    def _groups(self, name: str, owners: int) -> int:
         """Return how many programs share the windows of each owner, so that all have the same number but one."""
         most = max(1, LAUNCH[name].programs * _multiprocessors(self.device) // owners)
-        return -(-self.items // -(-self.items // most))
+        return -(-self.items // max(1, -(-self.items // most)))
 
 
-@cache
-def _problem(*key) -> _Problem:
-    return _Problem(*key)
+_problem = lru_cache(maxsize=1024)(_Problem)
 
 
 def _problem_of(
     qkv: Tensor, rel_pos_bias: Tensor | None, num_heads: int, window_size, shift, grid: bool, scale: float
-) -> tuple[Tensor, _Problem]:
-    """Return qkv with its channels side by side, and the arguments of its kernels, worked out once for its layout."""
+) -> tuple[_Problem, Tensor, Tensor]:
+    """Return how the kernels are launched, and the inputs that they read: qkv with its channels side by side."""
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
     tf32 = qkv.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    strides = None if rel_pos_bias is None else rel_pos_bias.stride()
-    return qkv, _problem(
+    # Kernels have no use for a missing bias, but need a pointer.
+    bias, strides = (qkv, None) if rel_pos_bias is None else (rel_pos_bias, rel_pos_bias.stride())
+    problem = _problem(
         qkv.shape, qkv.stride(), qkv.dtype, qkv.device, strides,
         num_heads, tuple(window_size), tuple(shift), grid, scale, tf32,
     )  # fmt: skip
+    return problem, qkv, bias
 
 
 def _window_attention(
     qkv: Tensor, rel_pos_bias: Tensor | None,
     num_heads: int, window_size: list[int], shift: list[int], grid: bool, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out, lse = _fake(qkv, rel_pos_bias, num_heads, window_size)
-    qkv, problem = _problem_of(qkv, rel_pos_bias, num_heads, window_size, shift, grid, scale)
-    inputs = (qkv, qkv if rel_pos_bias is None else rel_pos_bias, out)
+    problem, *inputs = _problem_of(qkv, rel_pos_bias, num_heads, window_size, shift, grid, scale)
+    out = qkv.new_empty(problem.out_shape)
+    lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=qkv.device)
     if problem.is_whole:
-        programs = problem.groups("forward_whole", num_heads) * num_heads
-        _forward_whole[(programs,)](*inputs, *problem.arguments, **problem.launch("forward_whole"))
+        _forward_whole[problem.grid](*inputs, out, *problem.arguments, **problem.forward)
     else:
-        programs = problem.items * problem.tiles * num_heads
-        _forward_tiles[(programs,)](*inputs, lse, *problem.arguments, **problem.launch("tiles"))
+        _forward_tiles[problem.grid](*inputs, out, lse, *problem.arguments, **problem.forward)
     return out, lse
 
 
@@ -589,28 +598,22 @@ def _window_attention_backward(
     grad_out: Tensor, qkv: Tensor, rel_pos_bias: Tensor | None, out: Tensor, lse: Tensor,
     num_heads: int, window_size: list[int], shift: list[int], grid: bool, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    qkv, problem = _problem_of(qkv, rel_pos_bias, num_heads, window_size, shift, grid, scale)
+    problem, *inputs = _problem_of(qkv, rel_pos_bias, num_heads, window_size, shift, grid, scale)
     grad_out = grad_out.contiguous()
-    grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    inputs = (qkv, qkv if rel_pos_bias is None else rel_pos_bias)
-    name, owners = ("backward_whole", 1) if problem.is_whole else ("backward_bias", problem.tiles**2)
-    groups = problem.groups(name, owners * num_heads)
-    partial = torch.empty(0, dtype=torch.float32, device=qkv.device)
-    if rel_pos_bias is not None:
-        partial = torch.empty(groups * owners, *rel_pos_bias.shape, dtype=torch.float32, device=qkv.device)
-
+    grad_qkv = qkv.new_empty(qkv.shape)
+    shape = 0 if rel_pos_bias is None else problem.partial_shape
+    partial = torch.empty(shape, dtype=torch.float32, device=qkv.device)
     if problem.is_whole:
-        _backward_whole[(groups * num_heads,)](
-            *inputs, grad_out, grad_qkv, partial, *problem.arguments, **problem.launch(name), BINS=BINS
-        )
+        _backward_whole[problem.sums_grid](*inputs, grad_out, grad_qkv, partial, *problem.arguments, **problem.sums)
     else:
         delta = torch.empty_like(lse)
-        programs, launch = (problem.items * problem.tiles * num_heads,), problem.launch("tiles")
-        _backward_query[programs](*inputs, out, lse, grad_out, delta, grad_qkv, *problem.arguments, **launch)
-        _backward_key[programs](*inputs, lse, grad_out, delta, grad_qkv, *problem.arguments, **launch)
+        _backward_query[problem.grid](
+            *inputs, out, lse, grad_out, delta, grad_qkv, *problem.arguments, **problem.forward
+        )
+        _backward_key[problem.grid](*inputs, lse, grad_out, delta, grad_qkv, *problem.arguments, **problem.forward)
         if rel_pos_bias is not None:
-            _backward_bias[(groups * owners * num_heads,)](
-                *inputs, lse, grad_out, delta, partial, *problem.arguments, **problem.launch(name), BINS=BINS
+            _backward_bias[problem.sums_grid](
+                *inputs, lse, grad_out, delta, partial, *problem.arguments, **problem.sums
             )
     return grad_qkv, partial if rel_pos_bias is None else partial.sum(0).to(rel_pos_bias.dtype)
 
