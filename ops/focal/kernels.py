@@ -78,11 +78,11 @@ def _strip(width, channels, rows, height, COLS: tl.constexpr, CHANNELS: tl.const
 
 
 @triton.jit
-def _taps(weights, channels, c, exist, KERNEL: tl.constexpr, TURNED: tl.constexpr):
-    """A kernel's taps in order, or turned around."""
+def _taps(weights, first, channels, c, exist, KERNEL: tl.constexpr, TURNED: tl.constexpr):
+    """A kernel's taps in order, or turned around; row `first` of the packed weights is where it begins."""
     taps = ()
     for i in tl.static_range(KERNEL * KERNEL):
-        at = weights + (KERNEL * KERNEL - 1 - i if TURNED else i) * channels
+        at = weights + (first + (KERNEL * KERNEL - 1 - i if TURNED else i)) * channels
         taps = taps + (tl.load(at + c, mask=exist, other=0.0).to(tl.float32),)
     return taps
 
@@ -146,9 +146,9 @@ def _write_level(
     return total
 
 
-@triton.jit(do_not_specialize=["height", "width", "rows"])
+@triton.jit(do_not_specialize=["first", "height", "width", "rows"])
 def _level(
-    x, weights, level, context, partial, height, width, channels, rows, stride_b, stride_h, stride_w,
+    x, weights, level, context, partial, first, height, width, channels, rows, stride_b, stride_h, stride_w,
     KERNEL: tl.constexpr, IS_LAST: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     left, top, bottom, c, exist, tile = _strip(width, channels, rows, height, COLS, CHANNELS)
@@ -156,7 +156,7 @@ def _level(
     x += image * stride_b + c
     level += image * height * width * channels + c
     context += image * height * width * channels + c
-    taps = _taps(weights, channels, c, exist, KERNEL, False)
+    taps = _taps(weights, first, channels, c, exist, KERNEL, False)
     sums = _zeros(KERNEL * COLS, CHANNELS)
     blank = _zeros(COLS, CHANNELS)
     total = tl.zeros((CHANNELS,), tl.float32)
@@ -268,9 +268,9 @@ def _write_gradients(
         tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["batch", "height", "width", "rows"])
+@triton.jit(do_not_specialize=["first", "batch", "height", "width", "rows"])
 def _backward_level(
-    grad_level, weights, z, grad_out, gates, grad_x, grad_gates, batch, height, width, channels, rows, factor,
+    grad_level, weights, z, grad_out, gates, grad_x, grad_gates, first, batch, height, width, channels, rows, factor,
     gate_stride_b, gate_stride_h, gate_stride_w,
     LEVEL: tl.constexpr, LEVELS: tl.constexpr, KERNEL: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr,
     INDEX: tl.constexpr,
@@ -286,7 +286,7 @@ def _backward_level(
     block = tl.program_id(0) % tl.cdiv(channels, CHANNELS)
     grad_gates += (block * batch + image) * height * width * (LEVELS + 1)
     # Gradients come from the other side: the kernel is turned around.
-    taps = _taps(weights, channels, c, exist, KERNEL, True)
+    taps = _taps(weights, first, channels, c, exist, KERNEL, True)
     sums = _zeros(KERNEL * COLS, CHANNELS)
     blank = _zeros(COLS, CHANNELS)
     REACH: tl.constexpr = KERNEL // 2
@@ -331,17 +331,17 @@ def _correlate(sums, window, row, KERNEL: tl.constexpr, COLS: tl.constexpr):
     return new
 
 
-@triton.jit(do_not_specialize=["batch", "images", "height", "width", "rows", "taps"])
+@triton.jit(do_not_specialize=["first", "batch", "images", "height", "width", "rows", "taps"])
 def _backward_weight(
-    grad_level, x, partial, batch, images, height, width, channels, rows, taps, stride_b, stride_h, stride_w,
+    grad_level, x, partial, first, batch, images, height, width, channels, rows, taps, stride_b, stride_h, stride_w,
     IS_FIRST: tl.constexpr, KERNEL: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     left, top, bottom, c, exist, tile = _strip(width, channels, rows, height, COLS, CHANNELS)
     REACH: tl.constexpr = KERNEL // 2
     sums = _zeros(KERNEL * KERNEL, CHANNELS)
     start = tl.maximum(top - REACH, 0)
-    first = tl.program_id(1) * images
-    for number in range(first, tl.minimum(first + images, batch)):
+    begin = tl.program_id(1) * images
+    for number in range(begin, tl.minimum(begin + images, batch)):
         image = tl.cast(number, tl.int64)
         source = x + image * stride_b + c
         grad = grad_level + image * height * width * channels + c
@@ -356,7 +356,7 @@ def _backward_weight(
             row = _row(from_row, left - REACH, width, channels, exist, COLS + KERNEL - 1, INDEX)
             sums = _correlate(sums, window, row, KERNEL, COLS)
     tiles = tl.num_programs(0) // tl.cdiv(channels, CHANNELS)
-    partial += (tl.program_id(1).to(tl.int64) * tiles + tile) * taps * channels + c
+    partial += ((tl.program_id(1).to(tl.int64) * tiles + tile) * taps + first) * channels + c
     for i in tl.static_range(KERNEL * KERNEL):
         tl.store(partial + i * channels, sums[i], mask=exist)
 
@@ -386,9 +386,10 @@ def _columns(size: int, is_backward: bool) -> int:
 
 
 class _Strips(NamedTuple):
-    """Tiles of an image, rows of one, images of a program, and the constants of a launch."""
+    """Tiles of an image, programs for them, rows of a tile, images of a program, and the constants of a launch."""
 
     tiles: int
+    programs: int
     rows: int
     images: int
     constants: dict
@@ -399,17 +400,18 @@ class _Problem:
 
     def __init__(self, shape, strides, gate_strides, sizes, normalize):
         self.batch, self.height, self.width, self.channels = shape
-        self.levels = len(sizes)
-        self.factor = 1.0 / (self.levels + 1) if normalize else 1.0
+        self.strides, self.gate_strides = strides[:3], gate_strides[:3]
+        self.dense = (self.height * self.width * self.channels, self.width * self.channels, self.channels)
+        levels = len(sizes)
+        self.factor = 1.0 / (levels + 1) if normalize else 1.0
         # Where each level's kernel begins among the rows of the packed weights, and their number.
-        self.starts = [sum(size * size for size in sizes[:level]) for level in range(len(sizes) + 1)]
+        *self.starts, self.taps = [sum(size * size for size in sizes[:level]) for level in range(levels + 1)]
         self.blocks = triton.cdiv(self.channels, CHANNELS)
         # 32-bit offsets within an image halve the registers of addresses; images themselves are 64 bits apart.
-        dense = (self.width * self.channels, self.channels, 1)
-        sides = self.height, self.width, max(self.channels, self.levels + 1)
+        sides = self.height, self.width, max(self.channels, levels + 1)
         extent = max(
             sum(side * stride for side, stride in zip(sides, each, strict=True))
-            for each in (strides[1:], gate_strides[1:], dense)
+            for each in (strides[1:], gate_strides[1:], (*self.dense[1:], 1))
         )
         self.index = tl.int32 if extent < 2**30 else tl.int64
         across = max(1, POINTWISE.elements // CHANNELS)
@@ -417,28 +419,34 @@ class _Problem:
         self.tiles = triton.cdiv(self.positions, across)
         self.grid = self.tiles * self.blocks, self.batch
         self.pointwise = {
-            "LEVELS": self.levels, "POSITIONS": across, "CHANNELS": CHANNELS, "INDEX": self.index,
+            "LEVELS": levels, "POSITIONS": across, "CHANNELS": CHANNELS, "INDEX": self.index,
             "num_warps": POINTWISE.warps,
         }  # fmt: skip
-        self.level = [self._strips(size, _columns(size, False)) for size in sizes]
-        self.backward_level = [self._strips(size, _columns(size, True)) for size in sizes]
-        # One table of partial sums for all levels: the same strips for all.
-        self.weight = self._strips(max(sizes), min(4, _columns(max(sizes), True)))
+        largest, cols = max(sizes), min(4, _columns(max(sizes), True))
+        self.level, self.backward_level, self.backward_weight = [], [], []
+        for level, size in enumerate(sizes):
+            flags = {"KERNEL": size, "IS_LAST": level == levels - 1}
+            self.level.append(self._strips(size, _columns(size, False), flags))
+            flags = {"KERNEL": size, "LEVEL": level, "LEVELS": levels}
+            self.backward_level.append(self._strips(size, _columns(size, True), flags))
+            # One table of partial sums for all levels: the same strips for all.
+            flags = {"KERNEL": size, "IS_FIRST": level == 0}
+            self.backward_weight.append(self._strips(largest, cols, flags))
 
-    def _strips(self, size: int, cols: int) -> _Strips:
+    def _strips(self, size: int, cols: int, flags: dict) -> _Strips:
         strips = triton.cdiv(self.width, cols)
         programs = max(1, strips * self.blocks * self.batch)
         pieces = max(1, min(triton.cdiv(PROGRAMS, programs), self.height // ROWS))
         rows = max(1, triton.cdiv(self.height, pieces))
         pieces = triton.cdiv(self.height, rows)
         images = max(1, programs * pieces // WEIGHT_PROGRAMS)
-        constants = {"COLS": cols, "CHANNELS": CHANNELS, "INDEX": self.index, "num_warps": 1, "num_stages": 1}
+        constants = {"COLS": cols, "CHANNELS": CHANNELS, "INDEX": self.index, "num_warps": 1, "num_stages": 1, **flags}
         if 3 < size <= 7:
             constants["maxnreg"] = REGISTERS
-        return _Strips(strips * pieces, rows, images, constants)
+        return _Strips(strips * pieces, strips * pieces * self.blocks, rows, images, constants)
 
 
-_problem = lru_cache(_Problem)
+_problem = lru_cache(maxsize=1024)(_Problem)
 
 
 def _dense(t: Tensor) -> Tensor:
@@ -455,24 +463,23 @@ def _focal_modulation(
     context, gates, weights = _dense(context), _dense(gates), weights.contiguous()
     plan = _plan(context, gates, sizes, normalize)
     batch, height, width, channels = context.shape
-    levels = context.new_empty((plan.levels, *context.shape))
     out = context.new_empty(context.shape)
+    levels = context.new_empty((len(sizes), *context.shape))
     # Sums over the last level; no other writes any.
-    partial = context.new_empty((batch, plan.level[-1].tiles, channels), dtype=torch.float32)
-    x = context
-    for level, (size, strips) in enumerate(zip(sizes, plan.level, strict=True)):
-        is_last = level == plan.levels - 1
+    partial = torch.empty((batch, plan.level[-1].tiles, channels), dtype=torch.float32, device=context.device)
+    x, strides = context, plan.strides
+    for i, (strips, first, level) in enumerate(zip(plan.level, plan.starts, levels.unbind(), strict=True)):
         # The output's memory is free until the end, and the last level writes no context.
-        target = out if level % 2 == 0 or is_last else torch.empty_like(out)
-        _level[(strips.tiles * plan.blocks, batch)](
-            x, weights[plan.starts[level] :], levels[level], target, partial, height, width, channels, strips.rows,
-            *x.stride()[:3], **strips.constants, KERNEL=size, IS_LAST=is_last,
+        target = out if i % 2 == 0 or strips.constants["IS_LAST"] else torch.empty_like(out)
+        _level[strips.programs, batch](
+            x, weights, level, target, partial, first, height, width, channels, strips.rows, *strides,
+            **strips.constants,
         )  # fmt: skip
-        x = target
+        x, strides = target, plan.dense
     total = partial.sum(1)
     _combine[plan.grid](
-        levels, gates, total, out, plan.positions, width, channels, plan.factor, levels.stride(0),
-        *gates.stride()[:3], **plan.pointwise,
+        levels, gates, total, out, plan.positions, width, channels, plan.factor, batch * plan.dense[0],
+        *plan.gate_strides, **plan.pointwise,
     )  # fmt: skip
     return out, levels, total
 
@@ -484,32 +491,31 @@ def _focal_modulation_backward(
     context, gates, weights, grad_out = _dense(context), _dense(gates), weights.contiguous(), grad_out.contiguous()
     plan = _plan(context, gates, sizes, normalize)
     batch, height, width, channels = context.shape
-    gate_strides = gates.stride()[:3]
+    inputs = context, *levels.unbind()
 
     partial = total.new_empty((batch, plan.tiles, channels))
     _backward_mean[plan.grid](
-        grad_out, gates, partial, plan.positions, width, channels, plan.factor, *gate_strides, **plan.pointwise
+        grad_out, gates, partial, plan.positions, width, channels, plan.factor, *plan.gate_strides, **plan.pointwise
     )
     grad_gates = total.new_empty((plan.blocks, *gates.shape))
     grad_level, spare = torch.empty_like(out), torch.empty_like(out)
     _backward_last[plan.grid](
-        grad_out, gates, levels[-1], total, partial.sum(1), grad_level, grad_gates, batch, plan.positions, width,
-        channels, plan.factor, *gate_strides, **plan.pointwise,
+        grad_out, gates, inputs[-1], total, partial.sum(1), grad_level, grad_gates, batch, plan.positions, width,
+        channels, plan.factor, *plan.gate_strides, **plan.pointwise,
     )  # fmt: skip
 
-    weight, taps = plan.weight, plan.starts[-1]
-    groups = triton.cdiv(batch, weight.images)
-    partial = total.new_empty((groups * weight.tiles, taps, channels))
-    for level in reversed(range(plan.levels)):
-        x, start, strips = levels[level - 1] if level else context, plan.starts[level], plan.backward_level[level]
-        _backward_weight[(weight.tiles * plan.blocks, groups)](
-            grad_level, x, partial[:, start:], batch, weight.images, height, width, channels, weight.rows, taps,
-            *x.stride()[:3], **weight.constants, IS_FIRST=level == 0, KERNEL=sizes[level],
+    groups = triton.cdiv(batch, plan.backward_weight[0].images)
+    partial = total.new_empty((groups * plan.backward_weight[0].tiles, plan.taps, channels))
+    for level in reversed(range(len(sizes))):
+        x, first, strips = inputs[level], plan.starts[level], plan.backward_weight[level]
+        _backward_weight[strips.programs, groups](
+            grad_level, x, partial, first, batch, strips.images, height, width, channels, strips.rows, plan.taps,
+            *(plan.dense if level else plan.strides), **strips.constants,
         )  # fmt: skip
-        _backward_level[(strips.tiles * plan.blocks, batch)](
-            grad_level, weights[start:], x, grad_out, gates, spare, grad_gates, batch, height, width, channels,
-            strips.rows, plan.factor, *gate_strides, **strips.constants, LEVEL=level, LEVELS=plan.levels,
-            KERNEL=sizes[level],
+        strips = plan.backward_level[level]
+        _backward_level[strips.programs, batch](
+            grad_level, weights, x, grad_out, gates, spare, grad_gates, first, batch, height, width, channels,
+            strips.rows, plan.factor, *plan.gate_strides, **strips.constants,
         )  # fmt: skip
         grad_level, spare = spare, grad_level
     return grad_level, grad_gates.sum(0).to(gates.dtype), partial.sum(0).to(weights.dtype)
