@@ -20,6 +20,8 @@ Scores are in base 2, scaled by log2(e). `begin` is where the level's normaliser
 the first key of the coarser level.
 """
 
+import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -486,9 +488,9 @@ class _Map(NamedTuple):
     first: int
 
 
-def _maps(query: Tensor, levels: int) -> tuple[list[_Map], int]:
+def _maps(shape: torch.Size, levels: int) -> tuple[list[_Map], int]:
     """Return the levels, the finest first, and how many keys there are at all levels but the finest."""
-    batch, height, width, heads, _ = query.shape
+    batch, height, width, heads, _ = shape
     maps, first = [], 0
     for level in range(levels):
         maps.append(_Map(height, width, first))
@@ -498,145 +500,160 @@ def _maps(query: Tensor, levels: int) -> tuple[list[_Map], int]:
     return maps, first
 
 
-def _strides(x: Tensor) -> tuple[int, ...]:
-    return x.stride()[:4]
-
-
 class _Problem:
-    """What the launches of one call share."""
+    """How the kernels are launched at each level, the finest first; the same for all calls alike.
 
-    def __init__(self, query: Tensor, key: Tensor, values: tuple[Tensor | None, ...], topk: int, scale: float):
-        self.values = [_dense(v) for v in values if v is not None]
-        self.levels = len(self.values)
-        self.queries, self.keys = [_dense(query)], [_dense(key)]
-        self.batch, _, _, self.heads, self.dim = query.shape
-        self.topk, self.scale = topk, scale
-        self.maps, self.coarse_keys = _maps(query, self.levels)
-        inputs = (self.queries[0], self.keys[0], *self.values)
-        tf32 = query.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32
-        self.dims = {"DIM": self.dim, "BLOCK_DIM": max(16, triton.next_power_of_2(self.dim))}
-        # 32-bit offsets within an image halve the registers of addresses; images themselves are 64 bits apart.
-        self.index = {"INDEX": tl.int32 if max(map(_extent, inputs)) < 2**31 else tl.int64}
+    `strides` are those of the query, of the key and of the values of each level.
+    """
+
+    def __init__(self, shape, strides, itemsize: int, topk: int, scale: float, tf32: bool):
+        self.batch, _, _, self.heads, dim = shape
+        self.topk, self.scale, self.itemsize = topk, scale, itemsize
+        last = len(strides) - 3
+        self.maps, self.coarse_keys = _maps(shape, last + 1)
+        self.shapes = [(self.batch, m.height, m.width, self.heads, dim) for m in self.maps]
+        extents = [
+            max(sum((n - 1) * s for n, s in zip(map_shape[1:], stride[1:], strict=True)), math.prod(map_shape[1:]))
+            for map_shape, stride in zip((shape, shape, *self.shapes), strides, strict=True)
+        ]
+        self.constants = {
+            "DIM": dim,
+            "BLOCK_DIM": max(16, triton.next_power_of_2(dim)),
+            # 32-bit offsets within an image halve the registers of addresses; images themselves are 64 bits apart.
+            "INDEX": tl.int32 if max(extents) < 2**31 else tl.int64,
+        }
         # Keys are chosen by scores of full precision, whatever the rest may be.
         self.precision = {"PRECISION": "tf32" if tf32 else "ieee", "SCORES": "tf32x3" if tf32 else "ieee"}
-        candidates = triton.next_power_of_2(4 * topk)
-        self.family = {"TOPK": topk, "CANDIDATES": candidates}
+        self.family = {"TOPK": topk, "CANDIDATES": triton.next_power_of_2(4 * topk)}
 
-    def launch(self, kernel: str, level: int) -> _Launch:
+        # Queries and keys of the coarser levels are dense.
+        dense = [(h * w * n * d, w * n * d, n * d, d) for _, h, w, n, d in self.shapes]
+        inputs = [stride[:4] for stride in strides]
+        self.queries, self.keys = [inputs[0], *dense[1:]], [inputs[1], *dense[1:]]
+        self.arguments = [self._arguments(level, inputs[2 + level]) for level in range(last + 1)]
+        self.coarsen = [self._coarsen(level) for level in range(last)]
+        self.keep = [self._keep(level) for level in range(last + 1)]
+        self.forward = [self._children("children_forward", level, KEEP=level > 0) for level in range(last)]
+        self.forward.append(self._all("all_forward", last, KEEP=last > 0))
+        self.backward_query = [self._children("children_backward_query", level) for level in range(last)]
+        self.backward_query.append(self._all("all_backward_query", last))
+        self.backward_key = [self._quads("children_backward_key", level) for level in range(last)]
+        self.backward_key.append(self._all("all_backward_key", last))
+
+    def _launch(self, kernel: str, level: int) -> _Launch:
         """Return a kernel's settings at a level."""
-        return LAUNCH[kernel][self.queries[level].itemsize == 4]
+        return LAUNCH[kernel][(4 if level else self.itemsize) == 4]
 
-    def buffers(self) -> list[Tensor]:
-        """Return an empty map for each level but the finest."""
-        return [self.queries[0].new_empty(self.shape(i), dtype=torch.float32) for i in range(1, self.levels)]
-
-    def shape(self, level: int) -> tuple[int, ...]:
-        """Return the shape of a level's maps."""
-        return self.batch, self.maps[level].height, self.maps[level].width, self.heads, self.dim
-
-    def coarsen(self, grad: Tensor | None = None) -> list[Tensor]:
-        """Make the queries and keys of the coarser levels, and return the gradients of the outputs of all levels."""
-        self.queries += self.buffers()
-        self.keys += self.buffers()
-        grads = [grad, *(self.buffers() if grad is not None else [None] * (self.levels - 1))]
-        for level in range(1, self.levels):
-            height, width, _ = self.maps[level - 1]
-            launch = self.launch("coarsen", level - 1)
-            tiles = triton.cdiv(self.maps[level].height * self.maps[level].width, launch.block)
-            q, k = self.queries[level - 1], self.keys[level - 1]
-            _coarsen[(tiles * self.heads, self.batch)](
-                q, k, q if grad is None else grads[level - 1],
-                self.queries[level], self.keys[level], q if grad is None else grads[level],
-                height, width, self.heads, *_strides(q), *_strides(k), **self.dims, **self.index,
-                BLOCK=launch.block, GRAD=grad is not None, num_warps=launch.warps,
-            )  # fmt: skip
-        return grads
-
-    def options(self, level: int) -> tuple:
+    def _arguments(self, level: int, value_strides: tuple) -> tuple:
         """Return the arguments that follow a level's tensors."""
         height, width, first = self.maps[level]
         # Normalisers of the finest level come last, so that those of others lie where the numbers of their keys say.
         first = (first if level else self.coarse_keys,)
-        if level + 1 < self.levels:
+        if level + 1 < len(self.maps):
             first += (self.maps[level + 1].first,)
-        strides = (s for t in (self.queries[level], self.keys[level], self.values[level]) for s in _strides(t))
-        return *first, height, width, self.heads, self.scale, *strides
+        return *first, height, width, self.heads, self.scale, *self.queries[level], *self.keys[level], *value_strides
 
-    def all(self, kernel: str, level: int) -> tuple[tuple[int, int], dict]:
-        """Return the grid and the constants of a kernel over all pairs."""
-        launch, (height, width, _) = self.launch(kernel, level), self.maps[level]
-        # Less at once where the map is small, the head wide or the dtype is.
-        most = 16384 // (self.dims["BLOCK_DIM"] * self.queries[level].itemsize)
-        chunk = max(16, min(launch.chunk, most, triton.next_power_of_2(height * width)))
-        grid = (triton.cdiv(height * width, launch.block) * self.heads, self.batch)
-        return grid, {
-            **self.dims, **self.index, **self.precision, "BLOCK": launch.block, "CHUNK": chunk,
-            "num_warps": launch.warps, "num_stages": launch.stages,
-        }  # fmt: skip
+    def _coarsen(self, level: int) -> tuple[tuple[int, int], tuple, dict]:
+        """Return the grid, the arguments and the constants of the kernel that makes the level above."""
+        launch, (height, width, _) = self._launch("coarsen", level), self.maps[level]
+        tiles = triton.cdiv(self.maps[level + 1].height * self.maps[level + 1].width, launch.block)
+        arguments = height, width, self.heads, *self.queries[level], *self.keys[level]
+        constants = {**self.constants, "BLOCK": launch.block, "num_warps": launch.warps}
+        return (tiles * self.heads, self.batch), arguments, constants
 
-    def children(self, kernel: str, level: int) -> tuple[tuple[int, int], dict]:
-        """Return the grid and the constants of a kernel over the parents of a level's queries."""
-        launch, (height, width, _) = self.launch(kernel, level), self.maps[level + 1]
-        parents = min(4, max(1, launch.chunk // self.family["CANDIDATES"]))
-        tile_h, tile_w = {1: (1, 1), 2: (1, 2), 4: (2, 2)}[parents]
-        tiles = triton.cdiv(height, tile_h) * triton.cdiv(width, tile_w)
-        return (tiles * self.heads, self.batch), {
-            **self.dims, **self.index, **self.precision, **self.family, "TILE_H": tile_h, "TILE_W": tile_w,
-            "num_warps": launch.warps, "num_stages": launch.stages,
-        }  # fmt: skip
-
-    def keep(self, level: int, scores: Tensor, kept: Tensor) -> None:
-        """Write what the queries of a level keep, by their scores (queries, candidates), into its part of `kept`."""
-        queries, count = scores.shape
-        coarsest = level == self.levels - 1
+    def _keep(self, level: int) -> tuple[tuple[int], tuple, dict]:
+        """Return the grid, the arguments and the constants of the kernel that chooses what queries keep."""
         height, width, first = self.maps[level]
+        coarsest = level == len(self.maps) - 1
+        queries, count = self.batch * self.heads * height * width, height * width if coarsest else 4 * self.topk
         # A map of fewer keys than are kept is filled up with what lies outside.
         block = triton.next_power_of_2(max(count, self.topk))
         rows = max(1, KEEP_TILE // block)
         first_coarser = first if coarsest else self.maps[level + 1].first
-        _keep[(triton.cdiv(queries, rows),)](
-            scores, kept, height, width, first, first_coarser, self.coarse_keys, count, queries,
-            TOPK=self.topk, BLOCK=block, ROWS=rows, COARSEST=coarsest, num_warps=4,
-        )  # fmt: skip
+        constants = {"TOPK": self.topk, "BLOCK": block, "ROWS": rows, "COARSEST": coarsest, "num_warps": 4}
+        arguments = height, width, first, first_coarser, self.coarse_keys, count, queries
+        return (triton.cdiv(queries, rows),), arguments, constants
+
+    def _all(self, kernel: str, level: int, **flags) -> tuple[tuple[int, int], dict]:
+        """Return the grid and the constants of a kernel over all pairs."""
+        launch, (height, width, _) = self._launch(kernel, level), self.maps[level]
+        # Less at once where the map is small, the head wide or the dtype is.
+        most = 16384 // (self.constants["BLOCK_DIM"] * (4 if level else self.itemsize))
+        chunk = max(16, min(launch.chunk, most, triton.next_power_of_2(height * width)))
+        return (triton.cdiv(height * width, launch.block) * self.heads, self.batch), {
+            **self.constants, **self.precision, "BLOCK": launch.block, "CHUNK": chunk,
+            "num_warps": launch.warps, "num_stages": launch.stages, **flags,
+        }  # fmt: skip
+
+    def _children(self, kernel: str, level: int, **flags) -> tuple[tuple[int, int], dict]:
+        """Return the grid and the constants of a kernel over the parents of a level's queries."""
+        launch, (height, width, _) = self._launch(kernel, level), self.maps[level + 1]
+        parents = min(4, max(1, launch.chunk // self.family["CANDIDATES"]))
+        tile_h, tile_w = {1: (1, 1), 2: (1, 2), 4: (2, 2)}[parents]
+        tiles = triton.cdiv(height, tile_h) * triton.cdiv(width, tile_w)
+        return (tiles * self.heads, self.batch), {
+            **self.constants, **self.precision, **self.family, "TILE_H": tile_h, "TILE_W": tile_w,
+            "num_warps": launch.warps, "num_stages": launch.stages, **flags,
+        }  # fmt: skip
+
+    def _quads(self, kernel: str, level: int) -> tuple[tuple[int, int], dict]:
+        """Return the grid and the constants of a kernel over the keys above a level's."""
+        launch, (height, width, _) = self._launch(kernel, level), self.maps[level + 1]
+        return (height * width * self.heads, self.batch), {
+            **self.constants, **self.precision, "TOPK": self.topk, "PARENTS": launch.chunk,
+            "num_warps": launch.warps, "num_stages": launch.stages,
+        }  # fmt: skip
+
+
+_problem = lru_cache(maxsize=1024)(_Problem)
 
 
 def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _extent(x: Tensor) -> int:
-    """Return the largest offset within an image."""
-    return max(sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True)), x.shape[1:].numel())
+def _prepare(query, key, values, topk: int, scale: float) -> tuple[_Problem, list[Tensor], list[Tensor], list[Tensor]]:
+    """Return how the kernels are launched; queries, keys and values of all levels, of the coarser ones yet to fill."""
+    query, key, *values = (_dense(x) for x in (query, key, *values) if x is not None)
+    tf32 = query.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32
+    strides = tuple(x.stride() for x in (query, key, *values))
+    problem = _problem(query.shape, strides, query.itemsize, topk, scale, tf32)
+    return problem, [query, *_maps_above(problem, query)], [key, *_maps_above(problem, query)], values
+
+
+def _maps_above(problem: _Problem, x: Tensor) -> list[Tensor]:
+    """Return an empty map for each level but the finest."""
+    return [torch.empty(shape, dtype=torch.float32, device=x.device) for shape in problem.shapes[1:]]
 
 
 def _quadtree(
     query: Tensor, key: Tensor, value: Tensor, value1: Tensor | None, value2: Tensor | None, value3: Tensor | None,
     topk: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    problem = _Problem(query, key, (value, value1, value2, value3), topk, scale)
-    problem.coarsen()
+    problem, queries, keys, values = _prepare(query, key, (value, value1, value2, value3), topk, scale)
+    for level, (grid, arguments, constants) in enumerate(problem.coarsen):
+        q, k = queries[level], keys[level]
+        # Without gradients there is nothing to read or write, but the kernel needs pointers.
+        _coarsen[grid](q, k, q, queries[level + 1], keys[level + 1], q, *arguments, **constants, GRAD=False)
     out, lse, kept = _fake(query, key, value, value1, value2, value3, topk, scale)
     coarser = None
-    for level in reversed(range(problem.levels)):
-        height, width, _ = problem.maps[level]
-        queries = query.shape[0] * problem.heads * height * width
-        coarsest = level == problem.levels - 1
-        result = out if level == 0 else query.new_empty(problem.shape(level), dtype=torch.float32)
-        count = height * width if coarsest else 4 * topk
-        scores = lse if level == 0 else query.new_empty(queries, count, dtype=torch.float32)
-        tensors = problem.queries[level], problem.keys[level], problem.values[level]
-        if coarsest:
-            grid, constants = problem.all("all_forward", level)
-            _all_forward[grid](
-                *tensors, result, lse, scores, *problem.options(level), **constants, KEEP=level > 0
-            )
+    for level in reversed(range(len(values))):
+        result, scores = out, lse
+        if level:
+            _, (*_, count, number), _ = problem.keep[level]
+            result = torch.empty(problem.shapes[level], dtype=torch.float32, device=query.device)
+            scores = torch.empty((number, count), dtype=torch.float32, device=query.device)
+        grid, constants = problem.forward[level]
+        inputs = queries[level], keys[level], values[level]
+        if coarser is None:
+            _all_forward[grid](*inputs, result, lse, scores, *problem.arguments[level], **constants)
         else:
-            grid, constants = problem.children("children_forward", level)
             _children_forward[grid](
-                *tensors, kept, coarser, result, lse, scores, *problem.options(level), **constants, KEEP=level > 0
+                *inputs, kept, coarser, result, lse, scores, *problem.arguments[level], **constants
             )
         if level:
-            problem.keep(level, scores, kept)
+            grid, arguments, constants = problem.keep[level]
+            _keep[grid](scores, kept, *arguments, **constants)
         coarser = result
     return out, lse, kept
 
@@ -645,47 +662,48 @@ def _quadtree_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, value1: Tensor | None, value2: Tensor | None,
     value3: Tensor | None, out: Tensor, lse: Tensor, kept: Tensor, topk: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    problem = _Problem(query, key, (value, value1, value2, value3), topk, scale)
-    grads = problem.coarsen(grad_out.contiguous())
+    problem, queries, keys, values = _prepare(query, key, (value, value1, value2, value3), topk, scale)
+    levels = len(values)
+    # The gradients of the outputs of all levels.
+    grads = [grad_out.contiguous(), *_maps_above(problem, query)]
+    for level, (grid, arguments, constants) in enumerate(problem.coarsen):
+        fine, coarse = ((queries[i], keys[i], grads[i]) for i in (level, level + 1))
+        _coarsen[grid](*fine, *coarse, *arguments, **constants, GRAD=True)
     delta = torch.empty_like(lse)
-    levels = problem.levels
     order = starts = kept
     if levels > 1:
         # For each key, where it stands in `kept`.
         numbers, order = kept.sort(stable=True)
-        keys = torch.arange(problem.coarse_keys + 1, device=kept.device, dtype=torch.int32)
-        starts = torch.searchsorted(numbers, keys, out_int32=True)
-        del numbers, keys
-    grad_values = [torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in problem.values]
+        numbers_of_keys = torch.arange(problem.coarse_keys + 1, device=kept.device, dtype=torch.int32)
+        starts = torch.searchsorted(numbers, numbers_of_keys, out_int32=True)
+        del numbers, numbers_of_keys
+    grad_values = [torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in values]
     above_q = above_k = None
     for level in reversed(range(levels)):
-        dtype = problem.queries[level].dtype
-        grad_q, grad_k = (query.new_empty(problem.shape(level), dtype=dtype) for _ in range(2))
-        tensors = problem.queries[level], problem.keys[level], problem.values[level]
+        inputs = queries[level], keys[level], values[level]
+        grad_q, grad_k = (x.new_empty(problem.shapes[level]) for x in inputs[:2])
         saved = lse, grads[level], delta
-        options = problem.options(level)
+        arguments = problem.arguments[level]
+        (query_grid, query_constants), (key_grid, key_constants) = (
+            problem.backward_query[level], problem.backward_key[level]
+        )
         if level == levels - 1:
-            grid, constants = problem.all("all_backward_query", level)
-            _all_backward_query[grid](*tensors, *saved, grad_q, *options, **constants)
-            grid, constants = problem.all("all_backward_key", level)
-            _all_backward_key[grid](*tensors, *saved, grad_k, grad_values[level], *options, **constants)
+            _all_backward_query[query_grid](*inputs, *saved, grad_q, *arguments, **query_constants)
+            _all_backward_key[key_grid](*inputs, *saved, grad_k, grad_values[level], *arguments, **key_constants)
         else:
-            above = problem.maps[level + 1]
-            grid, constants = problem.children("children_backward_query", level)
-            _children_backward_query[grid](*tensors, kept, *saved, above_q, grad_q, *options, **constants)
-            launch = problem.launch("children_backward_key", level)
-            _children_backward_key[(above.height * above.width * problem.heads, problem.batch)](
-                *tensors, starts, order, *saved, above_k, grad_k, grad_values[level], *options,
-                **problem.dims, **problem.index, **problem.precision, TOPK=topk, PARENTS=launch.chunk,
-                num_warps=launch.warps, num_stages=launch.stages,
-            )  # fmt: skip
+            _children_backward_query[query_grid](
+                *inputs, kept, *saved, above_q, grad_q, *arguments, **query_constants
+            )
+            _children_backward_key[key_grid](
+                *inputs, starts, order, *saved, above_k, grad_k, grad_values[level], *arguments, **key_constants
+            )
         above_q, above_k = grad_q, grad_k
     return grad_q, grad_k, *grad_values, *(query.new_empty(0) for _ in range(4 - levels))
 
 
 def _fake(query, key, value, value1, value2, value3, topk, scale):
     batch, height, width, heads, _ = query.shape
-    coarse_keys = _maps(query, 1 + sum(v is not None for v in (value1, value2, value3)))[1]
+    coarse_keys = _maps(query.shape, 1 + sum(v is not None for v in (value1, value2, value3)))[1]
     out = query.new_empty(query.shape)
     lse = query.new_empty(coarse_keys + batch * heads * height * width, dtype=torch.float32)
     return out, lse, query.new_empty(coarse_keys * topk, dtype=torch.int32)
