@@ -6,7 +6,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-
 _library = torch.library.Library("densezoo", "FRAGMENT")
 
 

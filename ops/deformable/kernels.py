@@ -12,6 +12,7 @@ most that a share can be, and 2^bits are more shares than a position can get. Wi
 points that is 2^-44 of the bound, where float32 resolves 2^-24 of each share. A gradient without a finite bound is NaN.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -160,39 +161,53 @@ LAUNCH = {"forward": _Launch(1024, 4), "backward": _Launch(1024, 4), "convert": 
 
 
 class _Problem:
-    """What the launches of one call share."""
+    """How the kernels are launched; the same for all calls alike."""
 
-    def __init__(self, value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor):
-        value = value if value.stride(-1) == 1 else value.contiguous()
-        self.tensors = value, shapes.contiguous(), starts.contiguous(), locations.contiguous(), weights.contiguous()
-        self.batch, keys, self.heads, dim = value.shape
-        _, self.queries, _, levels, points, _ = locations.shape
-        self.sizes = keys, self.queries, self.heads
-        self.strides = value.stride()[:3]
+    def __init__(self, shape, strides, locations_shape):
+        batch, keys, heads, dim = shape
+        _, queries, _, levels, points, _ = locations_shape
+        self.arguments = keys, queries, heads
+        self.strides = strides[:3]
+        # A position gets no more than one share a point.
+        self.steps = 2.0 ** (62 - (queries * levels * points).bit_length())
+        block_dim = triton.next_power_of_2(dim)
         # Of the values and of the sums of their gradient, within an image.
-        extent = max(keys * self.heads * dim, keys * value.stride(1))
+        extent = max(keys * heads * dim, keys * strides[1])
         self.constants = {
-            "LEVELS": levels, "POINTS": points, "DIM": dim, "BLOCK_DIM": triton.next_power_of_2(dim),
-            "INDEX": tl.int32 if extent < 2**31 else tl.int64,
+            "LEVELS": levels, "POINTS": points, "DIM": dim, "BLOCK_DIM": block_dim,
+            "INDEX": tl.int32 if extent < 2**31 else tl.int64, "num_stages": 1,
         }  # fmt: skip
+        self.forward, self.backward = self._tiling("forward", batch), self._tiling("backward", batch)
+        launch, self.count = LAUNCH["convert"], batch * keys * heads * dim
+        self.convert = (triton.cdiv(self.count, launch.block),), {"BLOCK": launch.block, "num_warps": launch.warps}
 
-    def launch(self, kernel: str) -> tuple[tuple[int, int], dict]:
+    def _tiling(self, kernel: str, batch: int) -> tuple[tuple[int, int], dict]:
         """Return the grid and the constants of a kernel."""
-        launch = LAUNCH[kernel]
+        launch, (_, queries, heads) = LAUNCH[kernel], self.arguments
         block = max(1, launch.block // self.constants["BLOCK_DIM"])
-        grid = (triton.cdiv(self.queries, block) * self.heads, self.batch)
-        return grid, {**self.constants, "BLOCK": block, "num_warps": launch.warps, "num_stages": 1}
+        grid = (triton.cdiv(queries, block) * heads, batch)
+        return grid, {**self.constants, "BLOCK": block, "num_warps": launch.warps}
+
+
+_problem = lru_cache(maxsize=1024)(_Problem)
+
+
+def _prepare(value: Tensor, *others: Tensor) -> tuple[_Problem, list[Tensor]]:
+    """Return how the kernels are launched, and the inputs as they read them."""
+    value = value if value.stride(-1) == 1 else value.contiguous()
+    problem = _problem(value.shape, value.stride(), others[2].shape)
+    return problem, [value, *(t.contiguous() for t in others)]
 
 
 def _ms_deform_attn(
     value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor, sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    problem = _Problem(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    problem, inputs = _prepare(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
     out, nothing = _fake(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
     if out.numel():
-        grid, constants = problem.launch("forward")
-        _forward[grid](*problem.tensors, out, *problem.sizes, *problem.strides, **constants)
+        grid, constants = problem.forward
+        _forward[grid](*inputs, out, *problem.arguments, *problem.strides, **constants)
     return out, nothing
 
 
@@ -200,7 +215,7 @@ def _ms_deform_attn_backward(
     grad_out: Tensor, value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor, sampling_locations: Tensor,
     attention_weights: Tensor, out: Tensor | None, nothing: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    problem = _Problem(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    problem, inputs = _prepare(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
     grad_value, *others, grad_locations, grad_weights = _fake_backward(
         grad_out, value, spatial_shapes, level_start_index, sampling_locations, attention_weights
     )
@@ -209,18 +224,13 @@ def _ms_deform_attn_backward(
     grad_out = grad_out.contiguous()
     bounds = [torch.linalg.vector_norm(t, float("inf")) for t in (grad_out, attention_weights)]
     sums = torch.zeros(value.shape, dtype=torch.int64, device=value.device)
-    # A position gets no more than one share a point.
-    shares = problem.queries * problem.constants["LEVELS"] * problem.constants["POINTS"]
-    steps = 2.0 ** (62 - shares.bit_length())
-    grid, constants = problem.launch("backward")
+    grid, constants = problem.backward
     _backward[grid](
-        *problem.tensors, grad_out, *bounds, sums, grad_locations, grad_weights,
-        *problem.sizes, steps, *problem.strides, **constants,
+        *inputs, grad_out, *bounds, sums, grad_locations, grad_weights,
+        *problem.arguments, problem.steps, *problem.strides, **constants,
     )  # fmt: skip
-    launch, count = LAUNCH["convert"], sums.numel()
-    _convert[(triton.cdiv(count, launch.block),)](
-        sums, *bounds, grad_value, count, steps, BLOCK=launch.block, num_warps=launch.warps
-    )
+    grid, constants = problem.convert
+    _convert[grid](sums, *bounds, grad_value, problem.count, problem.steps, **constants)
     return grad_value, *others, grad_locations, grad_weights
 
 

@@ -648,9 +648,7 @@ def _quadtree(
         if coarser is None:
             _all_forward[grid](*inputs, result, lse, scores, *problem.arguments[level], **constants)
         else:
-            _children_forward[grid](
-                *inputs, kept, coarser, result, lse, scores, *problem.arguments[level], **constants
-            )
+            _children_forward[grid](*inputs, kept, coarser, result, lse, scores, *problem.arguments[level], **constants)
         if level:
             grid, arguments, constants = problem.keep[level]
             _keep[grid](scores, kept, *arguments, **constants)
@@ -685,15 +683,14 @@ def _quadtree_backward(
         saved = lse, grads[level], delta
         arguments = problem.arguments[level]
         (query_grid, query_constants), (key_grid, key_constants) = (
-            problem.backward_query[level], problem.backward_key[level]
+            problem.backward_query[level],
+            problem.backward_key[level],
         )
         if level == levels - 1:
             _all_backward_query[query_grid](*inputs, *saved, grad_q, *arguments, **query_constants)
             _all_backward_key[key_grid](*inputs, *saved, grad_k, grad_values[level], *arguments, **key_constants)
         else:
-            _children_backward_query[query_grid](
-                *inputs, kept, *saved, above_q, grad_q, *arguments, **query_constants
-            )
+            _children_backward_query[query_grid](*inputs, kept, *saved, above_q, grad_q, *arguments, **query_constants)
             _children_backward_key[key_grid](
                 *inputs, starts, order, *saved, above_k, grad_k, grad_values[level], *arguments, **key_constants
             )
