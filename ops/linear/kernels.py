@@ -91,7 +91,7 @@ def _row_norms(
     tl.store(norms + 2 * row + 1, 1.0 / tl.sqrt(tl.sum(power * power, 1)), mask=t < tokens)
 
 
-@triton.jit(do_not_specialize_on_alignment=["norms_q", "norms_k"])
+@triton.jit
 def _norms(
     q, k, pos, scale, norms_q, norms_k, tokens,
     q_stride_b, q_stride_t, q_stride_n, k_stride_b, k_stride_t, k_stride_n,
@@ -182,7 +182,7 @@ def _load_state(state, stride, parts, d, d_inside, DIM: tl.constexpr):
     return key_value, key_sum
 
 
-@triton.jit(do_not_specialize=["parts"], do_not_specialize_on_alignment=["norms_q", "norms_k", "normaliser"])
+@triton.jit(do_not_specialize=["parts"])
 def _forward(
     q, k, v, pos, scale, norms_q, norms_k, partial, state, out, normaliser, tokens, run, parts,
     q_stride_b, q_stride_t, q_stride_n, k_stride_b, k_stride_t, k_stride_n,
@@ -237,7 +237,7 @@ def _forward(
                 tl.store(normaliser + (row + t) * HEADS + head, total, mask=t_inside)
 
 
-@triton.jit(do_not_specialize_on_alignment=["norms_q", "normaliser"])
+@triton.jit
 def _delta(
     out, grad_out, normaliser, norms_q, delta, rows,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, ROWS: tl.constexpr,
@@ -258,7 +258,7 @@ def _delta(
     tl.store(delta + row, 1e-6 * inverse * tl.sum(share, 1), mask=row < rows)
 
 
-@triton.jit(do_not_specialize_on_alignment=["norms_q", "norms_k", "normaliser"])
+@triton.jit
 def _backward_query(
     q, k, v, pos, scale, norms_q, norms_k, state, normaliser, delta, grad_out,
     grad_q, grad_state, grad_scale, tokens, run,
@@ -327,7 +327,7 @@ def _backward_query(
     tl.store(grad_scale + program * DIM + d, -tl.sum(scale_sum, 0) * inverse_scale, mask=d_inside)
 
 
-@triton.jit(do_not_specialize=["parts"], do_not_specialize_on_alignment=["norms_k"])
+@triton.jit(do_not_specialize=["parts"])
 def _backward_key(
     k, v, pos, scale, norms_k, grad_state, shares, grad_k, grad_v, grad_scale, tokens, run, parts,
     k_stride_b, k_stride_t, k_stride_n,
@@ -420,10 +420,6 @@ RUN = 256
 TILE = 2048
 
 
-def _aligned(entries: int) -> int:
-    return (entries + 31) // 32 * 32
-
-
 def _sizes(batch: int, tokens: int, heads: int, dim: int) -> tuple[int, ...]:
     """Return the entries saved for the backward: states, norms of queries and of keys, normalisers."""
     # A head alone has the norms of its tokens at hand.
@@ -461,7 +457,8 @@ class _Plan:
             options = {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.registers}
             return features | tile | options
 
-        self.forward, self.backward_query = constants("forward"), constants("backward_query")
+        self.forward = constants("forward")
+        self.backward_query = constants("backward_query") | {"SUM": not self.saves_state}
         self.backward_key = constants("backward_key") | {"BLOCK_HEADS": triton.next_power_of_2(heads)}
         programs = batch * heads
         runs = 1 if programs >= PROGRAMS else max(1, min(tokens // RUN, 2 * PROGRAMS // programs))
@@ -478,12 +475,8 @@ class _Plan:
         rows = max(1, TILE // (blocks["BLOCK_DIM"] * blocks["BLOCK_HEADS"]))
         self.delta = {"HEADS": heads, "DIM": dim, **blocks, "ROWS": rows, "num_warps": 4}
         self.delta_grid = (triton.cdiv(batch * tokens, rows),)
-        # Of the backward: gradients of states of each run, of the feature scale of each program by queries and by keys,
-        # and heads' shares.
-        rows = batch * tokens if heads > 1 else 0
-        self.scales = self.runs * batch
-        scales = 2 * self.scales * heads * dim
-        self.scratch = (_aligned(self.runs * self.state), _aligned(scales), _aligned(rows * heads), rows)
+        # Gradients of the feature scale of each program, by queries and by keys.
+        self.scales = (2, self.runs * batch, heads, dim)
 
 
 _plan = lru_cache(maxsize=1024)(_Plan)
@@ -502,12 +495,12 @@ def _prepare(query, key, value, scale, pos, factor) -> tuple:
 
 def _linear(
     query: Tensor, key: Tensor, value: Tensor, feature_scale: Tensor, positional_encoding: Tensor | None, factor: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     plan, query, key, value, scale, pos = _prepare(query, key, value, feature_scale, positional_encoding, factor)
     _, tokens, heads, _ = query.shape
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    saved = torch.empty(sum(plan.sizes), dtype=torch.float32, device=query.device)
-    state, norms_q, norms_k, normaliser = saved.split(plan.sizes)
+    out = query.new_empty(query.shape)
+    saved = [torch.empty(size, dtype=torch.float32, device=query.device) for size in plan.sizes]
+    state, norms_q, norms_k, normaliser = saved
     if heads > 1:
         _norms[plan.norms_grid](query, key, pos, scale, norms_q, norms_k, tokens, *plan.strides, **plan.norms)
     partial = state
@@ -525,32 +518,34 @@ def _linear(
     else:
         launch(SUM=True, ATTEND=False, SAVE=True)
         launch(SUM=False, ATTEND=True, SAVE=plan.saves_state)
-    return out, saved
+    return out, *saved
 
 
 def _linear_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, feature_scale: Tensor,
-    positional_encoding: Tensor | None, out: Tensor, saved: Tensor, factor: float,
+    positional_encoding: Tensor | None, out: Tensor, state: Tensor, norms_q: Tensor, norms_k: Tensor,
+    normaliser: Tensor, factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     plan, query, key, value, scale, pos = _prepare(query, key, value, feature_scale, positional_encoding, factor)
-    batch, tokens, heads, dim = query.shape
+    batch, tokens, heads, _ = query.shape
     grad_out = grad_out.contiguous()
     grad_q, grad_k, grad_v = torch.empty_like(out), torch.empty_like(out), torch.empty_like(out)
-    state, norms_q, norms_k, normaliser = saved.split(plan.sizes)
-    scratch = torch.empty(sum(plan.scratch), dtype=torch.float32, device=query.device)
-    grad_state, grad_scales, shares, along = scratch.split(plan.scratch)
-    grad_scales = grad_scales[: 2 * plan.scales * heads * dim].view(-1, heads, dim)
+    grad_state = torch.empty(plan.runs * plan.state, dtype=torch.float32, device=query.device)
+    grad_scales = torch.empty(plan.scales, dtype=torch.float32, device=query.device)
+    by_queries, by_keys = grad_scales.unbind()
+    shares = along = normaliser
     if heads > 1:
+        shares = torch.empty_like(normaliser)
+        along = torch.empty(batch * tokens, dtype=torch.float32, device=query.device)
         _delta[plan.delta_grid](out, grad_out, normaliser, norms_q, along, batch * tokens, **plan.delta)
     _backward_query[plan.grid](
         query, key, value, pos, scale, norms_q, norms_k, state, normaliser, along, grad_out,
-        grad_q, grad_state, grad_scales, tokens, plan.run,
-        *plan.strides, **plan.backward_query, SUM=not plan.saves_state,
+        grad_q, grad_state, by_queries, tokens, plan.run, *plan.strides, **plan.backward_query,
     )  # fmt: skip
 
     def launch(**flags) -> None:
         _backward_key[plan.grid](
-            key, value, pos, scale, norms_k, grad_state, shares, grad_k, grad_v, grad_scales[plan.scales :],
+            key, value, pos, scale, norms_k, grad_state, shares, grad_k, grad_v, by_keys,
             tokens, plan.run, plan.runs, *plan.strides[3:], **plan.backward_key, **flags,
         )  # fmt: skip
 
@@ -559,14 +554,15 @@ def _linear_backward(
     else:
         launch(VALUES=True, KEYS=False)
         launch(VALUES=False, KEYS=True)
-    grad_scale = grad_scales.sum(0).to(feature_scale.dtype)
+    grad_scale = grad_scales.sum((0, 1)).to(feature_scale.dtype)
     if positional_encoding is None:
         return grad_q, grad_k, grad_v, grad_scale, grad_q.new_empty(0)
     return grad_q, grad_k, grad_v, grad_scale, grad_k.sum(0, dtype=torch.float32).to(positional_encoding.dtype)
 
 
 def _fake(query, key, value, feature_scale, positional_encoding, factor):
-    return query.new_empty(query.shape), query.new_empty(sum(_sizes(*query.shape)), dtype=torch.float32)
+    saved = (query.new_empty(size, dtype=torch.float32) for size in _sizes(*query.shape))
+    return query.new_empty(query.shape), *saved
 
 
 def _fake_backward(grad_out, query, key, value, feature_scale, positional_encoding, *others):

@@ -190,6 +190,21 @@ def test_kernels_interpreted(setting, launch, monkeypatch, request):
     compare(inputs(setting), 1e-6)
 
 
+HELD_SETTINGS = [(5, 30, 9, 2, 8, True), (1, 64, 49, 1, 16, True), (3, 130, 16, 1, 12, True)]
+
+
+@pytest.mark.parametrize("setting", HELD_SETTINGS, ids=str)
+@pytest.mark.skipif(cuda, reason="the kernels run on the GPU, in the tests below")
+def test_kernels_that_hold_biases_interpreted(setting, monkeypatch, request):
+    from densezoo.ops.agent import kernels
+
+    held = {key: launch._replace(programs=4) for key, launch in kernels.HELD.items()}
+    monkeypatch.setattr(kernels, "HELD", held)
+    kernels._plan.cache_clear()
+    request.addfinalizer(kernels._plan.cache_clear)
+    compare(inputs(setting, torch.float16), 2e-3)
+
+
 @pytest.mark.skipif(cuda, reason="the kernels run on the GPU, in the tests below")
 def test_one_bias_interpreted():
     tensors = inputs((2, 40, 9, 2, 8, True))
