@@ -4,13 +4,13 @@ Work is cut into tiles of TILE_H x TILE_W positions of one dilation group, of on
 can see lie in one small rectangle (its halo); a program scores its tile against the halo in chunks of ROWS x COLS keys
 with the tensor cores and masks what lies outside of each query's window. The score tile never leaves the chip.
 
-- `_forward`: a program owns one query tile, for BATCH images in turn: mask and bias are the same for all of them and
-  are gathered from the table once where the halo is one chunk.
+- `_forward`: a program owns one query tile, for BATCH images in turn: mask and bias are the same for all of them. Where
+  the halo is a few CHUNKS (HOIST), they are gathered from the table once; the last chunk has LAST rows.
 - `_backward_query`: the same tiles. It writes the gradient of the queries, and sum(out * grad_out) per query for the
   next kernel. The gradient of the bias is summed over the program's images in registers, folded along the diagonals
   of equal (key - query), and written as one partial table a program; PyTorch sums those: two deterministic stages.
-- `_backward_key`: a program owns one key tile and visits the chunks of queries that can see it. Where that is ONE_CHUNK
-  for every tile, as in small dilation groups, it does so for BATCH images in turn, with mask and bias gathered once.
+- `_backward_key`: a program owns one key tile, for BATCH images in turn, and visits the chunks of queries that can see
+  it: with HOIST as above, or whatever their number.
 
 Positions outside of the map or the group are clamped to its last member and masked, so that loads need no bounds.
 Scores are kept in base 2, scaled by log2(e).
@@ -488,28 +488,31 @@ def _backward_key(
 
 
 class _Launch(NamedTuple):
-    """Tile, positions a chunk, images a program and registers a thread at most; warps a program; loads in flight."""
+    """Tile, positions a chunk and images a program at most, programs at least; warps, loads in flight, registers."""
 
     tile: tuple[int, int]
     chunk: int
     batch: int
+    programs: int
     warps: int
     stages: int
     registers: int | None = None
 
 
-# By kernel and by the shape of a dilation group: at most 8x8, at most 16 wide, or larger; measured on an H200. Never
-# one warp with loads in flight: Triton 3.6 then leaves out the barrier after an asynchronous copy, and the warp reads
-# what has not arrived.
+# By kernel and by the shape of a dilation group: at most 8x8, at most 16 wide, or larger; measured on an H200. Filling
+# the GPU with programs comes before many images a program, which share what is gathered. Never one warp with loads in
+# flight: Triton 3.6 then leaves out the barrier after an asynchronous copy, and the warp reads what has not arrived.
 LAUNCH = {
-    "forward": (_Launch((8, 8), 64, 8, 4, 2), _Launch((4, 16), 128, 8, 4, 2), _Launch((4, 8), 128, 8, 2, 2)),
-    "backward_query": (_Launch((8, 8), 64, 8, 4, 2), _Launch((2, 16), 128, 8, 4, 2), _Launch((2, 8), 128, 8, 2, 3)),
-    "backward_key": (_Launch((8, 8), 64, 8, 4, 2), _Launch((2, 16), 128, 8, 4, 2), _Launch((2, 8), 128, 8, 2, 2)),
+    "forward": (_Launch((8, 8), 64, 32, 512, 4, 3), *2 * [_Launch((2, 8), 128, 16, 512, 2, 2, 128)]),
+    "backward_query": (_Launch((8, 8), 64, 64, 256, 4, 3), *2 * [_Launch((2, 8), 128, 32, 256, 2, 3)]),
+    "backward_key": (
+        _Launch((8, 8), 64, 64, 256, 4, 3),
+        _Launch((4, 16), 128, 32, 256, 4, 2),
+        _Launch((2, 8), 128, 8, 512, 2, 3),
+    ),
 }
-# For keys that more queries see than two chunks hold.
-LAUNCH_MANY = _Launch((2, 8), 64, 1, 2, 3)
-# Enough programs to fill the GPU come before many images a program.
-PROGRAMS = 1024
+# For keys that more queries see than the chunks of one program hold.
+LAUNCH_MANY = _Launch((2, 8), 64, 1, 1, 2, 3)
 # Keys of a tile's chunks at most for which it keeps mask and bias from image to image.
 HOISTED = 256
 
@@ -552,7 +555,7 @@ def _tiling(launch: _Launch, sizes: tuple[int, ...], dilation: tuple[int, int], 
     chunks = triton.cdiv(spans[0], rows)
     last = max(triton.next_power_of_2(spans[0] - (chunks - 1) * rows), 16 // cols)
     # A power of two, so that few kernels are compiled.
-    images = 1 << (max(1, min(launch.batch, batch * tiles // PROGRAMS)).bit_length() - 1)
+    images = 1 << (max(1, min(launch.batch, batch * tiles // launch.programs)).bit_length() - 1)
     constants = {
         "TILE_H": launch.tile[0], "TILE_W": launch.tile[1], "ROWS": rows, "COLS": cols, "CHUNKS": chunks, "LAST": last,
         "HOIST": chunks * rows * cols <= HOISTED, "BATCH": images,
