@@ -3,7 +3,7 @@
 from collections import OrderedDict
 
 import torch
-from densezoo.ops.backend import takes_triton
+from densezoo.ops.backend import is_exporting, takes_triton
 from densezoo.ops.plugins.parts import map_conv, max_mean, positive
 from torch import Tensor, nn
 
@@ -52,6 +52,7 @@ def _unsupported(x: Tensor) -> str | None:
     """Return why the kernels cannot take x, or None where they can."""
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"dtype {x.dtype} (kernels: float16, bfloat16, float32)"
-    if not 0 < x.shape[1:].numel() < 2**31 or x.shape[0] == 0:
+    # Asked of a graph to export it would limit the sizes that the graph serves.
+    if not is_exporting() and (x.numel() == 0 or x.shape[1:].numel() >= 2**31):
         return f"shape {tuple(x.shape)} (kernels: 1 to 2^31 - 1 numbers an image)"
     return None
