@@ -9,7 +9,7 @@ from torch import Tensor
 _library = torch.library.Library("densezoo", "FRAGMENT")
 
 
-def _define(name: str, function: Callable, fake: Callable) -> Callable[..., tuple[Tensor, ...]]:
+def _define(name: str, function: Callable, fake: Callable) -> Callable:
     """Define an operator; torch.library.custom_op would look for aliases among its tensors, at 8 us a call."""
     qualified = f"densezoo::{name}"
     schema = torch.library.infer_schema(function, mutates_args=())
