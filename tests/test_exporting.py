@@ -183,7 +183,7 @@ def test_readme_has_the_table():
 
     make_cards, readme = tool("make_cards"), (ROOT / "README.md").read_text()
     table = make_cards.exports_table(json.loads(STATED.read_text()))
-    assert readme == make_cards.put_table(readme, table, make_cards.EXPORT_MARKERS)
+    assert readme == make_cards.put_table(readme, "exports", table)
 
 
 # The families' exports take minutes together: a quick one stands for them in the fast run.
