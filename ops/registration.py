@@ -15,7 +15,8 @@ def register(
     Args:
         name: The operator's name.
         forward: Annotated function of tensors (`Tensor` or `Tensor | None`), then options, to (out, saved...): the
-            result, and what the backward needs of the computation.
+            result, and what the backward needs of the computation; or to out alone, no tuple of one, which torch's
+            schemas cannot say.
         fake_forward: The same of fake tensors: empty outputs of the right shapes, dtypes and strides.
         backward: Annotated function of (the gradient of out, tensors..., out, saved..., options...) to one gradient a
             tensor; any tensor stands for that of a missing one.
@@ -32,6 +33,7 @@ def register(
     operator_backward.register_fake(fake_backward)
 
     def save(ctx, inputs, output) -> None:
+        output = _as_tuple(output)
         ctx.options = inputs[tensors:]
         ctx.save_for_backward(*inputs[:tensors], *output)
         ctx.mark_non_differentiable(*output[1:])
@@ -51,7 +53,7 @@ def register(
 
         @staticmethod
         def forward(ctx, *args):
-            output = forward(*args)
+            output = _as_tuple(forward(*args))
             save(ctx, args, output)
             return output
 
@@ -64,7 +66,11 @@ def register(
         # The compiler, fake tensors and whoever watches the dispatch, such as a FLOP counter, see the operator.
         is_traced = torch.compiler.is_compiling() or type(args[0]) not in (Tensor, torch.nn.Parameter)
         if is_traced or torch._C._len_torch_dispatch_stack():
-            return operator(*args)[0]
+            return _as_tuple(operator(*args))[0]
         return Eager.apply(*args)[0]
 
     return call
+
+
+def _as_tuple(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (output,) if isinstance(output, Tensor) else output

@@ -4,19 +4,19 @@ Work is cut into tiles of TILE_H x TILE_W positions of one dilation group, of on
 can see lie in one small rectangle (its halo); a program scores its tile against the halo in chunks of ROWS x COLS keys
 with the tensor cores and masks what lies outside of each query's window. The score tile never leaves the chip.
 
-- `_forward`: a program owns one query tile, for BATCH images in turn: mask and bias are the same for all of them and
-  are gathered from the table once where the halo is one chunk.
+- `_forward`: a program owns one query tile, for BATCH images in turn: mask and bias are the same for all of them. Where
+  the halo is a few CHUNKS (HOIST), they are gathered from the table once; the last chunk has LAST rows.
 - `_backward_query`: the same tiles. It writes the gradient of the queries, and sum(out * grad_out) per query for the
   next kernel. The gradient of the bias is summed over the program's images in registers, folded along the diagonals
   of equal (key - query), and written as one partial table a program; PyTorch sums those: two deterministic stages.
-- `_backward_key`: a program owns one key tile and visits the chunks of queries that can see it. Where that is ONE_CHUNK
-  for every tile, as in small dilation groups, it does so for BATCH images in turn, with mask and bias gathered once.
+- `_backward_key`: a program owns one key tile, for BATCH images in turn, and visits the chunks of queries that can see
+  it: with HOIST as above, or whatever their number.
 
 Positions outside of the map or the group are clamped to its last member and masked, so that loads need no bounds.
 Scores are kept in base 2, scaled by log2(e).
 """
 
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -94,12 +94,65 @@ def _rows(
 
 
 @triton.jit
+def _chunk(first_h, first_w, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Ranks of a chunk of ROWS x COLS positions."""
+    n = tl.arange(0, ROWS * COLS)
+    return first_h + n // COLS, first_w + n % COLS
+
+
+@triton.jit
+def _query_bias(
+    rpb, rank_h, rank_w, inside, first_h, first_w, length_h, length_w,
+    K_H: tl.constexpr, K_W: tl.constexpr, S_H: tl.constexpr, S_W: tl.constexpr, C_H: tl.constexpr, C_W: tl.constexpr,
+    HAS_RPB: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Bias (queries, keys) of a chunk of keys; -inf for queries that are not `inside`."""
+    key_h, key_w = _chunk(first_h, first_w, ROWS, COLS)
+    bias = _bias(
+        rpb, rank_h[:, None], rank_w[:, None], key_h[None, :], key_w[None, :], length_h, length_w,
+        K_H, K_W, S_H, S_W, C_H, C_W, HAS_RPB, dtype,
+    )  # fmt: skip
+    # A query beyond the map repeats the last one: it must not count twice in the bias' gradient.
+    return tl.where(inside[:, None], bias, float("-inf")).to(dtype)
+
+
+@triton.jit
+def _offsets(
+    rank_h, rank_w, length_h, length_w, group_h, group_w, stride_h, stride_w,
+    D_H: tl.constexpr, D_W: tl.constexpr, BLOCK_DIM: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """Offsets within an image of a chunk's elements, those beyond the group at its last member."""
+    rows = _rows(
+        tl.minimum(rank_h, length_h - 1), tl.minimum(rank_w, length_w - 1),
+        group_h, group_w, stride_h, stride_w, D_H, D_W, INDEX,
+    )  # fmt: skip
+    return rows[:, None] + tl.arange(0, BLOCK_DIM)[None, :]
+
+
+@triton.jit
+def _forward_chunk(q_tile, k, v, k_rows, bias, top, total, acc, DIM: tl.constexpr, PRECISION: tl.constexpr):
+    """Add a chunk of keys to a tile's softmax: its maxima, its sums and its weighted values."""
+    d_inside = (tl.arange(0, acc.shape[1]) < DIM)[None, :]
+    k_tile = tl.load(k + k_rows, mask=d_inside, other=0.0)
+    v_tile = tl.load(v + k_rows, mask=d_inside, other=0.0)
+    s = tl.dot(q_tile, k_tile.T, input_precision=PRECISION) + bias
+    new = tl.maximum(top, tl.max(s, 1))
+    # A query may see nothing of the first chunks; -inf must not be subtracted from -inf.
+    safe = tl.where(new == float("-inf"), 0.0, new)
+    p = tl.exp2(s - safe[:, None])
+    decay = tl.exp2(top - safe)
+    total = total * decay + tl.sum(p, 1)
+    acc = acc * decay[:, None] + tl.dot(p.to(v_tile.dtype), v_tile, input_precision=PRECISION)
+    return new, total, acc
+
+
+@triton.jit
 def _forward(
     q, k, v, rpb, out, lse, batch, height, width, heads, scale, stride_b, stride_h, stride_w, stride_n,
     K_H: tl.constexpr, K_W: tl.constexpr, S_H: tl.constexpr, S_W: tl.constexpr, D_H: tl.constexpr, D_W: tl.constexpr,
     C_H: tl.constexpr, C_W: tl.constexpr, HAS_RPB: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNKS: tl.constexpr,
-    BATCH: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    LAST: tl.constexpr, HOIST: tl.constexpr, BATCH: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % heads
     tile = tl.program_id(0) // heads
@@ -115,20 +168,28 @@ def _forward(
     rank_w = tl.minimum(first_w + m % TILE_W, length_w - 1)
     base_h, _ = _window(first_h, length_h, K_H, S_H, C_H)
     base_w, _ = _window(first_w, length_w, K_W, S_W, C_W)
-    n = tl.arange(0, ROWS * COLS)
-    key_w = base_w + n % COLS
     d = tl.arange(0, BLOCK_DIM)
     d_inside = d < DIM
 
     dtype = q.dtype.element_ty
     bias_dtype: tl.constexpr = tl.float32 if dtype == tl.float32 else tl.float16
     rpb += head * (2 * K_H - 1) * (2 * K_W - 1)
-    if CHUNKS == 1:
-        key_h = base_h + n // COLS
-        bias = _bias(
-            rpb, rank_h[:, None], rank_w[:, None], key_h[None, :], key_w[None, :], length_h, length_w,
-            K_H, K_W, S_H, S_W, C_H, C_W, HAS_RPB, bias_dtype,
-        )  # fmt: skip
+    if HOIST:
+        k_rows = ()
+        bias = ()
+        for c in tl.static_range(CHUNKS):
+            key_h, key_w = _chunk(base_h + c * ROWS, base_w, ROWS if c < CHUNKS - 1 else LAST, COLS)
+            k_rows += (
+                _offsets(
+                    key_h, key_w, length_h, length_w, group_h, group_w, stride_h, stride_w, D_H, D_W, BLOCK_DIM, INDEX
+                ),
+            )
+            bias += (
+                _query_bias(
+                    rpb, rank_h, rank_w, inside, base_h + c * ROWS, base_w, length_h, length_w,
+                    K_H, K_W, S_H, S_W, C_H, C_W, HAS_RPB, ROWS if c < CHUNKS - 1 else LAST, COLS, bias_dtype,
+                ),
+            )  # fmt: skip
 
     q_rows = _rows(rank_h, rank_w, group_h, group_w, stride_h, stride_w, D_H, D_W, INDEX)
     token = _rows(rank_h, rank_w, group_h, group_w, width, 1, D_H, D_W, INDEX)
@@ -141,33 +202,60 @@ def _forward(
         top = tl.full((TILE_H * TILE_W,), float("-inf"), tl.float32)
         total = tl.zeros((TILE_H * TILE_W,), tl.float32)
         acc = tl.zeros((TILE_H * TILE_W, BLOCK_DIM), tl.float32)
-        for c in range(CHUNKS):
-            key_h = base_h + c * ROWS + n // COLS
-            k_rows = _rows(
-                tl.minimum(key_h, length_h - 1), tl.minimum(key_w, length_w - 1),
-                group_h, group_w, stride_h, stride_w, D_H, D_W, INDEX,
-            )  # fmt: skip
-            k_rows = k_rows[:, None] + d[None, :]
-            k_tile = tl.load(k + origin + k_rows, mask=d_inside[None, :], other=0.0)
-            v_tile = tl.load(v + origin + k_rows, mask=d_inside[None, :], other=0.0)
-            if CHUNKS > 1:
-                bias = _bias(
-                    rpb, rank_h[:, None], rank_w[:, None], key_h[None, :], key_w[None, :], length_h, length_w,
-                    K_H, K_W, S_H, S_W, C_H, C_W, HAS_RPB, bias_dtype,
+        if HOIST:
+            for c in tl.static_range(CHUNKS):
+                top, total, acc = _forward_chunk(
+                    q_tile, k + origin, v + origin, k_rows[c], bias[c], top, total, acc, DIM, PRECISION
+                )
+        else:
+            for c in range(CHUNKS):
+                key_h, key_w = _chunk(base_h + c * ROWS, base_w, ROWS, COLS)
+                k_rows = _offsets(
+                    key_h, key_w, length_h, length_w, group_h, group_w, stride_h, stride_w, D_H, D_W, BLOCK_DIM, INDEX
+                )
+                bias = _query_bias(
+                    rpb, rank_h, rank_w, inside, base_h + c * ROWS, base_w, length_h, length_w,
+                    K_H, K_W, S_H, S_W, C_H, C_W, HAS_RPB, ROWS, COLS, bias_dtype,
                 )  # fmt: skip
-            s = tl.dot(q_tile, k_tile.T, input_precision=PRECISION) + bias
-            new = tl.maximum(top, tl.max(s, 1))
-            # A query may see nothing of the first chunks; -inf must not be subtracted from -inf.
-            safe = tl.where(new == float("-inf"), 0.0, new)
-            p = tl.exp2(s - safe[:, None])
-            decay = tl.exp2(top - safe)
-            total = total * decay + tl.sum(p, 1)
-            acc = acc * decay[:, None] + tl.dot(p.to(dtype), v_tile, input_precision=PRECISION)
-            top = new
+                top, total, acc = _forward_chunk(
+                    q_tile, k + origin, v + origin, k_rows, bias, top, total, acc, DIM, PRECISION
+                )
         acc /= total[:, None]
         first = image * height * width * heads + head
         tl.store(out + first * DIM + o_rows, acc.to(dtype), mask=inside[:, None] & d_inside[None, :])
         tl.store(lse + first + token * heads, top + tl.log2(total), mask=inside)
+
+
+@triton.jit
+def _query_chunk(
+    q_tile, do_tile, k, v, k_rows, bias, norm, row_delta, acc,
+    DIM: tl.constexpr, GRAD_Q: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return the gradient of a tile's scores with a chunk of keys; add its part to the gradient of the queries."""
+    d_inside = (tl.arange(0, acc.shape[1]) < DIM)[None, :]
+    k_tile = tl.load(k + k_rows, mask=d_inside, other=0.0)
+    v_tile = tl.load(v + k_rows, mask=d_inside, other=0.0)
+    s = tl.dot(q_tile, k_tile.T, input_precision=PRECISION) + bias
+    p = tl.exp2(s - norm[:, None])
+    dp = tl.dot(do_tile, v_tile.T, input_precision=PRECISION)
+    ds = p * (dp - row_delta[:, None])
+    if GRAD_Q:
+        acc += tl.dot(ds.to(k_tile.dtype), k_tile, input_precision=PRECISION)
+    return ds, acc
+
+
+@triton.jit
+def _fold(
+    grad_bias, rank_h, rank_w, base_h, base_w,
+    K_H: tl.constexpr, K_W: tl.constexpr, COLS: tl.constexpr, BINS_H: tl.constexpr, BINS_W: tl.constexpr,
+):  # fmt: skip
+    """Sum gradients of scores (queries, keys) along diagonals: bin (a, b) is the key at query + (a, b) - (K - 1)."""
+    bins = tl.arange(0, BINS_H * BINS_W)
+    row = rank_h[:, None] + (bins // BINS_W)[None, :] - (K_H - 1) - base_h
+    col = rank_w[:, None] + (bins % BINS_W)[None, :] - (K_W - 1) - base_w
+    here = (row >= 0) & (row < grad_bias.shape[1] // COLS) & (col >= 0) & (col < COLS)
+    folded = tl.gather(grad_bias, tl.where(here, row * COLS + col, 0), 1)
+    return tl.sum(tl.where(here, folded, 0.0), 0)
 
 
 @triton.jit
@@ -177,10 +265,10 @@ def _backward_query(
     K_H: tl.constexpr, K_W: tl.constexpr, S_H: tl.constexpr, S_W: tl.constexpr, D_H: tl.constexpr, D_W: tl.constexpr,
     C_H: tl.constexpr, C_W: tl.constexpr, HAS_RPB: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNKS: tl.constexpr,
-    BATCH: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    LAST: tl.constexpr, HOIST: tl.constexpr, BATCH: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
     GRAD_Q: tl.constexpr, GRAD_RPB: tl.constexpr, BINS_H: tl.constexpr, BINS_W: tl.constexpr,
 ):  # fmt: skip
-    """With GRAD_Q over all chunks; with GRAD_RPB over the one chunk of program axis 2, both only where CHUNKS is 1."""
+    """With GRAD_Q over all chunks from that of program axis 2; with GRAD_RPB too only where they are hoisted."""
     head = tl.program_id(0) % heads
     tile = tl.program_id(0) // heads
     tiles_w = tl.cdiv(tl.cdiv(width, D_W), TILE_W) * D_W
@@ -195,24 +283,31 @@ def _backward_query(
     rank_w = tl.minimum(first_w + m % TILE_W, length_w - 1)
     base_h, _ = _window(first_h, length_h, K_H, S_H, C_H)
     base_w, _ = _window(first_w, length_w, K_W, S_W, C_W)
-    n = tl.arange(0, ROWS * COLS)
-    key_w = base_w + n % COLS
+    base_h += tl.program_id(2) * ROWS
     d = tl.arange(0, BLOCK_DIM)
     d_inside = d < DIM
 
     dtype = q.dtype.element_ty
     bias_dtype: tl.constexpr = tl.float32 if dtype == tl.float32 else tl.float16
     rpb += head * (2 * K_H - 1) * (2 * K_W - 1)
-    chunk = tl.program_id(2)
-    if GRAD_RPB:
-        grad_bias = tl.zeros((TILE_H * TILE_W, ROWS * COLS), tl.float32)
-        key_h = base_h + chunk * ROWS + n // COLS
-        # A query beyond the map repeats the last one: it must not count twice in the bias' gradient.
-        bias = _bias(
-            rpb, rank_h[:, None], rank_w[:, None], key_h[None, :], key_w[None, :], length_h, length_w,
-            K_H, K_W, S_H, S_W, C_H, C_W, HAS_RPB, bias_dtype,
-        )  # fmt: skip
-        bias = tl.where(inside[:, None], bias, float("-inf")).to(bias_dtype)
+    if HOIST:
+        k_rows = ()
+        bias = ()
+        grad_bias = ()
+        for c in tl.static_range(CHUNKS):
+            key_h, key_w = _chunk(base_h + c * ROWS, base_w, ROWS if c < CHUNKS - 1 else LAST, COLS)
+            k_rows += (
+                _offsets(
+                    key_h, key_w, length_h, length_w, group_h, group_w, stride_h, stride_w, D_H, D_W, BLOCK_DIM, INDEX
+                ),
+            )
+            bias += (
+                _query_bias(
+                    rpb, rank_h, rank_w, inside, base_h + c * ROWS, base_w, length_h, length_w,
+                    K_H, K_W, S_H, S_W, C_H, C_W, HAS_RPB, ROWS if c < CHUNKS - 1 else LAST, COLS, bias_dtype,
+                ),
+            )  # fmt: skip
+            grad_bias += (tl.zeros((TILE_H * TILE_W, (ROWS if c < CHUNKS - 1 else LAST) * COLS), tl.float32),)
 
     q_rows = _rows(rank_h, rank_w, group_h, group_w, stride_h, stride_w, D_H, D_W, INDEX)
     token = _rows(rank_h, rank_w, group_h, group_w, width, 1, D_H, D_W, INDEX)
@@ -229,75 +324,64 @@ def _backward_query(
             o_tile = tl.load(out + first * DIM + o_rows, mask=d_inside[None, :], other=0.0)
             row_delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
             tl.store(delta + first + token * heads, row_delta, mask=inside)
-            acc = tl.zeros((TILE_H * TILE_W, BLOCK_DIM), tl.float32)
         else:
             row_delta = tl.load(delta + first + token * heads)
-        for c in range(CHUNKS if GRAD_Q else 1):
-            key_h = base_h + (c + chunk) * ROWS + n // COLS
-            k_rows = _rows(
-                tl.minimum(key_h, length_h - 1), tl.minimum(key_w, length_w - 1),
-                group_h, group_w, stride_h, stride_w, D_H, D_W, INDEX,
-            )  # fmt: skip
-            k_rows = k_rows[:, None] + d[None, :]
-            k_tile = tl.load(k + origin + k_rows, mask=d_inside[None, :], other=0.0)
-            v_tile = tl.load(v + origin + k_rows, mask=d_inside[None, :], other=0.0)
-            if not GRAD_RPB:
-                bias = _bias(
-                    rpb, rank_h[:, None], rank_w[:, None], key_h[None, :], key_w[None, :], length_h, length_w,
-                    K_H, K_W, S_H, S_W, C_H, C_W, HAS_RPB, bias_dtype,
+        acc = tl.zeros((TILE_H * TILE_W, BLOCK_DIM), tl.float32)
+        if HOIST:
+            summed = ()
+            for c in tl.static_range(CHUNKS):
+                ds, acc = _query_chunk(
+                    q_tile, do_tile, k + origin, v + origin, k_rows[c], bias[c], norm, row_delta, acc,
+                    DIM, GRAD_Q, PRECISION,
                 )  # fmt: skip
-            s = tl.dot(q_tile, k_tile.T, input_precision=PRECISION) + bias
-            p = tl.exp2(s - norm[:, None])
-            dp = tl.dot(do_tile, v_tile.T, input_precision=PRECISION)
-            ds = p * (dp - row_delta[:, None])
-            if GRAD_RPB:
-                grad_bias += ds
-            if GRAD_Q:
-                acc += tl.dot(ds.to(dtype), k_tile, input_precision=PRECISION)
+                summed += (grad_bias[c] + ds,)
+            grad_bias = summed
+        else:
+            for c in range(CHUNKS):
+                key_h, key_w = _chunk(base_h + c * ROWS, base_w, ROWS, COLS)
+                k_rows = _offsets(
+                    key_h, key_w, length_h, length_w, group_h, group_w, stride_h, stride_w, D_H, D_W, BLOCK_DIM, INDEX
+                )
+                bias = _query_bias(
+                    rpb, rank_h, rank_w, inside, base_h + c * ROWS, base_w, length_h, length_w,
+                    K_H, K_W, S_H, S_W, C_H, C_W, HAS_RPB, ROWS, COLS, bias_dtype,
+                )  # fmt: skip
+                ds, acc = _query_chunk(
+                    q_tile, do_tile, k + origin, v + origin, k_rows, bias, norm, row_delta, acc, DIM, GRAD_Q, PRECISION
+                )
         if GRAD_Q:
             acc *= scale
             tl.store(grad_q + first * DIM + o_rows, acc.to(dtype), mask=inside[:, None] & d_inside[None, :])
 
     if GRAD_RPB:
-        # Fold along the diagonals: bin (a, b) of a query is its key at rank query + (a, b) - (kernel - 1).
-        bins = tl.arange(0, BINS_H * BINS_W)
-        row = rank_h[:, None] + (bins // BINS_W)[None, :] - (K_H - 1) - base_h - chunk * ROWS
-        col = rank_w[:, None] + (bins % BINS_W)[None, :] - (K_W - 1) - base_w
-        here = (row >= 0) & (row < ROWS) & (col >= 0) & (col < COLS)
-        folded = tl.gather(grad_bias, tl.where(here, row * COLS + col, 0), 1)
-        folded = tl.sum(tl.where(here, folded, 0.0), 0)
+        folded = tl.zeros((BINS_H * BINS_W,), tl.float32)
+        for c in tl.static_range(CHUNKS):
+            folded += _fold(grad_bias[c], rank_h, rank_w, base_h + c * ROWS, base_w, K_H, K_W, COLS, BINS_H, BINS_W)
         program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-        tl.store(partial + program * (BINS_H * BINS_W) + bins, folded)
-
-
-@triton.jit
-def _queries(low_h, low_w, length_h, length_w, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Ranks of a chunk of queries, clamped to the group, and which of them exist."""
-    n = tl.arange(0, ROWS * COLS)
-    rank_h = low_h + n // COLS
-    rank_w = low_w + n % COLS
-    exists = (rank_h < length_h) & (rank_w < length_w)
-    return tl.minimum(rank_h, length_h - 1), tl.minimum(rank_w, length_w - 1), exists
+        tl.store(partial + program * (BINS_H * BINS_W) + tl.arange(0, BINS_H * BINS_W), folded)
 
 
 @triton.jit
 def _key_bias(
-    rpb, rank_h, rank_w, exists, key_h, key_w, length_h, length_w,
+    rpb, low_h, low_w, key_h, key_w, length_h, length_w,
     K_H: tl.constexpr, K_W: tl.constexpr, S_H: tl.constexpr, S_W: tl.constexpr, C_H: tl.constexpr, C_W: tl.constexpr,
-    HAS_RPB: tl.constexpr, dtype: tl.constexpr,
+    HAS_RPB: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Bias (keys, queries), rounded as the forward has it; -inf where the query does not exist or see the key."""
+    """Bias (keys, queries) of a chunk of queries, rounded as the forward has it; -inf for queries that do not exist."""
+    rank_h, rank_w = _chunk(low_h, low_w, ROWS, COLS)
+    exists = (rank_h < length_h) & (rank_w < length_w)
+    rank_h, rank_w = tl.minimum(rank_h, length_h - 1), tl.minimum(rank_w, length_w - 1)
     bias = _bias(
         rpb, rank_h[None, :], rank_w[None, :], key_h[:, None], key_w[:, None], length_h, length_w,
         K_H, K_W, S_H, S_W, C_H, C_W, HAS_RPB, dtype,
     )  # fmt: skip
-    return tl.where(exists[None, :], bias, float("-inf"))
+    return tl.where(exists[None, :], bias, float("-inf")).to(dtype)
 
 
 @triton.jit
 def _key_chunk(
     q, grad_out, lse, delta, rank_h, rank_w, bias, k_tile, v_tile, acc_k, acc_v,
-    width, heads, group_h, group_w, stride_h, stride_w,
+    width, heads, length_h, length_w, group_h, group_w, stride_h, stride_w,
     D_H: tl.constexpr, D_W: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
 ):  # fmt: skip
@@ -305,6 +389,7 @@ def _key_chunk(
     dtype = k_tile.dtype
     d = tl.arange(0, BLOCK_DIM)
     d_inside = (d < DIM)[None, :]
+    rank_h, rank_w = tl.minimum(rank_h, length_h - 1), tl.minimum(rank_w, length_w - 1)
     q_rows = _rows(rank_h, rank_w, group_h, group_w, stride_h, stride_w, D_H, D_W, INDEX)
     token = _rows(rank_h, rank_w, group_h, group_w, width, 1, D_H, D_W, INDEX)
     q_tile = tl.load(q + (q_rows[:, None] + d[None, :]), mask=d_inside, other=0.0)
@@ -326,8 +411,8 @@ def _backward_key(
     stride_b, stride_h, stride_w, stride_n,
     K_H: tl.constexpr, K_W: tl.constexpr, S_H: tl.constexpr, S_W: tl.constexpr, D_H: tl.constexpr, D_W: tl.constexpr,
     C_H: tl.constexpr, C_W: tl.constexpr, HAS_RPB: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    TILE_H: tl.constexpr, TILE_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ONE_CHUNK: tl.constexpr,
-    BATCH: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNKS: tl.constexpr,
+    LAST: tl.constexpr, HOIST: tl.constexpr, BATCH: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % heads
     tile = tl.program_id(0) // heads
@@ -349,12 +434,17 @@ def _backward_key(
     dtype = q.dtype.element_ty
     bias_dtype: tl.constexpr = tl.float32 if dtype == tl.float32 else tl.float16
     rpb += head * (2 * K_H - 1) * (2 * K_W - 1)
-    if ONE_CHUNK:
-        rank_h, rank_w, exists = _queries(low_h, low_w, length_h, length_w, ROWS, COLS)
-        bias = _key_bias(
-            rpb, rank_h, rank_w, exists, key_h, key_w, length_h, length_w,
-            K_H, K_W, S_H, S_W, C_H, C_W, HAS_RPB, bias_dtype,
-        )  # fmt: skip
+    if HOIST:
+        ranks = ()
+        bias = ()
+        for c in tl.static_range(CHUNKS):
+            ranks += (_chunk(low_h + c * ROWS, low_w, ROWS if c < CHUNKS - 1 else LAST, COLS),)
+            bias += (
+                _key_bias(
+                    rpb, low_h + c * ROWS, low_w, key_h, key_w, length_h, length_w,
+                    K_H, K_W, S_H, S_W, C_H, C_W, HAS_RPB, ROWS if c < CHUNKS - 1 else LAST, COLS, bias_dtype,
+                ),
+            )  # fmt: skip
 
     k_rows = _rows(key_h, key_w, group_h, group_w, stride_h, stride_w, D_H, D_W, INDEX)
     k_rows = k_rows[:, None] + d[None, :]
@@ -370,25 +460,27 @@ def _backward_key(
         v_tile = tl.load(v + origin + k_rows, mask=d_inside[None, :], other=0.0)
         acc_k = tl.zeros((TILE_H * TILE_W, BLOCK_DIM), tl.float32)
         acc_v = tl.zeros((TILE_H * TILE_W, BLOCK_DIM), tl.float32)
-        if ONE_CHUNK:
-            acc_k, acc_v = _key_chunk(
-                q + origin, grad_out + first * DIM, lse + first, delta + first, rank_h, rank_w, bias,
-                k_tile, v_tile, acc_k, acc_v, width, heads, group_h, group_w, stride_h, stride_w,
-                D_H, D_W, DIM, BLOCK_DIM, PRECISION, INDEX,
-            )  # fmt: skip
+        if HOIST:
+            for c in tl.static_range(CHUNKS):
+                # Windows shift at the borders, so that more queries see the keys there than elsewhere.
+                if c == 0 or low_h + c * ROWS <= high_h:
+                    acc_k, acc_v = _key_chunk(
+                        q + origin, grad_out + first * DIM, lse + first, delta + first, *ranks[c], bias[c],
+                        k_tile, v_tile, acc_k, acc_v, width, heads, length_h, length_w, group_h, group_w,
+                        stride_h, stride_w, D_H, D_W, DIM, BLOCK_DIM, PRECISION, INDEX,
+                    )  # fmt: skip
         else:
             for c in range(tl.cdiv(high_h - low_h + 1, ROWS) * chunks_w):
-                rank_h, rank_w, exists = _queries(
-                    low_h + c // chunks_w * ROWS, low_w + c % chunks_w * COLS, length_h, length_w, ROWS, COLS
-                )
+                at_h, at_w = low_h + c // chunks_w * ROWS, low_w + c % chunks_w * COLS
+                rank_h, rank_w = _chunk(at_h, at_w, ROWS, COLS)
                 bias = _key_bias(
-                    rpb, rank_h, rank_w, exists, key_h, key_w, length_h, length_w,
-                    K_H, K_W, S_H, S_W, C_H, C_W, HAS_RPB, bias_dtype,
+                    rpb, at_h, at_w, key_h, key_w, length_h, length_w,
+                    K_H, K_W, S_H, S_W, C_H, C_W, HAS_RPB, ROWS, COLS, bias_dtype,
                 )  # fmt: skip
                 acc_k, acc_v = _key_chunk(
                     q + origin, grad_out + first * DIM, lse + first, delta + first, rank_h, rank_w, bias,
-                    k_tile, v_tile, acc_k, acc_v, width, heads, group_h, group_w, stride_h, stride_w,
-                    D_H, D_W, DIM, BLOCK_DIM, PRECISION, INDEX,
+                    k_tile, v_tile, acc_k, acc_v, width, heads, length_h, length_w, group_h, group_w,
+                    stride_h, stride_w, D_H, D_W, DIM, BLOCK_DIM, PRECISION, INDEX,
                 )  # fmt: skip
         acc_k *= scale
         tl.store(grad_k + first * DIM + g_rows, acc_k.to(dtype), mask=inside[:, None] & d_inside[None, :])
@@ -396,28 +488,35 @@ def _backward_key(
 
 
 class _Launch(NamedTuple):
-    """Tile of queries, keys a chunk at most, images a program at most, warps a program and loads in flight."""
+    """Tile, positions a chunk and images a program at most, programs at least; warps, loads in flight, registers."""
 
     tile: tuple[int, int]
     chunk: int
     batch: int
+    programs: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
-# By kernel; measured on an H200. Never one warp with loads in flight: Triton 3.6 then leaves out the barrier after an
-# asynchronous copy, and the warp reads what has not arrived.
+# By kernel and by the shape of a dilation group: at most 8x8, at most 16 wide, or larger; measured on an H200. Filling
+# the GPU with programs comes before many images a program, which share what is gathered. Never one warp with loads in
+# flight: Triton 3.6 then leaves out the barrier after an asynchronous copy, and the warp reads what has not arrived.
 LAUNCH = {
-    "forward": _Launch((2, 8), 128, 8, 2, 3),
-    "backward_query": _Launch((2, 8), 128, 8, 2, 3),
-    "backward_key": _Launch((2, 8), 64, 1, 2, 3),
-    "backward_key_one_chunk": _Launch((2, 8), 128, 8, 2, 2),
+    "forward": (_Launch((8, 8), 64, 32, 512, 4, 3), *2 * [_Launch((2, 8), 128, 16, 512, 2, 2, 128)]),
+    "backward_query": (_Launch((8, 8), 64, 64, 256, 4, 3), *2 * [_Launch((2, 8), 128, 32, 256, 2, 3)]),
+    "backward_key": (
+        _Launch((8, 8), 64, 64, 256, 4, 3),
+        _Launch((4, 16), 128, 32, 256, 4, 2),
+        _Launch((2, 8), 128, 8, 512, 2, 3),
+    ),
 }
-# Enough programs to fill the GPU come before many images a program.
-PROGRAMS = 1024
+# For keys that more queries see than the chunks of one program hold.
+LAUNCH_MANY = _Launch((2, 8), 64, 1, 1, 2, 3)
+# Keys of a tile's chunks at most for which it keeps mask and bias from image to image.
+HOISTED = 256
 
 
-@cache
 def _most_queries(size: int, dilation: int, tile: int, kernel_size: int, stride: int, is_causal: bool) -> int:
     """Return how many ranks the queries that see a tile of keys span on an axis at most; `_queries_of` says which."""
     most = 0
@@ -433,74 +532,110 @@ def _most_queries(size: int, dilation: int, tile: int, kernel_size: int, stride:
     return most
 
 
-def _strided(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the inputs with one set of strides, dense in the last axis; views of one qkv tensor pass as they are."""
-    if query.stride() == key.stride() == value.stride() and query.stride(-1) == 1:
-        return query, key, value
-    return query.contiguous(), key.contiguous(), value.contiguous()
+class _Tiling(NamedTuple):
+    """A launch: its tiles times heads, its groups of images, and the constants of the kernel."""
+
+    tiles: int
+    groups: int
+    constants: dict
 
 
-def _extent(query: Tensor) -> int:
-    """Return the largest offset within an image."""
-    return sum((size - 1) * stride for size, stride in zip(query.shape[1:], query.stride()[1:], strict=True))
+def _tiling(launch: _Launch, sizes: tuple[int, ...], dilation: tuple[int, int], spans: tuple[int, int]) -> _Tiling:
+    """Return the launch for `sizes`: batch, height, width, heads and bytes of a head; a tile sees `spans` positions."""
+    batch, height, width, heads, nbytes = sizes
+    tiles = heads
+    for size, d, tile in zip((height, width), dilation, launch.tile, strict=True):
+        tiles *= triton.cdiv(triton.cdiv(size, d), tile) * d
+    cols = max(triton.next_power_of_2(spans[1]), 8)
+    # A chunk of keys and one of values lie on the chip: fewer rows where the head is wide or the dtype is.
+    most = max(min(launch.chunk, 16384 // nbytes) // cols, 16 // cols, 1)
+    rows = max(triton.next_power_of_2(spans[0]), 16 // cols)
+    if rows > most or spans[0] * 4 < rows * 3:
+        rows = min(most, max(rows // 2, 16 // cols))
+    chunks = triton.cdiv(spans[0], rows)
+    last = max(triton.next_power_of_2(spans[0] - (chunks - 1) * rows), 16 // cols)
+    # A power of two, so that few kernels are compiled.
+    images = 1 << (max(1, min(launch.batch, batch * tiles // launch.programs)).bit_length() - 1)
+    constants = {
+        "TILE_H": launch.tile[0], "TILE_W": launch.tile[1], "ROWS": rows, "COLS": cols, "CHUNKS": chunks, "LAST": last,
+        "HOIST": chunks * rows * cols <= HOISTED, "BATCH": images,
+        "num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.registers,
+    }  # fmt: skip
+    return _Tiling(tiles, triton.cdiv(batch, images), constants)
 
 
-class _Problem:
-    """Arguments that the kernels share, and the grid of a launch."""
+class _Problem(NamedTuple):
+    """What the kernels of a problem share, and the launch of each."""
 
-    def __init__(self, query: Tensor, rpb: Tensor | None, kernel_size, stride, dilation, is_causal, scale: float):
-        self.batch, self.height, self.width, self.heads, self.dim = query.shape
-        self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
-        self.itemsize = query.itemsize
-        self.sizes = (self.height, self.width, self.heads, scale, *query.stride()[:4])
-        tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-        self.constants = {
-            **dict(zip(("K_H", "K_W", "S_H", "S_W", "D_H", "D_W"), (*kernel_size, *stride, *dilation), strict=True)),
-            **dict(zip(("C_H", "C_W"), is_causal, strict=True)),
-            "HAS_RPB": rpb is not None,
-            "DIM": self.dim,
-            "BLOCK_DIM": max(16, triton.next_power_of_2(self.dim)),
-            "PRECISION": "tf32" if tf32 else "ieee",
-            # 32-bit offsets within an image halve the registers of addresses; images themselves are 64 bits apart.
-            "INDEX": tl.int32 if max(_extent(query), query.shape[1:].numel()) < 2**31 else tl.int64,
-        }
+    constants: dict
+    forward: _Tiling
+    backward_query: _Tiling
+    backward_key: _Tiling
 
-    def tiling(self, launch: _Launch) -> tuple[int, dict]:
-        """Return the number of tiles times heads, and the launch's constants with the halo's chunks."""
-        tiles = self.heads
-        for size, d, tile in zip((self.height, self.width), self.dilation, launch.tile, strict=True):
-            tiles *= triton.cdiv(triton.cdiv(size, d), tile) * d
-        span_h, span_w = (t + k + s - 2 for t, k, s in zip(launch.tile, self.kernel_size, self.stride, strict=True))
-        cols = max(triton.next_power_of_2(span_w), 16)
-        # A chunk of keys and one of values lie on the chip: fewer rows where the head is wide or the dtype is.
-        chunk = min(launch.chunk, 16384 // (self.constants["BLOCK_DIM"] * self.itemsize))
-        rows = min(triton.next_power_of_2(span_h), max(chunk // cols, 1))
-        return tiles, {
-            "TILE_H": launch.tile[0], "TILE_W": launch.tile[1], "ROWS": rows, "COLS": cols,
-            "CHUNKS": triton.cdiv(span_h, rows), "num_warps": launch.warps, "num_stages": launch.stages,
-        }  # fmt: skip
 
-    def images(self, tiles: int, launch: _Launch) -> int:
-        """Return how many images a program takes: a power of two, so that few kernels are compiled."""
-        most = max(1, min(launch.batch, self.batch * tiles // PROGRAMS))
-        return 1 << (most.bit_length() - 1)
+@lru_cache(maxsize=512)
+def _problem(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, has_rpb: bool, tf32: bool,
+    kernel_size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int], is_causal: tuple[bool, bool],
+) -> _Problem:  # fmt: skip
+    batch, height, width, heads, dim = shape
+    block_dim = max(16, triton.next_power_of_2(dim))
+    extent = sum((size - 1) * step for size, step in zip(shape[1:], strides[1:], strict=True))
+    constants = {
+        **dict(zip(("K_H", "K_W", "S_H", "S_W", "D_H", "D_W"), (*kernel_size, *stride, *dilation), strict=True)),
+        **dict(zip(("C_H", "C_W"), is_causal, strict=True)),
+        "HAS_RPB": has_rpb,
+        "DIM": dim,
+        "BLOCK_DIM": block_dim,
+        "PRECISION": "tf32" if tf32 and dtype == torch.float32 else "ieee",
+        # 32-bit offsets within an image halve the registers of addresses; images themselves are 64 bits apart.
+        "INDEX": tl.int32 if max(extent, height * width * heads * dim) < 2**31 else tl.int64,
+    }
+    lengths = tuple(triton.cdiv(size, d) for size, d in zip((height, width), dilation, strict=True))
+    form = 0 if max(lengths) <= 8 else 1 if lengths[1] <= 16 else 2
+    sizes = (batch, height, width, heads, block_dim * dtype.itemsize)
+
+    def spans(launch: _Launch) -> tuple[int, ...]:
+        axes = zip(launch.tile, kernel_size, stride, lengths, strict=True)
+        return tuple(min(tile + kernel + step - 2, length) for tile, kernel, step, length in axes)
+
+    by_query = [LAUNCH[name][form] for name in ("forward", "backward_query")]
+    forward, backward_query = (_tiling(launch, sizes, dilation, spans(launch)) for launch in by_query)
+    launch = LAUNCH["backward_key"][form]
+    axes = zip((height, width), dilation, launch.tile, kernel_size, stride, is_causal, strict=True)
+    backward_key = _tiling(launch, sizes, dilation, tuple(_most_queries(*axis) for axis in axes))
+    if not backward_key.constants["HOIST"]:
+        backward_key = _tiling(LAUNCH_MANY, sizes, dilation, spans(LAUNCH_MANY))
+        backward_key.constants["HOIST"] = False
+    return _Problem(constants, forward, backward_query, backward_key)
+
+
+def _prepare(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, options: tuple) -> tuple:
+    """Return the inputs with one set of strides, dense in the last axis, the kernels' sizes, and the problem.
+
+    Views of one qkv tensor pass as they are.
+    """
+    strides = query.stride()
+    if not strides == key.stride() == value.stride() or strides[-1] != 1:
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        strides = query.stride()
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    problem = _problem(tuple(query.shape), strides, query.dtype, rpb is not None, tf32, *map(tuple, options))
+    return query, key, value, query if rpb is None else rpb.contiguous(), strides[:4], problem
 
 
 def _na2d(
     query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None,
     kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[bool], scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    query, key, value = _strided(query, key, value)
-    problem = _Problem(query, rpb, kernel_size, stride, dilation, is_causal, scale)
+    options = (kernel_size, stride, dilation, is_causal)
+    query, key, value, table, strides, problem = _prepare(query, key, value, rpb, options)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:4], dtype=torch.float32, device=query.device)
-    launch = LAUNCH["forward"]
-    tiles, constants = problem.tiling(launch)
-    images = problem.images(tiles, launch)
-    _forward[(tiles, triton.cdiv(problem.batch, images))](
-        query, key, value, query if rpb is None else rpb.contiguous(), out, lse,
-        problem.batch, *problem.sizes, **problem.constants, **constants, BATCH=images,
-    )  # fmt: skip
+    tiles, groups, constants = problem.forward
+    _forward[(tiles, groups)](
+        query, key, value, table, out, lse, *query.shape[:4], scale, *strides, **problem.constants, **constants
+    )
     return out, lse
 
 
@@ -508,51 +643,41 @@ def _na2d_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, out: Tensor, lse: Tensor,
     kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[bool], scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    query, key, value = _strided(query, key, value)
+    options = (kernel_size, stride, dilation, is_causal)
+    query, key, value, table, strides, problem = _prepare(query, key, value, rpb, options)
     grad_out = grad_out.contiguous()
-    table = query if rpb is None else rpb.contiguous()
-    problem = _Problem(query, rpb, kernel_size, stride, dilation, is_causal, scale)
     grad_q, grad_k, grad_v = (torch.empty_like(out) for _ in range(3))
     delta = torch.empty_like(lse)
+    sizes = (*query.shape[:4], scale, *strides)
 
-    launch = LAUNCH["backward_query"]
-    tiles, constants = problem.tiling(launch)
-    images = problem.images(tiles, launch)
-    groups, chunks = triton.cdiv(problem.batch, images), constants["CHUNKS"]
-    bins = [triton.next_power_of_2(2 * k - 1) for k in problem.kernel_size]
-    partial = grad_q.new_zeros(0, dtype=torch.float32)
-    if rpb is not None:
-        # Programs whose group has no such tile write nothing.
-        partial = torch.zeros(chunks * groups * (tiles // problem.heads), problem.heads, *bins, device=query.device)
+    tiles, groups, constants = problem.backward_query
+    heads = query.shape[3]
+    parts = 1 if constants["HOIST"] else constants["CHUNKS"]
+    bins = [triton.next_power_of_2(2 * k - 1) for k in kernel_size]
+    has_rpb = rpb is not None
+    # Programs whose group has no such tile write nothing.
+    shape = (parts * groups * (tiles // heads), heads, *bins) if has_rpb else (0,)
+    partial = torch.zeros(shape, dtype=torch.float32, device=query.device)
 
-    def backward_query(grid: tuple, grad_q_too: bool, grad_rpb_too: bool) -> None:
-        _backward_query[grid](
-            query, key, value, table, out, lse, grad_out, delta, grad_q, partial,
-            problem.batch, *problem.sizes, **problem.constants, **constants, BATCH=images,
+    def backward_query(chunks: int, grad_q_too: bool, grad_rpb_too: bool, constants: dict) -> None:
+        _backward_query[(tiles, groups, chunks)](
+            query, key, value, table, out, lse, grad_out, delta, grad_q, partial, *sizes,
+            **problem.constants, **constants,
             GRAD_Q=grad_q_too, GRAD_RPB=grad_rpb_too, BINS_H=bins[0], BINS_W=bins[1],
         )  # fmt: skip
 
-    backward_query((tiles, groups, 1), True, rpb is not None and chunks == 1)
-    if rpb is not None and chunks > 1:
-        backward_query((tiles, groups, chunks), False, True)
+    backward_query(1, True, has_rpb and constants["HOIST"], constants)
+    if has_rpb and not constants["HOIST"]:
+        one_chunk = {"HOIST": True, "CHUNKS": 1, "LAST": constants["ROWS"]}
+        backward_query(constants["CHUNKS"], False, True, constants | one_chunk)
 
-    launch = LAUNCH["backward_key_one_chunk"]
-    tiles, constants = problem.tiling(launch)
-    axes = ((problem.height, problem.width), dilation, launch.tile, kernel_size, stride, is_causal)
-    rows, cols = (_most_queries(*axis) for axis in zip(*axes, strict=True))
-    one_chunk = rows <= constants["ROWS"] and cols <= constants["COLS"]
-    if not one_chunk:
-        launch = LAUNCH["backward_key"]
-        tiles, constants = problem.tiling(launch)
-    del constants["CHUNKS"]
-    images = problem.images(tiles, launch)
-    _backward_key[(tiles, triton.cdiv(problem.batch, images))](
-        query, key, value, table, lse, grad_out, delta, grad_k, grad_v,
-        problem.batch, *problem.sizes, **problem.constants, **constants, BATCH=images, ONE_CHUNK=one_chunk,
-    )  # fmt: skip
-    if rpb is None:
+    tiles, groups, constants = problem.backward_key
+    _backward_key[(tiles, groups)](
+        query, key, value, table, lse, grad_out, delta, grad_k, grad_v, *sizes, **problem.constants, **constants
+    )
+    if not has_rpb:
         return grad_q, grad_k, grad_v, partial
-    entries = tuple(slice(2 * k - 1) for k in problem.kernel_size)
+    entries = tuple(slice(2 * k - 1) for k in kernel_size)
     return grad_q, grad_k, grad_v, partial.sum(0)[(slice(None), *entries)].to(rpb.dtype).contiguous()
 
 

@@ -98,14 +98,14 @@ def _tiling(x: Tensor, size: int) -> tuple[int, dict]:
     return triton.cdiv(height, ROWS) * triton.cdiv(width, columns - size + 1), constants
 
 
-def _map_conv(x: Tensor, weight: Tensor) -> tuple[Tensor]:
+def _map_conv(x: Tensor, weight: Tensor) -> Tensor:
     batch, channels, height, width = x.shape
     out = x.new_empty(batch, 1, height, width)
     tiles, constants = _tiling(x, weight.shape[-1])
     _conv[(batch, tiles, 1)](
         x.contiguous(), weight, out, height, width, *weight.stride()[1:], CHANNELS=channels, TURNED=False, **constants
     )
-    return (out,)
+    return out
 
 
 def _map_conv_backward(grad_out: Tensor, x: Tensor, weight: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,7 +122,7 @@ def _map_conv_backward(grad_out: Tensor, x: Tensor, weight: Tensor, out: Tensor)
 
 
 def _fake(x, weight):
-    return (x.new_empty(x.shape[0], 1, *x.shape[2:]),)
+    return x.new_empty(x.shape[0], 1, *x.shape[2:])
 
 
 def _fake_backward(grad_out, x, weight, out):

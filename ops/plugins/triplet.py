@@ -2,6 +2,8 @@
 
 from collections import OrderedDict
 
+import torch
+from densezoo.ops.backend import is_exporting, takes_triton
 from densezoo.ops.plugins.parts import map_conv, max_mean, positive
 from torch import Tensor, nn
 
@@ -30,8 +32,27 @@ class Triplet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Take (B, C, H, W) to the same shape."""
+        if takes_triton("triplet", x, _unsupported(x)):
+            from densezoo.ops.plugins.axes import gate_axes_triton
+
+            return gate_axes_triton(x, self._gates)
+        hw, cw, ch = self._gates(*(max_mean(x, dim) for dim in (1, 2, 3)))
+        return x * (hw + cw.transpose(1, 2) + ch[:, 0, ..., None])
+
+    def _gates(self, over_c: Tensor, over_h: Tensor, over_w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Take maxima and means over C, H and W to gates: (B, 2, H, W) to (B, 1, H, W), and so on."""
         # A third of each while they are small.
-        cw = self.cw(max_mean(x, 2)).sigmoid() / 3  # (B, 1, C, W)
-        hc = self.hc(max_mean(x, 3).transpose(2, 3)).sigmoid() / 3  # (B, 1, H, C)
-        hw = self.hw(max_mean(x, 1)).sigmoid() / 3  # (B, 1, H, W)
-        return x * (cw.transpose(1, 2) + hc.permute(0, 3, 2, 1) + hw)
+        hw = self.hw(over_c).sigmoid() / 3
+        cw = self.cw(over_h).sigmoid() / 3
+        ch = self.hc(over_w.mT).mT.sigmoid() / 3
+        return hw, cw, ch
+
+
+def _unsupported(x: Tensor) -> str | None:
+    """Return why the kernels cannot take x, or None where they can."""
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"dtype {x.dtype} (kernels: float16, bfloat16, float32)"
+    # Asked of a graph to export it would limit the sizes that the graph serves.
+    if not is_exporting() and (x.numel() == 0 or x.shape[1:].numel() >= 2**31):
+        return f"shape {tuple(x.shape)} (kernels: 1 to 2^31 - 1 numbers an image)"
+    return None

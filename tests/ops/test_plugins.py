@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from densezoo.ops import plugins
 from densezoo.ops.plugins import BAM, CBAM, DAS, ECA, ELA, FCA, PKCAM, SE, ULSAM, GatherExcite, Triplet
+from densezoo.ops.plugins.parts import max_mean
+from torch._dynamo.testing import CompileCounterWithBackend
 from torchvision.ops import deform_conv2d
 
 GOLDENS = Path(parity.__file__).parent / "goldens"
@@ -289,6 +291,119 @@ def test_map_conv_is_an_operator(device):
         pytest.skip("the kernels run on the GPU")
     x, weight = (torch.randn(s, device=device, requires_grad=True) for s in ((2, 2, 6, 9), (1, 2, 3, 3)))
     torch.library.opcheck(torch.ops.densezoo.map_conv, (x, weight))
+
+
+# Of one tile and of several along each axis, and sizes that fill none.
+GATED = [(2, 5, 7, 9), (1, 70, 6, 8), (2, 3, 70, 67), (3, 8, 5, 1), (1, 1, 1, 6), (1, 66, 3, 4)]
+GPU_GATED = [(128, 256, 56, 56), (128, 1024, 14, 14), (2, 512, 7, 7), (2, 256, 200, 304), (256, 64, 7, 7)]
+layouts = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+
+
+@pytest.fixture
+def nan_filled_memory():
+    """Fill uninitialised memory with NaN, so that an element which a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def axis_gates(*pools):
+    return tuple((pool * torch.tensor([0.3, 2.0]).to(pool)[:, None, None]).sum(1, True).sigmoid() / 3 for pool in pools)
+
+
+def gated_results(shape, layout, dtype, device, through_kernels):
+    """Return a map scaled by three gates and its gradient, by the kernels or in float64; many maxima are not alone."""
+    from densezoo.ops.plugins.axes import gate_axes_triton
+
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(shape, generator=generator).to(memory_format=layout) for _ in range(2))
+    x = ((x * 2).round() / 2).to(device, dtype)
+    grad = grad.to(device, dtype)
+    if through_kernels:
+        out = gate_axes_triton(x.requires_grad_(), axis_gates)
+        assert out.stride() == x.stride()
+    else:
+        x, grad = x.double().requires_grad_(), grad.double()
+        hw, cw, ch = axis_gates(*(max_mean(x, dim) for dim in (1, 2, 3)))
+        out = x * (hw + cw.transpose(1, 2) + ch[:, 0, ..., None])
+    return [out.detach(), *torch.autograd.grad(out, x, grad)]
+
+
+@layouts
+@pytest.mark.parametrize("shape", GATED, ids=str)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU, in the tests below")
+def test_gate_axes_interpreted(shape, layout, nan_filled_memory, monkeypatch):
+    from densezoo.ops.plugins import axes
+
+    # Tiles of several steps, and of several parts along each axis.
+    tile = 64 if max(shape) < 16 else 4096
+    monkeypatch.setattr(axes, "LAUNCH", {name: axes._Launch(tile, 4, 1, 4) for name in axes.LAUNCH})
+    got, expected = (gated_results(shape, layout, torch.float32, "cpu", way) for way in (True, False))
+    assert worst_error(got, expected) < 1e-6
+
+
+@pytest.mark.gpu
+@layouts
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("shape", GATED + GPU_GATED, ids=str)
+def test_gate_axes(shape, dtype, allowed, layout, nan_filled_memory):
+    got, again = (gated_results(shape, layout, dtype, "cuda", True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True)), "two runs differ"
+    assert worst_error(got, gated_results(shape, layout, dtype, "cuda", False)) < allowed
+
+
+@pytest.mark.gpu
+def test_gate_axes_of_more_than_2_31_elements():
+    x = torch.randn(33, 1024, 256, 256, device="cuda", dtype=torch.bfloat16)
+    from densezoo.ops.plugins.axes import gate_axes_triton
+
+    results = []
+    for leaf in (x, x[-1:].clone()):
+        out = gate_axes_triton(leaf.requires_grad_(), axis_gates)
+        results.append([t[-1:] for t in (out.detach(), *torch.autograd.grad(out, leaf, torch.ones_like(out)))])
+    assert worst_error(results[0], [t.double() for t in results[1]]) < 1e-2
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_gate_axes_are_operators(device):
+    import densezoo.ops.plugins.axes  # noqa: F401  (registers the operators)
+
+    if device == "cpu" and torch.cuda.is_available():
+        pytest.skip("the kernels run on the GPU")
+    ops, (x, grad) = torch.ops.densezoo, torch.randn(2, 2, 3, 5, 6, device=device)
+    pools = ops.pool_axes(x)
+    gates, counts = list(axis_gates(*pools)), ops.gate_axes_sums(grad, x, pools)
+    torch.library.opcheck(ops.pool_axes, (x,))
+    torch.library.opcheck(ops.gate_axes, (x, gates))
+    torch.library.opcheck(ops.gate_axes_sums, (grad, x, pools))
+    torch.library.opcheck(ops.gate_axes_backward, (grad, x, gates, pools, counts, pools))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last, None], ids=str)
+def test_kernels_compile_once_for_any_batch(device, layout):
+    from densezoo.ops.plugins.axes import gate_axes_triton
+    from densezoo.ops.plugins.kernels import map_conv_triton
+
+    if device == "cpu" and torch.cuda.is_available():
+        pytest.skip("the kernels run on the GPU")
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def run(x, weight):
+        return map_conv_triton(x, weight) if layout is None else gate_axes_triton(x * weight.sum(), axis_gates)
+
+    compiled, weight = torch.compile(run, fullgraph=True, backend=counter), torch.ones(1, 2, 3, 3, device=device)
+    for batch in (2, 3, 5):
+        results, x = [], torch.randn(batch, 2, 4, 5, device=device).to(memory_format=layout or torch.contiguous_format)
+        for function in (run, compiled):
+            leaves = x.detach().requires_grad_(), weight.detach().requires_grad_()
+            out = function(*leaves)
+            results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+    # One graph for the first batch size, one with the batch size free.
+    assert counter.frame_count <= 2
 
 
 @pytest.mark.gpu
