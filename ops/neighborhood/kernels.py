@@ -515,7 +515,6 @@ LAUNCH = {
 LAUNCH_MANY = _Launch((2, 8), 64, 1, 1, 2, 3)
 
 
-
 def _most_queries(size: int, dilation: int, tile: int, kernel_size: int, stride: int, is_causal: bool) -> int:
     """Return how many ranks the queries that see a tile of keys span on an axis at most; `_queries_of` says which."""
     most = 0
