@@ -3,8 +3,8 @@
 What is exported takes one tensor, `images` (B, 3, H, W) in float32. A timm model takes them as its training did. A
 detector or segmentor of OpenMMLab takes pixels as its pipelines load them (BGR, 0 to 255): the program normalises and
 pads them, and gives every image the same number of detections, of which those with score 0 are none. Images for a
-detector are larger than its last level's stride. Programs hold operators of torch and torchvision alone, so they run
-where densezoo and OpenMMLab are not installed.
+detector are larger than its last level's stride, after SEPC than three times that. Programs hold operators of torch and
+torchvision alone, so they run where densezoo and OpenMMLab are not installed.
 """
 
 import copy

@@ -314,8 +314,7 @@ class Bridge(nn.Module):
         key_channels = key_channels or channels
         self.cell = cell
         self.decoder = nn.ModuleList(
-            nn.MultiheadAttention(channels, num_heads, kdim=key_channels, vdim=key_channels, batch_first=True)
-            for _ in range(num_kinds)
+            KeyPointAttention(channels, num_heads, kdim=key_channels, vdim=key_channels) for _ in range(num_kinds)
         )
         self.relative_positional_encoding = RelativePosition(key_channels, num_heads, base_size)
 
@@ -337,9 +336,24 @@ class Bridge(nn.Module):
             if not points.shape[1]:  # of an image without proposals
                 continue
             cells = (points[:, None] - positions[:, :, None]) / self.cell
-            bias = self.relative_positional_encoding(cells).flatten(0, 1).to(queries.dtype)
-            out = out + attention(queries, features, features, attn_mask=bias, need_weights=False)[0]
+            out = out + attention(queries, features, self.relative_positional_encoding(cells))
         return out.relu()
+
+
+class KeyPointAttention(nn.MultiheadAttention):
+    """Attention with a bias; parameters as torch's, whose own way to them would fix the sizes in an export."""
+
+    def forward(self, queries: Tensor, features: Tensor, bias: Tensor) -> Tensor:
+        """Let queries (B, L, embed_dim) attend to features (B, K, kdim), biased by (B, num_heads, L, K)."""
+        weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+        if self._qkv_same_embed_dim:
+            weights = self.in_proj_weight.chunk(3)
+        inputs, biases = (queries, features, features), self.in_proj_bias.chunk(3)
+        projected = (F.linear(*args) for args in zip(inputs, weights, biases, strict=True))
+        query, key, value = (x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in projected)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
+        # A view of all heads would not hold in ONNX, where they lie in another order.
+        return self.out_proj(torch.cat(out.unbind(1), 2))
 
 
 class RelativePosition(nn.Module):

@@ -23,6 +23,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(ROOT / "tests")]
 sys.path.insert(0, str(ROOT / "tests" / "backbones"))
 from densezoo.backbones import VARIANTS  # noqa: E402
+from densezoo.necks import use_sac  # noqa: E402
 from test_backbones import architecture, build  # noqa: E402
 
 from densezoo import exporting  # noqa: E402
@@ -50,6 +51,18 @@ FASTER = NECK | RPN | BOXES | {"roi_head.bbox_head.in_channels": 16, "roi_head.b
 RETINANET = DENSE | {"test_cfg.nms_pre": 100}
 FPN = dict(type="FPN", in_channels=[16, 16, 32, 32], out_channels=16, start_level=1, num_outs=5)
 DYHEAD = dict(type="densezoo.DyHead", in_channels=16, out_channels=16, num_blocks=1)
+# Three levels, as SEPC takes two cells off each.
+THREE = dict(type="FPN", in_channels=[16, 16, 32, 32], out_channels=32, start_level=1, num_outs=3)
+THREE_STRIDES = {"bbox_head.anchor_generator.strides": [8, 16, 32]}
+WIDE = DENSE | {"bbox_head.in_channels": 32, "bbox_head.feat_channels": 32}
+SEPC = dict(
+    type="densezoo.SEPC", in_channels=[32] * 3, out_channels=32, num_pconvs=1, pconv_deform=True, lcconv_deform=True,
+    ibn=True,
+)  # fmt: skip
+STAGED = dict(
+    type="densezoo.SEResNet", arch=dict(depths=(1, 1, 1, 1), bottleneck=False), attention=None, num_classes=0
+)
+RFP = dict(type="densezoo.RFP", in_channels=[64, 128, 256, 512], out_channels=16, aspp_out_channels=8)
 RCNET = dict(type="densezoo.RCNet", in_channels=[16, 16, 32, 32], out_channels=16, start_level=1, num_outs=5)
 DECODER = {"decode_head.in_channels": [16, 16, 32, 32], "decode_head.channels": 16}
 # The models of the configs, with few channels.
@@ -79,8 +92,21 @@ MODELS = {
         "retinanet_fpn.py", RETINANET | {"neck": [FPN | dict(add_extra_convs="on_output"), DYHEAD]},
     ),
     "RetinaNet, RCNet": ("retinanet_fpn.py", RETINANET | {"neck": [RCNET]}),
-    "ATSS": ("atss_fpn.py", NECK | DENSE | {"test_cfg.nms_pre": 100, "neck.start_level": 1, "neck.out_channels": 32}
-             | {"bbox_head.in_channels": 32, "bbox_head.feat_channels": 32}),
+    "RetinaNet, SEPC": (
+        "retinanet_fpn.py",
+        RETINANET | WIDE | THREE_STRIDES
+        | {"neck": [THREE, SEPC], "bbox_head.type": "densezoo.SEPCRetinaHead", "bbox_head.stacked_convs": 0},
+    ),
+    "RetinaNet, RelationNet++": (
+        "retinanet_fpn.py",
+        RETINANET | WIDE | THREE_STRIDES | {"neck": [THREE], "bbox_head.type": "densezoo.BVRRetinaHead"},
+    ),
+    "Faster R-CNN, RFP with SAC": (
+        "faster-rcnn_fpn.py",
+        FASTER | {"backbone": dict(STAGED, output_img=True, _delete_=True)}
+        | {"neck": [dict(RFP, rfp_backbone=STAGED, num_outs=5)], "test_cfg.rcnn.score_thr": 0.02},
+    ),
+    "ATSS": ("atss_fpn.py", NECK | WIDE | {"test_cfg.nms_pre": 100, "neck.start_level": 1, "neck.out_channels": 32}),
     "UPerNet": (
         "upernet.py",
         DECODER | {"auxiliary_head": None},
@@ -96,12 +122,14 @@ MODELS = {
     "FPENet": ("fpenet.py", DECODER),
     "P2AT": ("p2at.py", DECODER),
 }  # fmt: skip
+# Parts of names of parameters that start so that they do next to nothing.
+STILL = ("Pconv", "lconv", "cconv", "bvr.", "rfp_convs", "rfp_weight", "switch", "_context", "weight_diff")
 # Those with steps of their own, which the forms for export do not have.
 REFUSED = {
     "RelationNet++ in Faster R-CNN": ("faster-rcnn_fpn.py", FASTER | {"roi_head.type": "densezoo.BVRRoIHead"}),
     "FCOS": (
         "fcos_fpn.py",
-        NECK | DENSE | {"neck.out_channels": 32, "bbox_head.in_channels": 32, "bbox_head.feat_channels": 32},
+        NECK | WIDE | {"neck.out_channels": 32},
     ),
 }
 
@@ -122,6 +150,9 @@ def openmmlab(name: str) -> nn.Module:
     torch.manual_seed(0)
     with DefaultScope.overwrite_default_scope("mmseg" if "decode_head" in cfg.model else "mmdet"):
         model = REGISTRY.build(cfg.model).eval()
+    if "SAC" in name:
+        for backbone in (model.backbone, model.neck[0].rfp_modules[0]):
+            assert sum(use_sac(backbone.get_submodule(f"layer{i}")) for i in (2, 3, 4)) == 6
     for key, parameter in model.named_parameters():
         if "conv_seg" in key and key.endswith("bias"):
             # else all is of one class
@@ -129,9 +160,9 @@ def openmmlab(name: str) -> nn.Module:
         elif any(part in key for part in ("retina_", "atss_", "rpn_cls", "rpn_reg", "fc_", "conv_seg", "conv_logits")):
             # not so sure that scores are equal
             nn.init.normal_(parameter, std=0.02 if "retina_" in key or "atss_" in key else 0.3)
-        elif "offset" in key:
-            # deformed, and not on whole positions
-            nn.init.normal_(parameter, std=0.1)
+        elif any(part in key for part in (*STILL, "offset")):
+            # deformed, and not on whole positions; outputs about as large as inputs
+            nn.init.normal_(parameter, std=0.1 if "offset" in key else 0.3 * parameter[0].numel() ** -0.5)
         elif parameter.dim() == 1 and "layer_scale" in key:
             nn.init.ones_(parameter)
     return model
@@ -159,6 +190,11 @@ def measure(model: nn.Module, folder: Path, traced=TRACED, sizes=SIZES) -> dict[
     errors = dict.fromkeys(runs, 0.0)
     for size in sizes:
         images = exporting.sample(module, size)
+        if names[0] == "boxes":
+            # Else there would be nothing to compare.
+            with torch.no_grad():
+                scores = module(images)[1]
+            assert (scores[:, 0] > scores[:, -1] + exporting.TOLERANCE).all(), scores[:, [0, -1]]
         for form, run in runs.items():
             found = exporting.differences(module, run, images, names)
             assert exporting.agree(found), (form, size, found)
@@ -183,7 +219,7 @@ def test_readme_has_the_table():
 
     make_cards, readme = tool("make_cards"), (ROOT / "README.md").read_text()
     table = make_cards.exports_table(json.loads(STATED.read_text()))
-    assert readme == make_cards.put_table(readme, table, make_cards.EXPORT_MARKERS)
+    assert readme == make_cards.put_table(readme, "exports", table)
 
 
 # The families' exports take minutes together: a quick one stands for them in the fast run.
@@ -223,7 +259,11 @@ def test_deformable_convolutions(tmp_path):
     assert errors.keys() == {"program", "onnx"} and all(error < 1e-4 for error in errors.values()), errors
 
 
-@pytest.mark.parametrize("name", ["Mask R-CNN", "Cascade Mask R-CNN", "RetinaNet", "RetinaNet, DyHead", "ATSS"])
+DETECTORS = ["Mask R-CNN", "Cascade Mask R-CNN", "RetinaNet", "RetinaNet, DyHead", "RetinaNet, SEPC"]
+DETECTORS += ["RetinaNet, RelationNet++", "Faster R-CNN, RFP with SAC", "ATSS"]
+
+
+@pytest.mark.parametrize("name", DETECTORS)
 def test_detectors_are_mmdets(name):
     """What is exported, in plain PyTorch, gives the detections of mmdet."""
     pytest.importorskip("mmdet")

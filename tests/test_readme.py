@@ -60,6 +60,7 @@ OTHERS = {
     "make zoo": "tests/tools/test_make_zoo.py::test_page_has_what_the_cards_have",
     "pip install -e .": "tests/test_package.py::test_wheel_imports",
     "pip install -e '.[openmmlab]'": "Makefile::-e '.[test]'",
+    "pip install -e '.[export]'": "Makefile::-e '.[test]'",
     "pip uninstall -y opencv-python opencv-python-headless && pip install opencv-python-headless": (
         "Makefile::--no-deps opencv-python-headless"
     ),

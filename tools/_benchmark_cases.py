@@ -1,12 +1,46 @@
-"""Time cases of operators and of modules for tools/benchmark.py, on a GPU."""
+"""What a case of tools/benchmark.py is, of an operator or of a module, and how it is timed on a GPU."""
 
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
-from _benchmark_ops import TOLERANCE, Case
 from _benchmark_report import operator_table
+from densezoo.ops import set_backend
+from torch import Tensor
 from triton.testing import do_bench
+
+# Relative RMS error that a kernel may have against its reference, by dtype.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+@dataclass
+class Case:
+    """One operator at one shape: inputs that need gradients, and the ways to compute it, ours first."""
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    ways: dict[str, Callable[..., Tensor]]
+    check: Callable[[], float]
+
+
+def worst_error(run: Callable[..., Tensor], inputs: list[Tensor]) -> float:
+    """Return the worst relative RMS error of the output and of every gradient against the float64 reference."""
+    results = []
+    grad = None
+    for backend, dtype in (("triton", None), ("reference", torch.float64)):
+        set_backend(backend)
+        leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in inputs]
+        out = run(*leaves)
+        grad = torch.randn_like(out) if grad is None else grad
+        results.append([out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))])
+    set_backend("auto")
+    return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True))
+
+
+def reference_ways(reference: Callable[..., Tensor]) -> dict[str, Callable[..., Tensor]]:
+    """Return an operator's reference as the ways that every user has: eager, and compiled."""
+    return {"eager": reference, "compiled": torch.compile(reference, dynamic=False)}
 
 
 def median_us(function: Callable[[], object]) -> float:

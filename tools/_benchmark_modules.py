@@ -11,7 +11,7 @@ from copy import deepcopy
 from functools import partial
 
 import torch
-from _benchmark_ops import Case
+from _benchmark_cases import Case
 from densezoo.ops.plugins import CBAM, ECA, SE, Triplet
 from timm.layers import EcaModule, SEModule
 from timm.layers.cbam import CbamModule

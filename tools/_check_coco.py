@@ -7,7 +7,8 @@ import os
 from collections import Counter
 
 import numpy as np
-from _check_files import Report, are_numbers, check_images, folder, locate, read_json, records
+from _check_files import are_numbers, check_images, folder, locate, read_json, records
+from _check_report import Report
 from _errors import did_you_mean
 
 
@@ -30,13 +31,9 @@ def check_box(entry: dict, image: dict, place: str, report: Report) -> bool:
         report.problem("box that is none", f"{place}: bbox {box!r:.80}", "expected x, y, width, height in pixels")
         return False
     # COCO's own boxes reach a fraction of a pixel beyond.
-    if any(
-        start < -1 or start + length > side + 1 for start, length, side in zip(box[:2], box[2:], sides, strict=True)
-    ):
-        what = f"{place}: bbox {box} in {sides[0]}x{sides[1]}"
-        report.problem(
-            "box outside its image", what, "expected x, y, width, height in pixels, not corners or fractions"
-        )
+    if any(x < -1 or x + length > side + 1 for x, length, side in zip(box[:2], box[2:], sides, strict=True)):
+        what, expected = f"{place}: bbox {box} in {sides[0]}x{sides[1]}", "expected x, y, width, height in pixels"
+        report.problem("box outside its image", what, f"{expected}, not corners or fractions")
         return False
     if min(box[2:]) < 1:
         report.note("box of less than a pixel", f"{place}: bbox {box}", "left out of a training")
@@ -77,9 +74,8 @@ def check_coco(config: dict, cls: type, metainfo: dict, report: Report) -> int:
         place = f"{path}: annotation {entry['id']}"
         image = images.get(entry["image_id"])
         if image is None:
-            report.problem(
-                "object of no image", f"{place}: image_id {entry['image_id']}", "remove it, or add the image"
-            )
+            what = f"{place}: image_id {entry['image_id']}"
+            report.problem("object of no image", what, "remove it, or add the image")
             continue
         if entry["category_id"] not in known:
             what = f"{place}: category_id {entry['category_id']}"
@@ -91,19 +87,19 @@ def check_coco(config: dict, cls: type, metainfo: dict, report: Report) -> int:
             filled.add(entry["image_id"])
         if with_mask and (wrong := mask_problem(entry.get("segmentation"), image)):
             report.problem("damaged mask", f"{place}: {wrong}", "correct its segmentation, or train boxes alone")
-    check_filled(images, filled, path, report)
-    prefix = folder(config, "img", "img_path")
-    check_images({os.path.join(prefix, i["file_name"]): (i["width"], i["height"]) for i in images.values()}, report)
-    return len(images)
+    return check_whole(config, images, filled, path, report)
 
 
-def check_filled(images: dict, filled: set, path: str, report: Report) -> None:
-    """Report images without objects: a problem where there is no other."""
+def check_whole(config: dict, images: dict, filled: set, path: str, report: Report) -> int:
+    """Decode all images, and report those without objects, a problem where all are; return how many there are."""
     for image in images.values():
         if image["id"] not in filled:
             report.note("image without objects", f"{path}: {image['file_name']!r}", "left out of most trainings")
     if not filled:
         report.problem("no objects at all", path, "take the annotation file of these images")
+    prefix = folder(config, "img", "img_path")
+    check_images({os.path.join(prefix, i["file_name"]): (i["width"], i["height"]) for i in images.values()}, report)
+    return len(images)
 
 
 def check_coco_panoptic(config: dict, cls: type, metainfo: dict, report: Report) -> int:
@@ -145,8 +141,5 @@ def check_coco_panoptic(config: dict, cls: type, metainfo: dict, report: Report)
         fix = "maps and annotations are of different versions"
         return ("segment in map or annotations alone", what, fix) if differing else None
 
-    check_filled(images, filled, path, report)
     check_images(maps, report, check)
-    prefix = folder(config, "img", "img_path")
-    check_images({os.path.join(prefix, i["file_name"]): (i["width"], i["height"]) for i in images.values()}, report)
-    return len(images)
+    return check_whole(config, images, filled, path, report)

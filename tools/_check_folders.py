@@ -8,7 +8,8 @@ import os
 from pathlib import Path
 
 import numpy as np
-from _check_files import Report, check_images, folder, is_count, locate, read_pixels
+from _check_files import check_images, folder, is_count, locate, read_pixels
+from _check_report import Report
 
 
 def default(config: dict, cls: type, name: str) -> object:

@@ -1,10 +1,10 @@
 """The table, the words and the plot that tools/compare.py makes of what it measured."""
 
-from math import sqrt
 from pathlib import Path
-from statistics import mean, stdev, variance
+from statistics import mean, stdev
 
 import matplotlib
+from _compare_scores import added_seeds, difference, group_of, scores_of, spread
 from _compare_variations import PLAIN, VARIATIONS
 from _files import replacing
 
@@ -38,40 +38,6 @@ trains and what it costs; they do not tell what it gives on COCO with pretrained
 HEADER = ("parameters, M", "{metric} by seed", "mean", "difference", "training step, ms", "images/s, 8", "images/s, 1")
 
 
-def scores_of(facts: dict, name: str) -> dict[str, float]:
-    """Return the scores of a variation by seed."""
-    return facts["variations"].get(name, {}).get("scores", {})
-
-
-def group_of(plain: str) -> list[str]:
-    """Return the names that are compared with a plain variation, itself first."""
-    return [name for name, variation in VARIATIONS.items() if variation.plain == plain]
-
-
-def looks_better(facts: dict, name: str, seeds: list[str]) -> bool:
-    """Return whether a variation's mean over these seeds is above the plain one's."""
-    own, plain = ([scores_of(facts, n).get(s) for s in seeds] for n in (name, VARIATIONS[name].plain))
-    return None not in own + plain and mean(own) > mean(plain)
-
-
-def spread(facts: dict, plain: str) -> float | None:
-    """Return the standard deviation over seeds, pooled over the rows of a kind that have several."""
-    rows = [list(scores_of(facts, name).values()) for name in group_of(plain)]
-    rows = [row for row in rows if len(row) > 1]
-    return sqrt(sum((len(r) - 1) * variance(r) for r in rows) / sum(len(r) - 1 for r in rows)) if rows else None
-
-
-def difference(facts: dict, name: str) -> tuple[float, float | None] | None:
-    """Return the difference to the plain variation on the seeds that both have, and its standard error."""
-    plain = VARIATIONS[name].plain
-    own, other, deviation = scores_of(facts, name), scores_of(facts, plain), spread(facts, plain)
-    seeds = own.keys() & other.keys()
-    if not seeds or name == plain:
-        return None
-    error = None if deviation is None else deviation * sqrt(2 / len(seeds))
-    return mean(own[seed] - other[seed] for seed in seeds), error
-
-
 def row(facts: dict, name: str) -> list[str]:
     """Return the cells of a variation."""
     entry = facts["variations"].get(name, {})
@@ -99,18 +65,6 @@ def row(facts: dict, name: str) -> list[str]:
             cell += f" (×{ratio:.2f})"
         cells.append(cell)
     return cells
-
-
-def added_seeds(facts: dict, seeds: list[str]) -> str:
-    """Say how many of those that looked better with `seeds` do so without them."""
-    chosen, still = 0, 0
-    for name, variation in VARIATIONS.items():
-        own, plain = scores_of(facts, name), scores_of(facts, variation.plain)
-        others = (own.keys() & plain.keys()) - set(seeds)
-        if name != variation.plain and others and looks_better(facts, name, seeds):
-            chosen += 1
-            still += mean(own[s] - plain[s] for s in others) > 0
-    return f"of these {chosen}, {still} are better by the added seeds alone too."
 
 
 def render(facts: dict) -> str:

@@ -23,11 +23,11 @@ from pathlib import Path
 
 import timm
 import torch
-from _benchmark_cases import time_cases
+from _benchmark_cases import TOLERANCE, time_cases
 from _benchmark_latency import SIZES, latency_rows
 from _benchmark_models import MODELS, model_rows
 from _benchmark_modules import MODULES
-from _benchmark_ops import OPERATORS, TOLERANCE
+from _benchmark_ops import OPERATORS
 from _benchmark_plots import plot_latency
 from _benchmark_report import report, write
 

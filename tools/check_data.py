@@ -5,8 +5,8 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from _check_coco import check_coco, check_coco_panoptic
-from _check_files import Report
 from _check_folders import check_classification, check_segmentation
+from _check_report import Report
 from _common import Start, load_config, make_parser
 from _errors import ConfigError, describe
 from _explain import unknown_type

@@ -33,7 +33,10 @@ def main() -> None:
     parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="changes to the config")
     args = parser.parse_args()
 
-    prepare_data(args.data_root)
+    try:
+        prepare_data(args.data_root)
+    except FileExistsError as error:
+        parser.error(str(error))
     options = [*data_options(args.data_root), f"randomness.seed={args.seed}", *args.cfg_options]
     work_dir = choose_work_dir(args.work_dir, options)
     test_dir = work_dir / "test"
@@ -63,14 +66,15 @@ def main() -> None:
 
 
 def prepare_data(root: Path) -> None:
-    """Draw the set under `root`, unless one is there; it may have been drawn with other counts or another seed."""
+    """Draw the set under `root`, unless one is there; it may have been drawn with other counts or another seed.
+
+    Raises:
+        FileExistsError: Something else is there.
+    """
     found = draw_digits.description(root)
     if found is None or found["version"] != draw_digits.VERSION:
         print(f"{root}: drawing digits", flush=True)
-        try:
-            draw_digits.draw(root)
-        except FileExistsError as error:
-            sys.exit(f"error: {error}")
+        draw_digits.draw(root)
         found = draw_digits.description(root)
     print(f"{root}: {found['training']} training images, {found['validation']} of other writers", flush=True)
 

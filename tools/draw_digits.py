@@ -110,10 +110,12 @@ def main() -> None:
     parser.add_argument("--validation", type=int, default=200, help="number of validation images (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is random (%(default)s)")
     args = parser.parse_args()
+    if min(args.training, args.validation) < 1:
+        parser.error(f"--training, --validation: got {args.training}, {args.validation}, expected 1 or more")
     try:
         drawn = draw(args.data_root, args.training, args.validation, args.seed)
     except FileExistsError as error:
-        raise SystemExit(f"error: {error}") from error
+        parser.error(str(error))
     print(f"{args.data_root}: {'drawn' if drawn else 'already there'}")
 
 

@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,9 @@ def load(model: nn.Module, checkpoint: str, content: dict) -> None:
 
 def export(args: argparse.Namespace) -> Path:
     """Write a program or an ONNX file, and compare it with the model."""
+    absent = [name for name in ("onnx", "onnxscript", "onnxruntime") if args.form == "onnx" and not find_spec(name)]
+    if absent:
+        raise ValueError(f"onnx: needs {', '.join(absent)}; pip install {' '.join(absent)}")
     published = Path(args.model).exists() and not is_config(args.model)
     if min(args.size) < 32:
         raise ValueError(f"--size: got {args.size[0]} {args.size[1]}, expected 32 or more")

@@ -32,8 +32,6 @@ from tqdm import tqdm
 from densezoo.openmmlab import config_for
 
 ROOT = Path(__file__).resolve().parents[1]
-MARKERS = ("<!-- models -->", "<!-- /models -->")
-EXPORT_MARKERS = ("<!-- exports -->", "<!-- /exports -->")
 
 
 def parity_of(name: str, models: Collection[str], errors: dict[str, float]) -> tuple[str | None, float | None]:
@@ -108,11 +106,12 @@ def exports_table(stated: dict) -> str:
     return "\n".join(rows) + "\n"
 
 
-def put_table(text: str, table: str, markers: tuple[str, str] = MARKERS) -> str:
-    """Return `text` with `table` between the markers; raise ValueError if they are not there once each, in order."""
-    found = re.fullmatch(f"(.*{markers[0]}\n).*({markers[1]}.*)", text, re.DOTALL)
-    if not found or any(text.count(marker) != 1 for marker in markers):
-        raise ValueError(f"README.md: expected the lines {markers[0]} and {markers[1]} once each, in this order")
+def put_table(text: str, name: str, table: str) -> str:
+    """Return `text` with `table` between the markers of this name; raise ValueError if they are not there once each."""
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    found = re.fullmatch(f"(.*{start}\n).*({end}.*)", text, re.DOTALL)
+    if not found or any(text.count(marker) != 1 for marker in (start, end)):
+        raise ValueError(f"README.md: expected the lines {start} and {end} once each, in this order")
     return found[1] + table + found[2]
 
 
@@ -129,10 +128,9 @@ def main() -> int:
     readme = ROOT / "README.md"
     try:
         texts, table = generate()
-        texts[readme] = put_table(readme.read_text(), table)
+        texts[readme] = put_table(readme.read_text(), "models", table)
         if (exports := CARDS / "exports.json").is_file():
-            table = exports_table(json.loads(exports.read_text()))
-            texts[readme] = put_table(texts[readme], table, EXPORT_MARKERS)
+            texts[readme] = put_table(texts[readme], "exports", exports_table(json.loads(exports.read_text())))
     except (ValueError, OSError) as error:
         print(f"make_cards: {error}", file=sys.stderr)
         return 2

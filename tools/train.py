@@ -3,6 +3,7 @@
 import difflib
 import re
 import shutil
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if "base_batch_size" not in (cfg.get("auto_scale_lr") or {}):
                 raise ConfigError(f"--auto-scale-lr: {args.config} does not set auto_scale_lr.base_batch_size")
             cfg.auto_scale_lr.enable = True
+        if args.compile and not cuda.is_available():
+            check_compiler()
         if args.resume:
             set_resume(cfg, args.resume)
         if cfg.get("load_from"):
@@ -109,9 +112,19 @@ def compile_backbone(model: nn.Module) -> None:
     backbone = getattr(model, "backbone", None) or getattr(model, "model", None)
     if backbone is None:
         raise ConfigError(f"--compile: {type(model).__name__} has no backbone")
-    if not cuda.is_available() and not (shutil.which("g++") or shutil.which("clang++")):
-        raise ConfigError("--compile: torch.compile needs a C++ compiler for a CPU; install g++ or leave --compile out")
     backbone.compile()
+
+
+def check_compiler() -> None:
+    """Raise ConfigError where torch.compile could not build for a CPU: its kernels are modules of Python's in C++."""
+    missing = []
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        missing.append("a C++ compiler (Debian: apt-get install g++)")
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.is_file():
+        missing.append(f"{header} (Debian: apt-get install python3-dev, for Debian's Python)")
+    if missing:
+        raise ConfigError(f"--compile: torch.compile needs for a CPU {' and '.join(missing)}; or leave --compile out")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ can see lie in one small rectangle (its halo); a program scores its tile against
 with the tensor cores and masks what lies outside of each query's window. The score tile never leaves the chip.
 
 - `_forward`: a program owns one query tile, for BATCH images in turn: mask and bias are the same for all of them. Where
-  the halo is a few CHUNKS (HOIST), they are gathered from the table once; the last chunk has LAST rows.
+  the halo is one chunk or two (HOIST), they are gathered from the table once; the last chunk has LAST rows.
 - `_backward_query`: the same tiles. It writes the gradient of the queries, and sum(out * grad_out) per query for the
   next kernel. The gradient of the bias is summed over the program's images in registers, folded along the diagonals
   of equal (key - query), and written as one partial table a program; PyTorch sums those: two deterministic stages.
@@ -513,8 +513,6 @@ LAUNCH = {
 }
 # For keys that more queries see than the chunks of one program hold.
 LAUNCH_MANY = _Launch((2, 8), 64, 1, 1, 2, 3)
-# Keys of a tile's chunks at most for which it keeps mask and bias from image to image.
-HOISTED = 256
 
 
 def _most_queries(size: int, dilation: int, tile: int, kernel_size: int, stride: int, is_causal: bool) -> int:
@@ -558,7 +556,7 @@ def _tiling(launch: _Launch, sizes: tuple[int, ...], dilation: tuple[int, int], 
     images = 1 << (max(1, min(launch.batch, batch * tiles // launch.programs)).bit_length() - 1)
     constants = {
         "TILE_H": launch.tile[0], "TILE_W": launch.tile[1], "ROWS": rows, "COLS": cols, "CHUNKS": chunks, "LAST": last,
-        "HOIST": chunks * rows * cols <= HOISTED, "BATCH": images,
+        "HOIST": chunks <= 2, "BATCH": images,
         "num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.registers,
     }  # fmt: skip
     return _Tiling(tiles, triton.cdiv(batch, images), constants)

@@ -10,6 +10,7 @@ from densezoo.heads.bvr import (
     BVR,
     KINDS,
     Bridge,
+    KeyPointAttention,
     RelativePosition,
     RoIBVR,
     cell_centers,
@@ -33,6 +34,22 @@ def test_parity():
     with torch.no_grad():
         out = bridge(x["q"].flatten(1, 2), cells[None], keys)
     assert parity.compare(golden["outputs"]["y"], out.unflatten(1, (16, 24))) < 2e-6
+
+
+@pytest.mark.parametrize("key_channels", [16, 24], ids=["joined weights", "three weights"])
+def test_attention_is_torchs(key_channels):
+    arguments = dict(kdim=key_channels, vdim=key_channels)
+    kinds = (KeyPointAttention, torch.nn.MultiheadAttention)
+    ours, theirs = (kind(16, 4, batch_first=True, **arguments) for kind in kinds)
+    torch.nn.init.normal_(ours.in_proj_bias)
+    theirs.load_state_dict(ours.state_dict())
+    queries, features = torch.randn(2, 9, 16, requires_grad=True), torch.randn(2, 5, key_channels)
+    bias = torch.randn(2, 4, 9, 5, requires_grad=True)
+    results = []
+    for out in (ours(queries, features, bias), theirs(queries, features, features, attn_mask=bias.flatten(0, 1))[0]):
+        parameters = (ours if not results else theirs).parameters()
+        results.append([out, *torch.autograd.grad(out.sin().sum(), [queries, bias, *parameters])])
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("base_size", [40, 400])

@@ -18,6 +18,7 @@ from tiny import TOOLS, tool  # noqa: E402
 
 variations = tool("_compare_variations")
 reporting = tool("_compare_report")
+scoring = tool("_compare_scores")
 NAMES = list(variations.VARIATIONS)
 
 
@@ -199,9 +200,9 @@ def test_words_and_plot(facts, tmp_path):
     assert "of these 2, 1 are better by the added seeds alone too" in text
     assert "Epochs: 2. Standard deviation over seeds: 0.012." in text
     assert "Epochs: 3. Standard deviation over seeds: not known" in text
-    assert not reporting.looks_better(facts, "eca", ["0"])
-    assert not reporting.looks_better(facts, "das", ["0"])
-    assert reporting.looks_better(facts, "cbam", ["0"])
+    assert not scoring.looks_better(facts, "eca", ["0"])
+    assert not scoring.looks_better(facts, "das", ["0"])
+    assert scoring.looks_better(facts, "cbam", ["0"])
 
 
 def test_table_without_any_result(facts, tmp_path):

@@ -117,6 +117,25 @@ def test_what_is_there_stays(root, draw_digits, tmp_path):
     assert contents(tmp_path) == {"thesis.txt": b"mine"}
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("draw_digits", [], "error: mine: holds something else"),
+        ("demo", ["--work-dir", "new"], "error: mine: holds something else"),
+        ("draw_digits", ["--validation", "0"], "--training, --validation: got 2000, 0, expected 1 or more"),
+    ],
+)
+def test_mistakes(name, arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("mine")
+    monkeypatch.setattr("sys.argv", [f"{name}.py", "--data-root", "mine", *arguments])
+    with pytest.raises(SystemExit) as end:
+        tool(name).main()
+    assert end.value.code == 2 and message in capsys.readouterr().err
+    assert contents(tmp_path) == {"mine/thesis.txt": b"mine"}
+
+
 def test_an_interrupted_drawing_leaves_nothing(draw_digits, tmp_path, monkeypatch):
     write = draw_digits.draw_split
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 pytest.importorskip("mmengine")
 
@@ -48,14 +49,20 @@ def test_gap_and_tolerance(trained, tmp_path, capfd):
 
 
 def test_augmentation(trained, tmp_path, capsys):
-    """Mirror images, or what the config has, change the numbers a little, and pictures and metrics are all there."""
+    """The model sees mirror images too, or what the config has, and the metrics are all there."""
     task, path, checkpoint = trained
-    results = {}
+    results, images = {}, {}
     for option in ([], ["--tta"]):
-        out = tmp_path / f"{len(option)}.json"
+        out, seen = tmp_path / f"{len(option)}.json", []
+        handle = register_module_forward_hook(
+            lambda module, args, _, seen=seen: seen.extend(args[0]) if type(module).__name__ == "NAT" else None
+        )
         assert not test.main([path, checkpoint, "--work-dir", str(tmp_path / "w"), "--out", str(out), *option])
-        results[len(option)] = json.loads(out.read_text())
+        handle.remove()
+        results[len(option)], images[len(option)] = json.loads(out.read_text()), seen
     assert results[0].keys() == results[1].keys()
+    assert len(images[1]) >= 2 * len(images[0]) > 0
+    assert any(torch.equal(image.flip(-1), images[1][0]) for image in images[1])
     if task == "segmentor":
         assert results[0] != results[1]
     if task == "classifier":

@@ -155,6 +155,9 @@ def test_mistakes(capsys):
     assert "--size: got 8 8, expected 32 or more" in fails(capsys, "onnx", NAME, "x.pth", "--size", "8", "8")
     torch.save(dict(list(averages.items())[1:]), "short.pth")
     assert next(iter(averages)) in fails(capsys, "checkpoint", config, "short.pth")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(export.__globals__, "find_spec", lambda name: name != "onnxscript")
+        assert "onnx: needs onnxscript; pip install onnxscript" in fails(capsys, "onnx", NAME, "epoch_3.pth")
     with pytest.raises(SystemExit) as end:
         export(["onxx", NAME])
     assert end.value.code == 2 and "invalid choice: 'onxx'" in capsys.readouterr().err

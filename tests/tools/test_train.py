@@ -1,13 +1,13 @@
 """tools/train.py and dist_train.sh: training, resuming, several processes, and what a mistake gives."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,8 +108,7 @@ def test_amp_on_a_cpu(config):
 def test_compile(config, monkeypatch):
     # The real backend takes a minute and a C++ compiler; what is compiled and saved does not depend on it.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    which = shutil.which
-    monkeypatch.setattr(shutil, "which", lambda name, *args, **kwargs: name == "g++" or which(name, *args, **kwargs))
+    monkeypatch.setitem(train.__globals__, "check_compiler", lambda: None)
     compiled, compile_module = [], torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self) or compile_module(self))
     path = config("randomness = dict(seed=1)\nval_dataloader = val_evaluator = val_cfg = None")
@@ -120,6 +119,21 @@ def test_compile(config, monkeypatch):
     assert losses(Path("compiled")) == pytest.approx(losses(Path("eager")), rel=1e-5)
     states = [torch.load(f"{name}/epoch_1.pth", weights_only=True)["state_dict"] for name in ("eager", "compiled")]
     assert states[0].keys() == states[1].keys()
+
+
+@on_a_cpu
+def test_what_compile_needs(config, capsys, monkeypatch, tmp_path):
+    compilers, tools = ["g++"], train.__globals__
+    monkeypatch.setitem(tools, "shutil", SimpleNamespace(which=lambda name: name in compilers))
+    monkeypatch.setitem(tools, "sysconfig", SimpleNamespace(get_path=lambda name: str(tmp_path)))
+    headers = f"{tmp_path}/Python.h (Debian: apt-get install python3-dev"
+    message = fail(capsys, config(), "--compile")
+    assert headers in message and "a C++ compiler" not in message
+    (tmp_path / "Python.h").touch()
+    tools["check_compiler"]()
+    compilers.clear()
+    message = fail(capsys, config(), "--compile")
+    assert "a C++ compiler (Debian: apt-get install g++)" in message and "Python.h" not in message
 
 
 @on_a_cpu
