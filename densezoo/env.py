@@ -72,9 +72,7 @@ def backend_of(name: str, has_kernels: bool, device: str) -> tuple[str, str]:
     if takes:
         where = "tensors are on the GPU" if device == "cuda" else "in Triton's interpreter (TRITON_INTERPRET=1)"
         return "triton", where
-    if not ops.backend._has_triton:
-        return "reference", "triton is not installed (pip install triton)"
-    return "reference", "tensors are on the CPU: torch finds no GPU"
+    return "reference", ops.backend.missing[device == "cuda"] or "tensors are on the CPU: torch finds no GPU"
 
 
 def mmcv_operators() -> str:

@@ -3,6 +3,8 @@
 import importlib.util
 import logging
 import os
+import shutil
+import sysconfig
 
 import torch
 
@@ -18,7 +20,20 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-_has_triton = _is_installed("triton")
+def _missing() -> tuple[str | None, str | None]:
+    """Return what Triton lacks here to run in its interpreter, and to run on a GPU."""
+    if not _is_installed("triton"):
+        return 2 * ("triton is not installed (pip install triton)",)
+    header = os.path.join(sysconfig.get_path("include"), "Python.h")
+    # Triton links its kernels to Python when it first runs.
+    if not any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang")))):
+        return None, "triton finds no C compiler (Debian: apt-get install gcc)"
+    if not os.path.exists(header):
+        return None, f"triton finds no {header} (Debian: apt-get install python3-dev)"
+    return None, None
+
+
+missing = _missing()
 _interprets = os.environ.get("TRITON_INTERPRET") == "1"
 _logged: set[str] = set()
 
@@ -64,8 +79,8 @@ def takes_triton(op: str, tensor: torch.Tensor, unsupported: str | None) -> bool
     # An exported graph holds standard operators only, so that it runs where densezoo is not installed.
     if _backend == "reference" or is_exporting():
         return False
-    if not _has_triton:
-        unsupported = "triton is not installed (pip install triton)"
+    if lacks := missing[tensor.is_cuda]:
+        unsupported = lacks
     elif not (tensor.is_cuda or _interprets):
         if _backend == "auto":
             return False

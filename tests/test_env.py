@@ -37,17 +37,27 @@ def test_report():
 )
 def test_backend_of_a_cpu(monkeypatch, backend, kernels, expected, why):
     monkeypatch.setattr(ops.backend, "_backend", backend)
-    monkeypatch.setattr(ops.backend, "_has_triton", True)
+    monkeypatch.setattr(ops.backend, "missing", (None, None))
     found, reason = env.backend_of("na2d", kernels, "cpu")
     assert found == expected and why in reason
 
 
 def test_backend_without_triton(monkeypatch):
-    monkeypatch.setattr(ops.backend, "_has_triton", False)
+    monkeypatch.setattr(ops.backend, "_is_installed", lambda module: False)
+    monkeypatch.setattr(ops.backend, "missing", ops.backend._missing())
     assert env.backend_of("na2d", True, "cpu") == ("reference", "triton is not installed (pip install triton)")
     monkeypatch.setattr(ops.backend, "_backend", "triton")
     found, reason = env.backend_of("na2d", True, "cpu")
     assert found == "none" and "pip install triton" in reason
+
+
+@pytest.mark.parametrize(("found", "named"), [(None, "C compiler"), ("/usr/bin/cc", "Python.h")])
+def test_what_triton_lacks_on_a_gpu(monkeypatch, tmp_path, found, named):
+    monkeypatch.setattr(ops.backend, "_is_installed", lambda module: True)
+    monkeypatch.setattr("shutil.which", lambda name: found)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    interpreter, gpu = ops.backend._missing()
+    assert interpreter is None and named in gpu and "apt-get install" in gpu
 
 
 def test_extras_are_those_of_the_project():
