@@ -79,7 +79,7 @@ def takes_triton(op: str, tensor: torch.Tensor, unsupported: str | None) -> bool
     # An exported graph holds standard operators only, so that it runs where densezoo is not installed.
     if _backend == "reference" or is_exporting():
         return False
-    if lacks := missing[tensor.is_cuda]:
+    if lacks := missing[1 if tensor.is_cuda else 0]:
         unsupported = lacks
     elif not (tensor.is_cuda or _interprets):
         if _backend == "auto":

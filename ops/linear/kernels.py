@@ -405,11 +405,11 @@ LAUNCH = {
     ("forward", 32): _Launch(64, 4, 3),
     ("forward", 64): _Launch(32, 4, 3, 128),
     ("forward", 128): _Launch(32, 8, 3, 128),
-    ("backward_query", 32): _Launch(64, 4, 2),
+    ("backward_query", 32): _Launch(64, 4, 2, 168),
     ("backward_query", 64): _Launch(32, 4, 1),
     ("backward_query", 128): _Launch(16, 8, 2),
-    ("backward_key", 32): _Launch(64, 4, 1),
-    ("backward_key", 64): _Launch(32, 4, 1),
+    ("backward_key", 32): _Launch(64, 4, 1, 168),
+    ("backward_key", 64): _Launch(32, 4, 1, 168),
     ("backward_key", 128): _Launch(32, 8, 2),
 }
 # Programs that fill the GPU. Fewer are split into runs of at least so many tokens; with fewer tokens, the state of a

@@ -499,7 +499,7 @@ class _Launch(NamedTuple):
     registers: int | None = None
 
 
-# By kernel and by the shape of a dilation group: at most 8x8, at most 16 wide, or larger; measured on an H200. Filling
+# By kernel and by the shape of a dilation group: at most 8x8, at most 16 wide, or another; measured on an H200. Filling
 # the GPU with programs comes before many images a program, which share what is gathered. Never one warp with loads in
 # flight: Triton 3.6 then leaves out the barrier after an asynchronous copy, and the warp reads what has not arrived.
 LAUNCH = {
@@ -590,8 +590,9 @@ def _problem(
         "INDEX": tl.int32 if max(extent, height * width * heads * dim) < 2**31 else tl.int64,
     }
     lengths = tuple(triton.cdiv(size, d) for size, d in zip((height, width), dilation, strict=True))
-    form = 0 if max(lengths) <= 8 else 1 if lengths[1] <= 16 else 2
     sizes = (batch, height, width, heads, block_dim * dtype.itemsize)
+    # Of wide heads only a small tile lies on the chip.
+    form = 2 if sizes[-1] > 128 else 0 if max(lengths) <= 8 else 1 if lengths[1] <= 16 else 2
 
     def spans(launch: _Launch) -> tuple[int, ...]:
         axes = zip(launch.tile, kernel_size, stride, lengths, strict=True)
