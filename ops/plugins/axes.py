@@ -33,11 +33,12 @@ class _Launch(NamedTuple):
     programs: int = 1024
 
 
+# Measured on an H200.
 LAUNCH = {
-    "pool": _Launch(4096, 8, 2),
-    "scale": _Launch(4096, 8, 2),
-    "sums": _Launch(4096, 8, 2),
-    "backward": _Launch(2048, 8, 2),
+    "pool": _Launch(4096, 4, 2),
+    "scale": _Launch(2048, 8, 1, 4096),
+    "sums": _Launch(4096, 8, 2, 512),
+    "backward": _Launch(2048, 8, 1, 4096),
 }
 
 
