@@ -9,14 +9,23 @@ from torch import Tensor
 _library = torch.library.Library("densezoo", "FRAGMENT")
 
 
-def _define(name: str, function: Callable, fake: Callable) -> Callable:
-    """Define an operator; torch.library.custom_op would look for aliases among its tensors, at 8 us a call."""
+def define(name: str, function: Callable, fake: Callable) -> Callable:
+    """Define the operator `densezoo::<name>` by an annotated function, and what it returns of fake tensors.
+
+    torch.library.custom_op would look for aliases among its tensors at every call.
+    """
     qualified = f"densezoo::{name}"
     schema = torch.library.infer_schema(function, mutates_args=())
     torch.library.define(qualified, schema, lib=_library, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(qualified, "default", function, lib=_library)
     torch.library.register_fake(qualified, fake, lib=_library)
     return getattr(torch.ops.densezoo, name).default
+
+
+def is_watched(tensor: Tensor) -> bool:
+    """Return whether the compiler, fake tensors or others of the dispatch, such as a FLOP counter, see operators."""
+    is_traced = torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
+    return is_traced or torch._C._len_torch_dispatch_stack() > 0
 
 
 def register(
@@ -39,8 +48,8 @@ def register(
     """
     parameters = inspect.signature(forward).parameters.values()
     tensors = sum(p.annotation in (Tensor, Tensor | None) for p in parameters)
-    operator = _define(name, forward, fake_forward)
-    operator_backward = _define(f"{name}_backward", backward, fake_backward)
+    operator = define(name, forward, fake_forward)
+    operator_backward = define(f"{name}_backward", backward, fake_backward)
 
     def save(ctx, inputs, output) -> None:
         output = _as_tuple(output)
@@ -75,9 +84,7 @@ def register(
             return gradients(backward, ctx, grad_out)
 
     def call(*args) -> Tensor:
-        # The compiler, fake tensors and whoever watches the dispatch, such as a FLOP counter, see the operator.
-        is_traced = torch.compiler.is_compiling() or type(args[0]) not in (Tensor, torch.nn.Parameter)
-        if is_traced or torch._C._len_torch_dispatch_stack():
+        if is_watched(args[0]):
             return _as_tuple(operator(*args))[0]
         return Eager.apply(*args)[0]
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,6 +59,18 @@ def test_what_triton_lacks_on_a_gpu(monkeypatch, tmp_path, found, named):
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     interpreter, gpu = ops.backend._missing()
     assert interpreter is None and named in gpu and "apt-get install" in gpu
+
+
+def test_what_triton_lacks_leaves_the_reference(monkeypatch, caplog):
+    monkeypatch.setattr(ops.backend, "missing", (None, "triton finds no C compiler"))
+    monkeypatch.setattr(ops.backend, "_logged", set())
+    tensor = SimpleNamespace(is_cuda=True, device="cuda")
+    monkeypatch.setattr(ops.backend, "_backend", "auto")
+    assert not any(ops.backend.takes_triton("na2d", tensor, None) for _ in range(2))
+    assert [r.message for r in caplog.records] == ["na2d: takes the reference: triton finds no C compiler"]
+    monkeypatch.setattr(ops.backend, "_backend", "triton")
+    with pytest.raises(RuntimeError, match="na2d: cannot run on triton: triton finds no C compiler"):
+        ops.backend.takes_triton("na2d", tensor, None)
 
 
 def test_extras_are_those_of_the_project():

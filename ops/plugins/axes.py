@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops.registration import define, is_watched
 from torch import Tensor
 
 
@@ -269,12 +270,10 @@ def _gate_axes_backward(
 
 def _register(function: Callable, fake: Callable) -> Callable:
     """Return the function, called as the operator `densezoo::<its name>` where somebody watches."""
-    operator = torch.library.custom_op(f"densezoo::{function.__name__[1:]}", function, mutates_args=())
-    operator.register_fake(fake)
+    operator = define(function.__name__[1:], function, fake)
 
     def call(first: Tensor, *args):
-        is_traced = torch.compiler.is_compiling() or type(first) not in (Tensor, torch.nn.Parameter)
-        return (operator if is_traced or torch._C._len_torch_dispatch_stack() else function)(first, *args)
+        return (operator if is_watched(first) else function)(first, *args)
 
     return call
 
