@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops.agent.reference import agent_attention_reference
 from densezoo.ops.products import product
 from densezoo.ops.registration import register
 from torch import Tensor
@@ -710,7 +711,7 @@ def _fake_backward(grad_out, query, key, value, agent, aggregation_bias, broadca
     return *grads, *(query.new_empty(0) if bias is None else bias.new_empty(bias.shape) for bias in biases)
 
 
-_call = register("agent_attention", _agent, _fake, _agent_backward, _fake_backward)
+_call = register("agent_attention", _agent, _fake, _agent_backward, _fake_backward, agent_attention_reference)
 
 
 @register_flop_formula(torch.ops.densezoo.agent_attention)

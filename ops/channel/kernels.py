@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops.channel.reference import channel_attention_reference
 from densezoo.ops.registration import register
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -333,7 +334,10 @@ def _fake_backward(grad_out, query, key, value, *others):
     return tuple(query.new_empty(query.shape) for _ in range(3))
 
 
-_call = register("channel_attention", _channel_attention, _fake, _channel_attention_backward, _fake_backward)
+_call = register(
+    "channel_attention", _channel_attention, _fake, _channel_attention_backward, _fake_backward,
+    channel_attention_reference,
+)  # fmt: skip
 
 
 @register_flop_formula(torch.ops.densezoo.channel_attention)

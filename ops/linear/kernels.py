@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops.linear.reference import focused_linear_attention_reference
 from densezoo.ops.products import product
 from densezoo.ops.registration import register
 from torch import Tensor
@@ -573,7 +574,9 @@ def _fake_backward(grad_out, query, key, value, feature_scale, positional_encodi
     return *grads, feature_scale.new_empty(feature_scale.shape), grad_pos
 
 
-_call = register("focused_linear_attention", _linear, _fake, _linear_backward, _fake_backward)
+_call = register(
+    "focused_linear_attention", _linear, _fake, _linear_backward, _fake_backward, focused_linear_attention_reference
+)
 
 
 @register_flop_formula(torch.ops.densezoo.focused_linear_attention)

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops.neighborhood.reference import na2d_reference
 from densezoo.ops.registration import register
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -689,7 +690,7 @@ def _fake_backward(grad_out, query, key, value, rpb, *others):
     return *(query.new_empty(query.shape) for _ in range(3)), grad_rpb
 
 
-_call = register("na2d", _na2d, _fake, _na2d_backward, _fake_backward)
+_call = register("na2d", _na2d, _fake, _na2d_backward, _fake_backward, na2d_reference)
 
 
 @register_flop_formula(torch.ops.densezoo.na2d)

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops.quadtree.reference import quadtree_attention_reference
 from densezoo.ops.registration import register
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -711,7 +712,12 @@ def _fake_backward(grad_out, query, key, value, value1, value2, value3, *others)
     return tuple(query.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors)
 
 
-_call = register("quadtree_attention", _quadtree, _fake, _quadtree_backward, _fake_backward)
+def _reference(query, key, value, value1, value2, value3, topk, scale):
+    values = [v for v in (value, value1, value2, value3) if v is not None]
+    return quadtree_attention_reference(query, key, values, topk, "B", scale)
+
+
+_call = register("quadtree_attention", _quadtree, _fake, _quadtree_backward, _fake_backward, _reference)
 
 
 def _products(query, values, topk: int) -> int:

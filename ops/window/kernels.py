@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from densezoo.ops.registration import register
+from densezoo.ops.window.reference import window_attention_reference
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -631,7 +632,9 @@ def _fake_backward(grad_out, qkv, rel_pos_bias, *others):
     return qkv.new_empty(qkv.shape), grad_bias
 
 
-_call = register("window_attention", _window_attention, _fake, _window_attention_backward, _fake_backward)
+_call = register(
+    "window_attention", _window_attention, _fake, _window_attention_backward, _fake_backward, window_attention_reference
+)
 
 
 @register_flop_formula(torch.ops.densezoo.window_attention)
