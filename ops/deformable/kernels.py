@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from densezoo.ops.deformable.reference import ms_deform_attn_reference
+from densezoo.ops.launch import Table
 from densezoo.ops.registration import register
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -159,6 +160,7 @@ class _Launch(NamedTuple):
 
 # By kernel.
 LAUNCH = {"forward": _Launch(1024, 4), "backward": _Launch(1024, 4), "convert": _Launch(1024, 4)}
+LAUNCH = Table("ms_deform_attn", LAUNCH)
 
 
 class _Problem:

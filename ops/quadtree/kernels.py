@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops.launch import Table
 from densezoo.ops.quadtree.reference import quadtree_attention_reference
 from densezoo.ops.registration import register
 from torch import Tensor
@@ -477,6 +478,7 @@ LAUNCH = {
     "children_backward_query": (_Launch(0, 128, 4, 1), _Launch(0, 128, 8, 1)),
     "children_backward_key": (_Launch(0, 4, 1, 1), _Launch(0, 8, 2, 1)),
 }
+LAUNCH = Table("quadtree_attention", LAUNCH)
 # Scores that a program of `_keep` holds.
 KEEP_TILE = 2048
 
@@ -543,7 +545,7 @@ class _Problem:
 
     def _launch(self, kernel: str, level: int) -> _Launch:
         """Return a kernel's settings at a level."""
-        return LAUNCH[kernel][(4 if level else self.itemsize) == 4]
+        return LAUNCH[kernel, int((4 if level else self.itemsize) == 4)]
 
     def _arguments(self, level: int, value_strides: tuple) -> tuple:
         """Return the arguments that follow a level's tensors."""

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops.launch import Table
 from densezoo.ops.registration import register
 from densezoo.ops.window.reference import window_attention_reference
 from torch import Tensor
@@ -479,6 +480,7 @@ LAUNCH = {
     "tiles": _Launch(4, 2),
     "backward_bias": _Launch(4, 2, 3),
 }
+LAUNCH = Table("window_attention", LAUNCH)
 # What one tile of queries may take on the chip, in bytes: three to four lie there, and the next ones that are loaded.
 TILE_BYTES = 2**14
 # Entries of a bias table that are folded at a time.
