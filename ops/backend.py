@@ -34,7 +34,7 @@ def _missing() -> tuple[str | None, str | None]:
 
 
 missing = _missing()
-_interprets = os.environ.get("TRITON_INTERPRET") == "1"
+interprets = os.environ.get("TRITON_INTERPRET") == "1"
 _logged: set[str] = set()
 
 
@@ -81,7 +81,7 @@ def takes_triton(op: str, tensor: torch.Tensor, unsupported: str | None) -> bool
         return False
     if lacks := missing[1 if tensor.is_cuda else 0]:
         unsupported = lacks
-    elif not (tensor.is_cuda or _interprets):
+    elif not (tensor.is_cuda or interprets):
         if _backend == "auto":
             return False
         unsupported = f"its inputs are on {tensor.device}, the kernels need a GPU or TRITON_INTERPRET=1"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
 import torch
-import triton
+from densezoo.ops import backend
 
 FOLDER = Path(__file__).parent
 
@@ -21,7 +21,7 @@ _log = logging.getLogger("densezoo")
 
 def file_here() -> Path | None:
     """Return where the settings of this machine's GPU belong, whether or not there are any; None without a GPU."""
-    if triton.knobs.runtime.interpret or torch.version.cuda is None or not torch.cuda.is_available():
+    if backend.interprets or torch.version.cuda is None or not torch.cuda.is_available():
         return None
     return FOLDER / "sm_{}{}.json".format(*torch.cuda.get_device_capability())
 

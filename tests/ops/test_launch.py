@@ -9,8 +9,7 @@ from typing import NamedTuple
 import densezoo.ops
 import pytest
 import torch
-import triton
-from densezoo.ops import launch
+from densezoo.ops import backend, launch
 
 
 class Setting(NamedTuple):
@@ -34,12 +33,12 @@ def table():
 
 def test_a_gpu_has_a_file(monkeypatch):
     assert torch.cuda.is_available() or launch.file_here() is None
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(backend, "interprets", False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
     assert launch.file_here() == launch.FOLDER / "sm_120.json"
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    monkeypatch.setattr(backend, "interprets", True)
     assert launch.file_here() is None
 
 
