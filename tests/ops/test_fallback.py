@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from densezoo.ops import backend, channel_attention, get_backend, registration, set_backend
+from densezoo.ops import backend, channel_attention, registration, set_backend
 from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import KernelInterface
@@ -77,10 +77,10 @@ def gpu(monkeypatch):
     monkeypatch.setattr(KernelInterface, "__getitem__", launch_if_enough)
     monkeypatch.setattr(registration, "_lacking", {})
     monkeypatch.setattr(backend, "_logged", set())
-    before = get_backend()
-    set_backend("auto")
-    yield gpu
-    set_backend(before)
+    monkeypatch.setattr(backend, "_backend", "auto")
+    # The references' convolutions.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    return gpu
 
 
 def messages(caplog):
@@ -88,9 +88,9 @@ def messages(caplog):
     return [record.message for record in caplog.records if record.name == "densezoo"]
 
 
-def check(got, expected, allowed=1e-5):
+def check(got, expected, allowed=1e-4):
     for a, b in zip(got, expected, strict=True):
-        assert a.dtype == b.dtype and a.stride() == b.stride()
+        assert a.dtype == b.dtype
         assert (a.double() - b.double()).norm() <= allowed * b.double().norm()
 
 
@@ -100,7 +100,9 @@ def test_operators_fall_back(module, failing, gpu, caplog):
     case = Case(module)
     expected = gpu.results(case)
     assert gpu.launches and not messages(caplog)
-    check(gpu.results(case, *failing), expected)
+    got = gpu.results(case, *failing)
+    check(got, expected)
+    assert [t.stride() for t in got] == [t.stride() for t in expected]
     assert messages(caplog) == [f"{case.name}: takes the reference: {REASON}"]
     # What failed once is not tried again.
     gpu.launches = 0
@@ -148,7 +150,7 @@ def test_missing_tensors_have_no_gradient(gpu):
 
 # The interpreter's products of bfloat16 are wrong.
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str)
-@pytest.mark.parametrize("module", ["window", "deformable"])
+@pytest.mark.parametrize("module", ["window", "deformable"] if cuda else ["window"])
 def test_16_bit(module, dtype, gpu):
     case = Case(module, dtype)
     expected = gpu.results(case)
@@ -157,7 +159,7 @@ def test_16_bit(module, dtype, gpu):
 
 
 @pytest.mark.parametrize("failing", [("forward",), ("backward",)], ids="+".join)
-@pytest.mark.parametrize("module", CASES if cuda else ["channel", "deformable"])
+@pytest.mark.parametrize("module", CASES if cuda else ["channel"])
 def test_compiled_operators_fall_back(module, failing, gpu, caplog):
     torch._dynamo.reset()
     case = Case(module)
@@ -192,7 +194,8 @@ def test_a_setting_that_is_too_large(name, monkeypatch, caplog):
 
     monkeypatch.setattr(registration, "_lacking", {})
     monkeypatch.setattr(backend, "_logged", set())
-    monkeypatch.setitem(kernels.LAUNCH, name, kernels.LAUNCH[name]._replace(channels=128, stages=10))
+    monkeypatch.setattr(backend, "_backend", "auto")
+    monkeypatch.setitem(kernels.LAUNCH, name, kernels.LAUNCH[name]._replace(channels=128, stages=40))
     kernels._problem.cache_clear()
     leaves = [torch.randn(2, 40, 40, 2, 64, device="cuda", requires_grad=True) for _ in range(3)]
     grad = torch.randn_like(leaves[0])
@@ -202,9 +205,11 @@ def test_a_setting_that_is_too_large(name, monkeypatch, caplog):
         return out, *torch.autograd.grad(out, leaves, grad)
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         got = step()
-    assert "bytes of shared memory, the GPU has" in caplog.text and len(messages(caplog)) == 1
+    (message,) = messages(caplog)
+    assert message.startswith("channel_attention: takes the reference: a kernel needs") and "shared memory" in message
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         captured = step()
@@ -214,7 +219,6 @@ def test_a_setting_that_is_too_large(name, monkeypatch, caplog):
     set_backend("triton")
     with pytest.raises(RuntimeError, match="channel_attention: cannot run on triton: a kernel needs .* shared memory"):
         step()
-    set_backend("auto")
     kernels._problem.cache_clear()
     check(got, expected)
     check(captured, expected)
