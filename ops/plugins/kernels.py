@@ -13,8 +13,10 @@ it owns, k - 1 fewer.
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
+from densezoo.ops.precision import without_autocast
 from densezoo.ops.registration import register
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -129,7 +131,12 @@ def _fake_backward(grad_out, x, weight, out):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-_call = register("map_conv", _map_conv, _fake, _map_conv_backward, _fake_backward)
+def _reference(x, weight):
+    with without_autocast(x):
+        return F.conv2d(x, weight.to(x.dtype), padding=weight.shape[-1] // 2)
+
+
+_call = register("map_conv", _map_conv, _fake, _map_conv_backward, _fake_backward, _reference)
 
 
 @register_flop_formula(torch.ops.densezoo.map_conv)
