@@ -3,18 +3,20 @@
 A level's convolution is arithmetic more than traffic: 9 to 121 products a number read. A thread therefore holds one
 channel and walks down a strip of COLS columns, row by row, with all taps in registers: a number is loaded and widened
 once for all the products that it takes part in down the strip, and a program's threads load neighbouring channels. A
-program owns CHANNELS channels of a strip of one image, or of a piece of `rows` rows of it where images are few.
+program owns CHANNELS channels of a strip of one image, or of a piece of `rows` rows of it where images are few. While a
+row is worked on, the next is on its way to the registers, and one further down to the L2 cache.
 
 - `_level` convolves one level into the next. Sums of KERNEL rows are under way at a time; the topmost is complete when
-  a row has been read. It writes the level before the GELU, which the backward needs, and after it, which the next level
-  needs. At the last level only the sum over its positions is kept of the latter.
+  a row has been read. It writes the level before the GELU, which the backward needs; the next level takes it through
+  the GELU as it reads. Of the last, the sum over its positions is kept too: `_mean` adds those of the tiles.
 - `_combine` gates the levels and the mean of the last, position by position.
 
-The backward goes the other way. `_backward_mean` sums what reaches the mean, and `_backward_last` takes it through the
-last GELU. Then two kernels a level: `_backward_level` goes through the convolution, in the manner of `_level`, and the
-GELU before it. `_backward_weight` holds KERNEL rows of the level that was convolved and multiplies them by each row of
-gradients, for the kernel's gradient: one partial table a program. Gradients of the gates are sums over channels: one
-partial value a block of channels. PyTorch sums partial values: two deterministic stages.
+The backward goes the other way. `_backward_mean` sums what reaches the mean, and `_backward_average` takes it back to
+each position. `_backward_gates` sees all channels of a few positions, for the gradients of the gates, and takes those
+of the last level through its GELU. Then two kernels a level: `_backward_level` goes through the convolution, in
+the manner of `_level`, and the GELU before it. `_backward_weight` holds KERNEL rows of the level that was convolved and
+multiplies them by each row of gradients, for the kernel's gradient: one partial table a program, added up by
+`_sum_rows`. Partial values take two deterministic stages everywhere.
 
 Of the levels what precedes the GELU is kept for the backward, in the context's dtype: to convolve all of them again
 would cost a third of the backward's arithmetic.
@@ -33,25 +35,30 @@ from torch.utils.flop_counter import register_flop_formula
 
 
 @triton.jit
+def _tanh(z):
+    """The GPU's own hyperbolic tangent, right to 5e-4."""
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [z], tl.float32, True, 1)
+
+
+@triton.jit
 def _normal(z, NARROW: tl.constexpr):
-    """Cumulative distribution of the normal distribution; z times it is right to 6e-7, or 3e-5 if NARROW."""
-    # 1 / (1 + 2^(z p)), with a polynomial p of z^2 fitted to it: cheaper than erf, and the tails keep their digits.
+    """Cumulative distribution of the normal distribution; z times it is right to 6e-7, to 6e-4 z if NARROW."""
     s = z * z
     if NARROW:
-        # For 16-bit numbers; beyond z = 6 the polynomial stays as it is.
-        s = tl.minimum(s, 36.0)
-        p = 0.0010142695958804404 * s - 0.10677576654776831
-        p = p * s - 2.301121289804312
+        # For 16-bit numbers: one instruction of the few units for such functions instead of two.
+        below = tl.fma(_tanh(z * tl.fma(s, 0.03470101294052817, 0.8001568115708235)), 0.5, 0.5)
     else:
+        # 1 / (1 + 2^(z p)), with a polynomial p of z^2 fitted to it: cheaper than erf, and the tails keep their digits.
         p = -5.209907543800543e-09 * s + 3.850449398212734e-07
         p = p * s - 1.1452428973382406e-05
         p = p * s + 1.5939940480161385e-04
         p = p * s + 9.559295651805719e-05
         p = p * s - 0.10483858127994435
         p = p * s - 2.302207203588972
-    # Its square is fewer instructions than a division, which allows for numbers that do not occur.
-    root = tl.rsqrt(1.0 + tl.exp2(z * p))
-    return root * root
+        # Its square is fewer instructions than a division, which allows for numbers that do not occur.
+        root = tl.rsqrt(1.0 + tl.exp2(z * p))
+        below = root * root
+    return below
 
 
 @triton.jit
@@ -62,7 +69,8 @@ def _gelu(z, NARROW: tl.constexpr):
 @triton.jit
 def _gelu_slope(z, below):
     """Derivative of the GELU, given the cumulative distribution."""
-    return below + z * (tl.exp2(z * z * -0.7213475204444817) * 0.3989422804014327)
+    # The density as a power of 2: -log2(e) / 2 and the logarithm of its value at 0.
+    return tl.fma(z, tl.exp2(tl.fma(z * z, -0.7213475204444817, -1.3257480647361593)), below)
 
 
 @triton.jit
@@ -109,12 +117,48 @@ def _row(
 
 
 @triton.jit
-def _widen(numbers, COUNT: tl.constexpr, PASSES: tl.constexpr, NARROW: tl.constexpr):
-    """Numbers in float32, through the GELU if PASSES."""
+def _fetch(
+    x, row, left, height, width, stride_h, stride_w, AHEAD: tl.constexpr, COUNT: tl.constexpr, CHANNELS: tl.constexpr,
+    INDEX: tl.constexpr,
+):  # fmt: skip
+    """Bring the row AHEAD rows on, from column `left`, into the L2 cache: two threads a column, 16 channels apart."""
+    if AHEAD > 0:
+        row = tl.minimum(tl.maximum(tl.cast(row, tl.int32) + AHEAD, 0), height - 1)
+        lane = tl.arange(0, CHANNELS)
+        column = tl.minimum(tl.maximum(left + tl.minimum(lane % 16, COUNT - 1), 0), width - 1)
+        x += row.to(INDEX) * stride_h
+        at = x + column.to(INDEX) * stride_w + (lane // 16 * 16 - lane)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], tl.int32, False, 1
+        )
+
+
+@triton.jit
+def _wide(number, NARROW: tl.constexpr):
+    """A number in float32. Beyond what LLVM sees: it would make pairs of 16-bit numbers, and take them apart."""
+    if NARROW and number.dtype == tl.bfloat16:
+        asm: tl.constexpr = "{ .reg .b32 bits; cvt.u32.u16 bits, $1; shl.b32 $0, bits, 16; }"
+        value = tl.inline_asm_elementwise(asm, "=r,h", [number], tl.float32, True, 1)
+    elif NARROW:
+        value = tl.inline_asm_elementwise("cvt.f32.f16 $0, $1;", "=f,h", [number], tl.float32, True, 1)
+    else:
+        value = number.to(tl.float32)
+    return value
+
+
+@triton.jit
+def _widen(numbers, COUNT: tl.constexpr, NARROW: tl.constexpr):
     new = ()
     for i in tl.static_range(COUNT):
-        value = numbers[i].to(tl.float32)
-        new = new + (_gelu(value, NARROW) if PASSES else value,)
+        new = new + (_wide(numbers[i], NARROW),)
+    return new
+
+
+@triton.jit
+def _gelu_each(values, COUNT: tl.constexpr, NARROW: tl.constexpr):
+    new = ()
+    for i in tl.static_range(COUNT):
+        new = new + (_gelu(values[i], NARROW),)
     return new
 
 
@@ -150,11 +194,26 @@ def _move_on(window, row, KERNEL: tl.constexpr, COLS: tl.constexpr):
     return new
 
 
+@triton.jit
+def _write_level(
+    sums, level, total, row, left, width, channels, exist, IS_LAST: tl.constexpr, NARROW: tl.constexpr,
+    COLS: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """Write a level's row, and return `total` with what a last level's adds to the sum over the positions."""
+    level += tl.cast(row, INDEX) * width * channels
+    for i in tl.static_range(COLS):
+        mask = exist & (left + i < width)
+        tl.store(level + (left + i).to(INDEX) * channels, sums[i].to(level.dtype.element_ty), mask=mask)
+        if IS_LAST:
+            total += tl.where(mask, _gelu(sums[i], NARROW), 0.0)
+    return total
+
+
 @triton.jit(do_not_specialize=["first", "height", "width", "rows"])
 def _level(
     x, weights, level, partial, first, height, width, channels, rows, stride_b, stride_h, stride_w,
     KERNEL: tl.constexpr, IS_FIRST: tl.constexpr, IS_LAST: tl.constexpr, NARROW: tl.constexpr, COLS: tl.constexpr,
-    CHANNELS: tl.constexpr, INDEX: tl.constexpr,
+    CHANNELS: tl.constexpr, INDEX: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     left, top, bottom, c, exist, tile = _strip(width, channels, rows, height, COLS, CHANNELS)
     image = tl.program_id(1).to(tl.int64)
@@ -169,38 +228,74 @@ def _level(
     start = tl.maximum(top - REACH, 0)
     # The next row is under way while this one is worked on.
     ahead = _row(x, start, left - REACH, height, width, stride_h, stride_w, exist, WIDE, INDEX)
-    for y in range(start, bottom + REACH):
-        row = _widen(ahead, WIDE, not IS_FIRST, NARROW)
-        ahead = _row(x, y + 1, left - REACH, height, width, stride_h, stride_w, exist, WIDE, INDEX)
-        sums = _spread(sums, row, taps, KERNEL, COLS)
+    ahead = _widen(ahead, WIDE, NARROW)
+    end = tl.minimum(bottom + REACH, height)
+    for y in range(start, end):
+        _fetch(x, y, left - REACH, height, width, stride_h, stride_w, AHEAD, WIDE, CHANNELS, INDEX)
+        new = _row(x, y + 1, left - REACH, height, width, stride_h, stride_w, exist, WIDE, INDEX)
+        sums = _spread(sums, ahead if IS_FIRST else _gelu_each(ahead, WIDE, NARROW), taps, KERNEL, COLS)
         if y >= top + REACH:
-            to = level + tl.cast(y - REACH, INDEX) * width * channels
-            for i in tl.static_range(COLS):
-                mask = exist & (left + i < width)
-                tl.store(to + (left + i).to(INDEX) * channels, sums[i].to(level.dtype.element_ty), mask=mask)
-                if IS_LAST:
-                    total += tl.where(mask, _gelu(sums[i], NARROW), 0.0)
+            row = y - REACH
+            total = _write_level(sums, level, total, row, left, width, channels, exist, IS_LAST, NARROW, COLS, INDEX)
+        sums = _move_on(sums, blank, KERNEL, COLS)
+        ahead = _widen(new, WIDE, NARROW)
+    # Nothing reaches the last rows any more.
+    for y in range(end - REACH, bottom):
+        if y >= top:
+            total = _write_level(sums, level, total, y, left, width, channels, exist, IS_LAST, NARROW, COLS, INDEX)
         sums = _move_on(sums, blank, KERNEL, COLS)
     if IS_LAST:
         tiles = tl.num_programs(0) // tl.cdiv(channels, CHANNELS)
         tl.store(partial + (image * tiles + tile) * channels + c, total, mask=exist)
 
 
+@triton.jit
+def _sum_tiles(partial, image, tiles, channels, c, exist, TILES: tl.constexpr, CHANNELS: tl.constexpr):
+    """Sum an image's partial values, one a tile and channel."""
+    acc = tl.zeros((TILES, CHANNELS), tl.float32)
+    for start in range(0, tiles, TILES):
+        tile = start + tl.arange(0, TILES)
+        mask = (tile < tiles)[:, None] & exist[None, :]
+        acc += tl.load(partial + ((image * tiles + tile) * channels)[:, None] + c[None, :], mask=mask, other=0.0)
+    return tl.sum(acc, 0)
+
+
+@triton.jit(do_not_specialize=["tiles", "positions"])
+def _mean(partial, average, mean, tiles, positions, channels, TILES: tl.constexpr, CHANNELS: tl.constexpr):
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    image = tl.program_id(1).to(tl.int64)
+    value = _sum_tiles(partial, image, tiles, channels, c, c < channels, TILES, CHANNELS) / positions
+    tl.store(average + image * channels + c, value, mask=c < channels)
+    tl.store(mean + image * channels + c, _gelu(value, False), mask=c < channels)
+
+
+@triton.jit(do_not_specialize=["tiles", "positions"])
+def _backward_average(
+    partial, average, from_mean, tiles, positions, channels, TILES: tl.constexpr, CHANNELS: tl.constexpr
+):  # fmt: skip
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    image = tl.program_id(1).to(tl.int64)
+    value = tl.load(average + image * channels + c, mask=c < channels, other=0.0)
+    grad = _sum_tiles(partial, image, tiles, channels, c, c < channels, TILES, CHANNELS) / positions
+    grad *= _gelu_slope(value, _normal(value, False))
+    tl.store(from_mean + image * channels + c, grad, mask=c < channels)
+
+
 @triton.jit(do_not_specialize=["positions", "width"])
 def _combine(
-    levels, gates, total, out, positions, width, channels, factor, level_stride,
+    levels, gates, mean, out, positions, width, channels, factor, level_stride,
     gate_stride_b, gate_stride_h, gate_stride_w,
     LEVELS: tl.constexpr, NARROW: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     tile, c, exist = _block(tl.program_id(0), tl.cdiv(channels, CHANNELS), channels, CHANNELS)
     image = tl.program_id(1).to(tl.int64)
-    average = tl.load(total + image * channels + c, mask=exist, other=0.0) / positions
+    last = tl.load(mean + image * channels + c, mask=exist, other=0.0)
     n = tile * POSITIONS + tl.arange(0, POSITIONS)
     here = n < positions
     mask = here[:, None] & exist[None, :]
     gates += image * gate_stride_b + (n // width).to(INDEX) * gate_stride_h + (n % width).to(INDEX) * gate_stride_w
     at = image * positions * channels + (n.to(INDEX) * channels)[:, None] + c[None, :]
-    acc = tl.load(gates + LEVELS, mask=here, other=0.0).to(tl.float32)[:, None] * _gelu(average, False)[None, :]
+    acc = tl.load(gates + LEVELS, mask=here, other=0.0).to(tl.float32)[:, None] * last[None, :]
     for level in tl.static_range(LEVELS):
         gate = tl.load(gates + level, mask=here, other=0.0).to(tl.float32)
         value = tl.load(levels + level * level_stride + at, mask=mask, other=0.0).to(tl.float32)
@@ -228,7 +323,7 @@ def _backward_mean(
 
 @triton.jit(do_not_specialize=["positions", "width"])
 def _backward_gates(
-    grad_out, gates, levels, total, to_mean, grad_level, grad_gates, positions, width, channels, factor, level_stride,
+    grad_out, gates, levels, mean, from_mean, grad_level, grad_gates, positions, width, channels, factor, level_stride,
     gate_stride_b, gate_stride_h, gate_stride_w,
     LEVELS: tl.constexpr, NARROW: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
@@ -248,22 +343,52 @@ def _backward_gates(
         values = ()
         for level in tl.static_range(LEVELS):
             values = values + (tl.load(levels + level * level_stride + at, mask=mask, other=0.0),)
-        average = tl.load(total + image * channels + c, mask=exist, other=0.0) / positions
-        from_mean = tl.load(to_mean + image * channels + c, mask=exist, other=0.0) / positions
-        below = _normal(average, False)
-        from_mean *= _gelu_slope(average, below)
+        average = tl.load(mean + image * channels + c, mask=exist, other=0.0)
+        offset = tl.load(from_mean + image * channels + c, mask=exist, other=0.0)
         new = ()
         for level in tl.static_range(LEVELS):
             z = values[level].to(tl.float32)
             each = _normal(z, NARROW)
             new = new + (sums[level] + tl.sum(grad * (z * each), 1),)
             if level == LEVELS - 1:
-                to_level = tl.fma(grad, gate[:, None], from_mean[None, :]) * _gelu_slope(z, each)
+                to_level = tl.fma(grad, gate[:, None], offset[None, :]) * _gelu_slope(z, each)
                 tl.store(grad_level + at, to_level.to(grad_level.dtype.element_ty), mask=mask)
-        sums = new + (sums[LEVELS] + tl.sum(grad * (average * below)[None, :], 1),)
+        sums = new + (sums[LEVELS] + tl.sum(grad * average[None, :], 1),)
     grad_gates += (image * positions + n) * (LEVELS + 1)
     for level in tl.static_range(LEVELS + 1):
         tl.store(grad_gates + level, (sums[level] * factor).to(grad_gates.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _before_gates(
+    z, grad_out, gates, row, left, height, width, channels, gate_stride_h, gate_stride_w, exist, LEVEL: tl.constexpr,
+    COLS: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """What takes a row of gradients through the gates and the GELU: the level before it, `grad_out` and the gates."""
+    numbers = ()
+    if LEVEL > 0:
+        stride = width * channels
+        numbers = _row(z, row, left, height, width, stride, channels, exist, COLS, INDEX)
+        numbers += _row(grad_out, row, left, height, width, stride, channels, exist, COLS, INDEX)
+        numbers += _row(gates, row, left, height, width, gate_stride_h, gate_stride_w, True, COLS, INDEX)
+    return numbers
+
+
+@triton.jit
+def _write_gradients(
+    sums, numbers, grad_x, row, left, width, channels, exist, factor, LEVEL: tl.constexpr, NARROW: tl.constexpr,
+    COLS: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """Write a row of gradients, past the first level taken through the gates and the GELU."""
+    grad_x += tl.cast(row, INDEX) * width * channels
+    for i in tl.static_range(COLS):
+        grad = sums[i]
+        if LEVEL > 0:
+            value, gate = _wide(numbers[i], NARROW), _wide(numbers[2 * COLS + i], NARROW) * factor
+            grad = tl.fma(_wide(numbers[COLS + i], NARROW), gate, grad)
+            grad *= _gelu_slope(value, _normal(value, NARROW))
+        mask = exist & (left + i < width)
+        tl.store(grad_x + (left + i).to(INDEX) * channels, grad.to(grad_x.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["first", "height", "width", "rows"])
@@ -271,7 +396,7 @@ def _backward_level(
     grad_level, weights, z, grad_out, gates, grad_x, first, height, width, channels, rows, factor,
     gate_stride_b, gate_stride_h, gate_stride_w,
     LEVEL: tl.constexpr, KERNEL: tl.constexpr, NARROW: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr,
-    INDEX: tl.constexpr,
+    INDEX: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     left, top, bottom, c, exist, _ = _strip(width, channels, rows, height, COLS, CHANNELS)
     image = tl.program_id(1).to(tl.int64)
@@ -290,25 +415,45 @@ def _backward_level(
     WIDE: tl.constexpr = COLS + KERNEL - 1
     start = tl.maximum(top - REACH, 0)
     ahead = _row(grad_level, start, left - REACH, height, width, stride, channels, exist, WIDE, INDEX)
-    for y in range(start, bottom + REACH):
-        row = _widen(ahead, WIDE, False, NARROW)
-        ahead = _row(grad_level, y + 1, left - REACH, height, width, stride, channels, exist, WIDE, INDEX)
-        values, from_out, each = (), (), ()
+    ahead = _widen(ahead, WIDE, NARROW)
+    end = tl.minimum(bottom + REACH, height)
+    for y in range(start, end):
+        _fetch(grad_level, y, left - REACH, height, width, stride, channels, AHEAD, WIDE, CHANNELS, INDEX)
         if LEVEL > 0:
-            values = _row(z, y - REACH, left, height, width, stride, channels, exist, COLS, INDEX)
-            from_out = _row(grad_out, y - REACH, left, height, width, stride, channels, exist, COLS, INDEX)
-            each = _row(gates, y - REACH, left, height, width, gate_stride_h, gate_stride_w, True, COLS, INDEX)
-        sums = _spread(sums, row, taps, KERNEL, COLS)
+            _fetch(z, y - REACH, left, height, width, stride, channels, AHEAD, COLS, CHANNELS, INDEX)
+            _fetch(grad_out, y - REACH, left, height, width, stride, channels, AHEAD, COLS, CHANNELS, INDEX)
+        new = _row(grad_level, y + 1, left - REACH, height, width, stride, channels, exist, WIDE, INDEX)
+        values = _before_gates(
+            z, grad_out, gates, y - REACH, left, height, width, channels, gate_stride_h, gate_stride_w, exist, LEVEL,
+            COLS, INDEX,
+        )  # fmt: skip
+        sums = _spread(sums, ahead, taps, KERNEL, COLS)
         if y >= top + REACH:
-            to = grad_x + tl.cast(y - REACH, INDEX) * stride
-            for i in tl.static_range(COLS):
-                grad = sums[i]
-                if LEVEL > 0:
-                    value = values[i].to(tl.float32)
-                    grad = tl.fma(from_out[i].to(tl.float32), each[i].to(tl.float32) * factor, grad)
-                    grad *= _gelu_slope(value, _normal(value, NARROW))
-                mask = exist & (left + i < width)
-                tl.store(to + (left + i).to(INDEX) * channels, grad.to(grad_x.dtype.element_ty), mask=mask)
+            _write_gradients(
+                sums, values, grad_x, y - REACH, left, width, channels, exist, factor, LEVEL, NARROW, COLS, INDEX
+            )
+        sums = _move_on(sums, blank, KERNEL, COLS)
+        ahead = _widen(new, WIDE, NARROW)
+    # Nothing reaches the last rows any more.
+    for y in range(end - REACH, bottom):
+        values = _before_gates(
+            z,
+            grad_out,
+            gates,
+            y,
+            left,
+            height,
+            width,
+            channels,
+            gate_stride_h,
+            gate_stride_w,
+            exist,
+            LEVEL,
+            COLS,
+            INDEX,
+        )
+        if y >= top:
+            _write_gradients(sums, values, grad_x, y, left, width, channels, exist, factor, LEVEL, NARROW, COLS, INDEX)
         sums = _move_on(sums, blank, KERNEL, COLS)
 
 
@@ -325,50 +470,56 @@ def _correlate(sums, window, row, KERNEL: tl.constexpr, COLS: tl.constexpr):
     return new
 
 
-@triton.jit(do_not_specialize=["first", "batch", "images", "height", "width", "rows", "taps"])
+@triton.jit(do_not_specialize=["batch", "images", "height", "width", "rows"])
 def _backward_weight(
-    grad_level, x, partial, first, batch, images, height, width, channels, rows, taps, stride_b, stride_h, stride_w,
+    grad_level, x, partial, batch, images, height, width, channels, rows, stride_b, stride_h, stride_w,
     IS_FIRST: tl.constexpr, KERNEL: tl.constexpr, NARROW: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr,
-    INDEX: tl.constexpr,
+    INDEX: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     left, top, bottom, c, exist, tile = _strip(width, channels, rows, height, COLS, CHANNELS)
     REACH: tl.constexpr = KERNEL // 2
     WIDE: tl.constexpr = COLS + KERNEL - 1
     stride = width * channels
     sums = _zeros(KERNEL * KERNEL, CHANNELS)
+    start = tl.maximum(top - REACH, 0)
     begin = tl.program_id(1) * images
     for number in range(begin, tl.minimum(begin + images, batch)):
         image = tl.cast(number, tl.int64)
         source = x + image * stride_b + c
         grad = grad_level + image * height * stride + c
-        # The first row of gradients meets contexts from row top on alone.
-        window = _zeros(KERNEL * COLS - COLS, CHANNELS)
-        ahead = _row(source, top, left, bottom, width, stride_h, stride_w, exist, COLS, INDEX)
-        window += _widen(ahead, COLS, not IS_FIRST, NARROW)
-        ahead = _row(source, top + 1, left, bottom, width, stride_h, stride_w, exist, COLS, INDEX)
-        grads = _row(grad, top - REACH, left - REACH, height, width, stride, channels, exist, WIDE, INDEX)
+        window = _zeros(KERNEL * COLS, CHANNELS)
+        new = _row(source, top, left, bottom, width, stride_h, stride_w, exist, COLS, INDEX)
+        new = _widen(new, COLS, NARROW)
+        for y in range(top, start + REACH):
+            window = _move_on(window, new if IS_FIRST else _gelu_each(new, COLS, NARROW), KERNEL, COLS)
+            new = _row(source, y + 1, left, bottom, width, stride_h, stride_w, exist, COLS, INDEX)
+            new = _widen(new, COLS, NARROW)
+        row = _row(grad, start, left - REACH, height, width, stride, channels, exist, WIDE, INDEX)
+        row = _widen(row, WIDE, NARROW)
         # The next rows are under way while these are worked on.
-        for y in range(top - REACH, bottom + REACH):
-            row = _widen(grads, WIDE, False, NARROW)
-            sums = _correlate(sums, window, row, KERNEL, COLS)
-            window = _move_on(window, _widen(ahead, COLS, not IS_FIRST, NARROW), KERNEL, COLS)
+        for y in range(start, tl.minimum(bottom + REACH, height)):
+            _fetch(grad, y, left - REACH, height, width, stride, channels, AHEAD, WIDE, CHANNELS, INDEX)
+            _fetch(source, y + REACH + 1, left, height, width, stride_h, stride_w, AHEAD, COLS, CHANNELS, INDEX)
             grads = _row(grad, y + 1, left - REACH, height, width, stride, channels, exist, WIDE, INDEX)
-            ahead = _row(source, y + REACH + 2, left, bottom, width, stride_h, stride_w, exist, COLS, INDEX)
+            ahead = _row(source, y + REACH + 1, left, bottom, width, stride_h, stride_w, exist, COLS, INDEX)
+            window = _move_on(window, new if IS_FIRST else _gelu_each(new, COLS, NARROW), KERNEL, COLS)
+            sums = _correlate(sums, window, row, KERNEL, COLS)
+            row, new = _widen(grads, WIDE, NARROW), _widen(ahead, COLS, NARROW)
     tiles = tl.num_programs(0) // tl.cdiv(channels, CHANNELS)
-    partial += ((tl.program_id(1).to(tl.int64) * tiles + tile) * taps + first) * channels + c
+    partial += (tl.program_id(1).to(tl.int64) * tiles + tile) * (KERNEL * KERNEL * channels) + c
     for i in tl.static_range(KERNEL * KERNEL):
         tl.store(partial + i * channels, sums[i], mask=exist)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _sum_rows(partial, out, rows, count, ROWS: tl.constexpr, COUNT: tl.constexpr):
+@triton.jit(do_not_specialize=["rows", "first"])
+def _sum_rows(partial, out, first, rows, count, ROWS: tl.constexpr, COUNT: tl.constexpr):
     at = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
     acc = tl.zeros((ROWS, COUNT), tl.float32)
     for start in range(0, rows, ROWS):
         row = start + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & (at < count)[None, :]
         acc += tl.load(partial + row.to(tl.int64)[:, None] * count + at[None, :], mask=mask, other=0.0)
-    tl.store(out + at, tl.sum(acc, 0).to(out.dtype.element_ty), mask=at < count)
+    tl.store(out + first + at, tl.sum(acc, 0).to(out.dtype.element_ty), mask=at < count)
 
 
 class _Launch(NamedTuple):
@@ -386,19 +537,25 @@ class _Walk(NamedTuple):
     registers: int | None = None
 
 
-COMBINE = _Launch(32, 128, 4)
-MEAN = _Launch(64, 128, 4)
-GATES = _Launch(32, 128, 4)
-TABLE = _Launch(128, 32, 4)
+COMBINE = _Launch(16, 128, 4)
+MEAN = _Launch(128, 64, 4)
+GATES = _Launch(16, 128, 4)
+# Tiles and channels at a time.
+MEANS = _Launch(32, 32, 1)
+TABLE = _Launch(256, 32, 8)
 # By kernel size: taps, sums under way and a row's numbers fit the registers of a thread.
-LEVEL = {3: _Walk(7), 5: _Walk(7, 128), 7: _Walk(4, 128)}
+LEVEL = {3: _Walk(7), 5: _Walk(7, 168), 7: _Walk(7, 168)}
 BACKWARD_LEVEL = {3: _Walk(7), 5: _Walk(4, 128), 7: _Walk(4, 168)}
-BACKWARD_WEIGHT = {3: _Walk(7), 5: _Walk(4, 128), 7: _Walk(4, 168)}
+BACKWARD_WEIGHT = {3: _Walk(4), 5: _Walk(4, 128), 7: _Walk(2, 128)}
 # A warp takes a strip: a channel a thread.
 CHANNELS = 32
+# Rows fetched into the L2 cache before their turn: a program's own loads are too few to hide the way to memory.
+AHEAD = 4
+# The interpreter takes no instructions of the GPU's own.
+HAS_PTX = torch.version.hip is None and not triton.knobs.runtime.interpret
 # Enough programs to fill the GPU come before long strips, and before many images a program.
 PROGRAMS = 4096
-WEIGHT_PROGRAMS = 2048
+WEIGHT_PROGRAMS = 4096
 # A piece has these rows at least: it reads those around it as well.
 ROWS = 8
 
@@ -435,8 +592,8 @@ class _Problem:
         self.dense = (self.height * self.width * self.channels, self.width * self.channels, self.channels)
         self.levels, self.narrow = len(sizes), narrow
         self.factor = 1.0 / (self.levels + 1) if normalize else 1.0
-        # Where each level's kernel begins among the rows of the packed weights, and their number.
-        *self.starts, self.taps = [sum(size * size for size in sizes[:level]) for level in range(self.levels + 1)]
+        # Where each level's kernel begins among the rows of the packed weights.
+        self.starts = [sum(size * size for size in sizes[:level]) for level in range(self.levels)]
         self.blocks = triton.cdiv(self.channels, CHANNELS)
         # 32-bit offsets within an image halve the registers of addresses; images themselves are 64 bits apart.
         sides = self.height, self.width, max(self.channels, self.levels + 1)
@@ -447,16 +604,16 @@ class _Problem:
         self.index = tl.int32 if extent < 2**30 else tl.int64
         self.positions = self.height * self.width
         self.combine, self.mean, self.gates = self._tiles(COMBINE), self._tiles(MEAN), self._tiles(GATES, True)
-        largest = _walk(BACKWARD_WEIGHT, max(sizes))
+        constants = {"TILES": MEANS.positions, "CHANNELS": MEANS.channels, "num_warps": MEANS.warps}
+        self.means = _Tiles(1, (triton.cdiv(self.channels, MEANS.channels), self.batch), constants)
         self.level, self.backward_level, self.backward_weight = [], [], []
         for level, size in enumerate(sizes):
             flags = {"KERNEL": size, "IS_FIRST": level == 0, "IS_LAST": level == self.levels - 1}
             self.level.append(self._strips(_walk(LEVEL, size), flags))
             flags = {"KERNEL": size, "LEVEL": level}
             self.backward_level.append(self._strips(_walk(BACKWARD_LEVEL, size), flags))
-            # One table of partial sums for all levels: the same strips for all.
             flags = {"KERNEL": size, "IS_FIRST": level == 0}
-            self.backward_weight.append(self._strips(largest, flags))
+            self.backward_weight.append(self._strips(_walk(BACKWARD_WEIGHT, size), flags))
 
     def _tiles(self, launch: _Launch, takes_all_channels: bool = False) -> _Tiles:
         channels = min(launch.channels, triton.next_power_of_2(self.channels))
@@ -477,8 +634,8 @@ class _Problem:
         pieces = triton.cdiv(self.height, rows)
         images = max(1, programs * pieces // WEIGHT_PROGRAMS)
         constants = {
-            "NARROW": self.narrow, "COLS": walk.cols, "CHANNELS": CHANNELS, "INDEX": self.index, "num_warps": 1,
-            "num_stages": 1, **flags,
+            "NARROW": self.narrow, "COLS": walk.cols, "CHANNELS": CHANNELS, "INDEX": self.index,
+            "AHEAD": AHEAD if HAS_PTX else 0, "num_warps": 1, "num_stages": 1, **flags,
         }  # fmt: skip
         if walk.registers:
             constants["maxnreg"] = walk.registers
@@ -493,18 +650,13 @@ def _dense(t: Tensor) -> Tensor:
 
 
 def _plan(context: Tensor, gates: Tensor, sizes: Sequence[int], normalize: bool) -> _Problem:
-    narrow = context.dtype.itemsize == 2
+    narrow = HAS_PTX and context.dtype.itemsize == 2
     return _problem(context.shape, context.stride(), gates.stride(), tuple(sizes), normalize, narrow)
-
-
-def _sum(partial: Tensor) -> Tensor:
-    """Sum over dimension 1, without a launch where there is nothing to add."""
-    return partial[:, 0] if partial.shape[1] == 1 else partial.sum(1)
 
 
 def _focal_modulation(
     context: Tensor, gates: Tensor, weights: Tensor, sizes: list[int], normalize: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     context, gates, weights = _dense(context), _dense(gates), weights.contiguous()
     plan = _plan(context, gates, sizes, normalize)
     batch, height, width, channels = context.shape
@@ -518,40 +670,51 @@ def _focal_modulation(
             x, weights, level, partial, first, height, width, channels, strips.rows, *strides, **strips.constants
         )
         x, strides = level, plan.dense
-    total = _sum(partial)
+    average, mean = (partial.new_empty((batch, channels)) for _ in range(2))
+    tail = partial.shape[1], plan.positions, channels
+    _mean[plan.means.grid](partial, average, mean, *tail, **plan.means.constants)
     _combine[plan.combine.grid](
-        levels, gates, total, out, plan.positions, width, channels, plan.factor, batch * plan.dense[0],
+        levels, gates, mean, out, plan.positions, width, channels, plan.factor, batch * plan.dense[0],
         *plan.gate_strides, **plan.combine.constants,
     )  # fmt: skip
-    return out, levels, total
+    return out, levels, average, mean
 
 
 def _focal_modulation_backward(
-    grad_out: Tensor, context: Tensor, gates: Tensor, weights: Tensor, out: Tensor, levels: Tensor, total: Tensor,
-    sizes: list[int], normalize: bool,
+    grad_out: Tensor, context: Tensor, gates: Tensor, weights: Tensor, out: Tensor, levels: Tensor, average: Tensor,
+    mean: Tensor, sizes: list[int], normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     context, gates, weights, grad_out = _dense(context), _dense(gates), weights.contiguous(), grad_out.contiguous()
     plan = _plan(context, gates, sizes, normalize)
     batch, height, width, channels = context.shape
     inputs = context, *levels.unbind()
 
-    partial = total.new_empty((batch, plan.mean.tiles, channels))
+    partial = mean.new_empty((batch, plan.mean.tiles, channels))
     tail = plan.positions, width, channels, plan.factor
     _backward_mean[plan.mean.grid](grad_out, gates, partial, *tail, *plan.gate_strides, **plan.mean.constants)
+    from_mean = torch.empty_like(mean)
+    _backward_average[plan.means.grid](
+        partial, average, from_mean, plan.mean.tiles, plan.positions, channels, **plan.means.constants
+    )
     grad_gates = gates.new_empty(gates.shape)
     grad_level, spare = torch.empty_like(out), torch.empty_like(out)
     _backward_gates[plan.gates.grid](
-        grad_out, gates, levels, total, _sum(partial), grad_level, grad_gates, *tail, batch * plan.dense[0],
+        grad_out, gates, levels, mean, from_mean, grad_level, grad_gates, *tail, batch * plan.dense[0],
         *plan.gate_strides, **plan.gates.constants,
     )  # fmt: skip
 
-    groups = triton.cdiv(batch, plan.backward_weight[0].images)
-    partial = total.new_empty((groups * plan.backward_weight[0].tiles, plan.taps, channels))
+    grad_weights = torch.empty_like(weights)
     for level in reversed(range(len(sizes))):
         x, first, strips = inputs[level], plan.starts[level], plan.backward_weight[level]
+        groups, count = triton.cdiv(batch, strips.images), sizes[level] ** 2 * channels
+        partial = mean.new_empty((groups * strips.tiles, count))
         _backward_weight[strips.programs, groups](
-            grad_level, x, partial, first, batch, strips.images, height, width, channels, strips.rows, plan.taps,
+            grad_level, x, partial, batch, strips.images, height, width, channels, strips.rows,
             *(plan.dense if level else plan.strides), **strips.constants,
+        )  # fmt: skip
+        _sum_rows[triton.cdiv(count, TABLE.channels),](
+            partial, grad_weights, first * channels, len(partial), count, TABLE.positions, TABLE.channels,
+            num_warps=TABLE.warps,
         )  # fmt: skip
         strips = plan.backward_level[level]
         _backward_level[strips.programs, batch](
@@ -559,17 +722,14 @@ def _focal_modulation_backward(
             *plan.gate_strides, **strips.constants,
         )  # fmt: skip
         grad_level, spare = spare, grad_level
-    grad_weights, count = torch.empty_like(weights), weights.numel()
-    _sum_rows[triton.cdiv(count, TABLE.channels),](
-        partial, grad_weights, len(partial), count, TABLE.positions, TABLE.channels, num_warps=TABLE.warps
-    )
     return grad_level, grad_gates, grad_weights
 
 
 def _fake(context, gates, weights, sizes, normalize):
     out = context.new_empty(context.shape)
     levels = context.new_empty((gates.shape[3] - 1, *context.shape))
-    return out, levels, context.new_empty((context.shape[0], context.shape[3]), dtype=torch.float32)
+    means = (context.new_empty((context.shape[0], context.shape[3]), dtype=torch.float32) for _ in range(2))
+    return out, levels, *means
 
 
 def _fake_backward(grad_out, context, gates, weights, *others):
