@@ -129,7 +129,6 @@ def test_kernels_interpreted(setting, aligned, monkeypatch):
 
     # Short pieces, and several images a program: the interpreter takes programs one by one.
     monkeypatch.setattr(kernels, "ROWS", 2)
-    monkeypatch.setattr(kernels, "WEIGHT_PROGRAMS", 4)
     monkeypatch.setattr(kernels, "_walk", lambda table, size: kernels._Walk(2))
     kernels._problem.cache_clear()
     tensors = inputs(setting, torch.float32)
