@@ -99,6 +99,8 @@ def register(
         ctx.options = inputs[tensors:]
         ctx.save_for_backward(*inputs[:tensors], *output)
         ctx.mark_non_differentiable(*output[1:])
+        # No zeros in the place of the gradients of what the backward needs.
+        ctx.set_materialize_grads(False)
 
     def gradients(function: Callable, ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
