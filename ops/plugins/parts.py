@@ -3,7 +3,7 @@
 from collections import OrderedDict
 
 import torch
-from densezoo.ops.backend import takes_triton
+from densezoo.ops.backend import is_exporting, takes_triton
 from torch import Tensor, nn
 
 
@@ -43,6 +43,16 @@ def squeeze_mlp(channels: int, reduction: int, **factory) -> nn.Sequential:
 def max_mean(x: Tensor, dim: int) -> Tensor:
     """Reduce one axis of a map (B, C, H, W) to (B, 2, ...): its maximum, then its mean."""
     return torch.stack([x.amax(dim), x.mean(dim)], 1)
+
+
+def map_unsupported(x: Tensor) -> str | None:
+    """Return why the kernels that pool and scale maps cannot take x (B, C, H, W), or None where they can."""
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"dtype {x.dtype} (kernels: float16, bfloat16, float32)"
+    # Asked of a graph to export it would limit the sizes that the graph serves.
+    if not is_exporting() and (x.numel() == 0 or x.shape[1:].numel() >= 2**31):
+        return f"shape {tuple(x.shape)} (kernels: 1 to 2^31 - 1 numbers an image)"
+    return None
 
 
 class MapConv(nn.Conv2d):

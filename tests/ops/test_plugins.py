@@ -382,10 +382,113 @@ def test_gate_axes_are_operators(device):
     torch.library.opcheck(ops.gate_axes_backward, (grad, x, gates, pools, counts, pools))
 
 
+def channel_gate(pools):
+    """Gates of few bits, which are the same in every dtype and often equal, with gradients to maxima and means."""
+    top, mean = pools.unbind(1)
+    return (top / 8 + 2 * (mean - mean.detach())).clamp(0.25, 0.5)
+
+
+def position_gate(pools):
+    return axis_gates(pools)[0] * 3
+
+
+def twice_gated_results(shape, layout, dtype, device, through_kernels):
+    """Return a map scaled by both gates and its gradient, by the kernels or in float64; many maxima are not alone."""
+    from densezoo.ops.plugins.cbam_kernels import gate_twice_triton
+
+    generator = torch.Generator(device).manual_seed(0)
+    x, grad = (torch.randn(shape, generator=generator, device=device).to(memory_format=layout) for _ in range(2))
+    x, grad = ((x * 2).round() / 2).to(dtype), grad.to(dtype)
+    if through_kernels:
+        out = gate_twice_triton(x.requires_grad_(), channel_gate, position_gate)
+        assert out.is_contiguous(memory_format=layout)
+    else:
+        x, grad = x.double().requires_grad_(), grad.double()
+        y = x * channel_gate(torch.stack([x.amax((2, 3)), x.mean((2, 3))], 1))[..., None, None]
+        out = y * position_gate(max_mean(y, 1))
+    return [out.detach(), *torch.autograd.grad(out, x, grad)]
+
+
+@layouts
+@pytest.mark.parametrize("small", [True, False], ids=["small", "large"])
+@pytest.mark.parametrize("shape", GATED, ids=str)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU, in the tests below")
+def test_gate_twice_interpreted(shape, small, layout, nan_filled_memory, monkeypatch):
+    from densezoo.ops.plugins import cbam_kernels
+
+    if small:
+        # Tiles of several steps, and of several parts along each axis.
+        launch = cbam_kernels._Launch(64 if max(shape) < 16 else 1024, 16, 4, 1, 8)
+        monkeypatch.setattr(cbam_kernels, "LAUNCH", dict.fromkeys(cbam_kernels.LAUNCH, launch))
+    got, expected = (twice_gated_results(shape, layout, torch.float32, "cpu", way) for way in (True, False))
+    assert worst_error(got, expected) < 1e-6
+
+
+@pytest.mark.gpu
+@layouts
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("shape", GATED + GPU_GATED, ids=str)
+def test_gate_twice(shape, dtype, allowed, layout, nan_filled_memory):
+    got, again = (twice_gated_results(shape, layout, dtype, "cuda", True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True)), "two runs differ"
+    assert worst_error(got, twice_gated_results(shape, layout, dtype, "cuda", False)) < allowed
+
+
+@pytest.mark.gpu
+def test_gate_twice_of_more_than_2_31_elements():
+    from densezoo.ops.plugins.cbam_kernels import gate_twice_triton
+
+    x, results = torch.randn(33, 1024, 256, 256, device="cuda", dtype=torch.bfloat16), []
+    for leaf in (x, x[-1:].clone()):
+        out = gate_twice_triton(leaf.requires_grad_(), channel_gate, position_gate)
+        results.append([t[-1:] for t in (out.detach(), *torch.autograd.grad(out, leaf, torch.ones_like(out)))])
+    assert worst_error(results[0], [t.double() for t in results[1]]) < 1e-2
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["channels first", "channels last"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_gate_twice_are_operators(device, first):
+    import densezoo.ops.plugins.cbam_kernels  # noqa: F401  (registers the operators)
+
+    if device == "cpu" and torch.cuda.is_available():
+        pytest.skip("the kernels run on the GPU")
+    ops, (x, grad) = torch.ops.densezoo, torch.randn(2, 2, 5, 6, device=device)
+    channel, position = (torch.rand(2, size, device=device) for size in ((5, 6) if first else (6, 5)))
+    pool, maps = ops.pool_channels(x, first), ops.pool_positions(x, channel, first)
+    sums = ops.gate_twice_sums(grad, x, channel, position, pool, maps, first)
+    opcheck = torch.library.opcheck
+    opcheck(ops.pool_channels, (x, first))
+    opcheck(ops.pool_positions, (x, channel, first))
+    opcheck(ops.gate_twice, (x, channel, position, first))
+    opcheck(ops.gate_twice_sums, (grad, x, channel, position, pool, maps, first))
+    opcheck(ops.gate_through_maps, (x, channel, maps, sums[1], maps, first))
+    opcheck(ops.gate_twice_backward, (grad, x, channel, position, pool, maps, *sums, pool, maps, first))
+
+
+@layouts
+@pytest.mark.parametrize("kind", [CBAM, Triplet])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the modules take the kernels by themselves")
+def test_modules_take_the_kernels(kind, layout, monkeypatch):
+    module, x = build(kind), torch.randn(3, 32, 5, 6).to(memory_format=layout)
+    for narrow in (False, True):
+        results = []
+        for backend in ("reference", "triton"):
+            monkeypatch.setattr("densezoo.ops.backend._backend", backend)
+            net, leaf = copy.deepcopy(module), x.detach().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+                out = net(leaf)
+            results.append([out, *torch.autograd.grad(out.square().sum(), (leaf, *net.parameters()))])
+        # Rounding may move a norm's few gradients far.
+        for a, b in list(zip(*results, strict=True))[: 2 if narrow else None]:
+            torch.testing.assert_close(a, b, atol=(0.1 if narrow else 1e-5) * b.abs().max().item(), rtol=1e-4)
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last, None], ids=str)
-def test_kernels_compile_once_for_any_batch(device, layout):
+@pytest.mark.parametrize("kind", [CBAM, Triplet])
+def test_kernels_compile_once_for_any_batch(device, kind, layout):
     from densezoo.ops.plugins.axes import gate_axes_triton
+    from densezoo.ops.plugins.cbam_kernels import gate_twice_triton
     from densezoo.ops.plugins.kernels import map_conv_triton
 
     if device == "cpu" and torch.cuda.is_available():
@@ -394,7 +497,10 @@ def test_kernels_compile_once_for_any_batch(device, layout):
     counter = CompileCounterWithBackend("aot_eager")
 
     def run(x, weight):
-        return map_conv_triton(x, weight) if layout is None else gate_axes_triton(x * weight.sum(), axis_gates)
+        if layout is None:
+            return map_conv_triton(x, weight)
+        gates = (gate_axes_triton, axis_gates) if kind is Triplet else (gate_twice_triton, channel_gate, position_gate)
+        return gates[0](x * weight.sum(), *gates[1:])
 
     compiled, weight = torch.compile(run, fullgraph=True, backend=counter), torch.ones(1, 2, 3, 3, device=device)
     for batch in (2, 3, 5):
