@@ -68,7 +68,9 @@ class MapConv(nn.Conv2d):
         if takes_triton("map_conv", x, unsupported):
             from densezoo.ops.plugins.kernels import map_conv_triton
 
-            return map_conv_triton(x, self.weight)
+            out = map_conv_triton(x, self.weight)
+            # Fusing the norm into the convolution makes a bias of it.
+            return out if self.bias is None else out + self.bias
         return super().forward(x)
 
 

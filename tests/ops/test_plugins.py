@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from densezoo.ops import plugins
 from densezoo.ops.plugins import BAM, CBAM, DAS, ECA, ELA, FCA, PKCAM, SE, ULSAM, GatherExcite, Triplet
-from densezoo.ops.plugins.parts import max_mean
+from densezoo.ops.plugins.parts import map_conv, max_mean
 from torch._dynamo.testing import CompileCounterWithBackend
 from torchvision.ops import deform_conv2d
 
@@ -291,6 +291,16 @@ def test_map_conv_is_an_operator(device):
         pytest.skip("the kernels run on the GPU")
     x, weight = (torch.randn(s, device=device, requires_grad=True) for s in ((2, 2, 6, 9), (1, 2, 3, 3)))
     torch.library.opcheck(torch.ops.densezoo.map_conv, (x, weight))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU")
+def test_map_conv_with_a_norm_fused_into_it(monkeypatch):
+    gate, x = map_conv(3).eval(), torch.randn(2, 2, 6, 9)
+    for parameter in gate.parameters():
+        torch.nn.init.normal_(parameter)
+    expected = gate(x)
+    monkeypatch.setattr("densezoo.ops.backend._backend", "triton")
+    torch.testing.assert_close(torch.nn.utils.fusion.fuse_conv_bn_eval(gate.conv, gate.bn)(x), expected)
 
 
 # Of one tile and of several along each axis, and sizes that fill none.
