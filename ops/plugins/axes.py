@@ -43,11 +43,12 @@ class _ReduceLaunch(NamedTuple):
     share: int  # Of P.
 
 
+# Measured on an H200.
 LAUNCH = {
-    "pool": _ReduceLaunch(512, 64),
+    "pool": _ReduceLaunch(1024, 64),
     "scale": _Launch(2048, 8, 1),
     "sums": _ReduceLaunch(512, 64),
-    "backward": _Launch(2048, 8, 1),
+    "backward": _Launch(1024, 4, 1),
 }
 # The most positions at which a program walks over P, 8 a thread.
 POSITIONS = 256
