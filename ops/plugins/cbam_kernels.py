@@ -41,12 +41,12 @@ class _Launch(NamedTuple):
 
 
 LAUNCH = {
-    "pool": _Launch(2048, 512, 4, 1, 2048),
-    "map": _Launch(2048, 256, 4, 1, 2048),
+    "pool_columns": _Launch(2048, 64, 4, 1, 1000),
+    "pool_rows": _Launch(2048, 256, 4, 2),
     "scale": _Launch(2048, 256, 4, 1, 16384),
-    "sums": _Launch(2048, 256, 4, 1, 4096),
-    "through_maps": _Launch(2048, 256, 4, 1, 4096),
-    "backward": _Launch(2048, 256, 4, 1, 16384),
+    "sums": _Launch(512, 256, 1, 1, 8192),
+    "through_maps": _Launch(512, 256, 1, 1, 8192),
+    "backward": _Launch(1024, 256, 4, 1, 16384),
 }
 
 
@@ -290,8 +290,8 @@ def _combined(x: Tensor, partial: Tensor, inverse: float, backward: bool) -> Ten
     return out
 
 
-def _pooled(x: Tensor, gate: Tensor | None, axis: int, launch: _Launch) -> Tensor:
-    batch, *sizes = x.shape
+def _pooled(x: Tensor, gate: Tensor | None, axis: int) -> Tensor:
+    (batch, *sizes), launch = x.shape, LAUNCH["pool_rows" if axis == 1 else "pool_columns"]
     inverse = 1 / sizes[axis]
     parts, tiles, (rows, column_units, share), constants = _tiling(x, launch)
     programs = batch * parts * tiles
@@ -311,11 +311,11 @@ def _pooled(x: Tensor, gate: Tensor | None, axis: int, launch: _Launch) -> Tenso
 
 
 def _pool_channels(x: Tensor, first: bool) -> Tensor:
-    return _pooled(x.contiguous(), None, 1 if first else 0, LAUNCH["pool"])
+    return _pooled(x.contiguous(), None, 1 if first else 0)
 
 
 def _pool_positions(x: Tensor, channel: Tensor, first: bool) -> Tensor:
-    return _pooled(x.contiguous(), channel.contiguous(), 0 if first else 1, LAUNCH["map"])
+    return _pooled(x.contiguous(), channel.contiguous(), 0 if first else 1)
 
 
 def _applied(x: Tensor, grad: Tensor | None, pairs: list[tuple[Tensor | None, Tensor | None]], first: bool) -> Tensor:

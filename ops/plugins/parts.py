@@ -74,10 +74,27 @@ class MapConv(nn.Conv2d):
         return super().forward(x)
 
 
+class MapNorm(nn.BatchNorm2d):
+    """The norm of one map, trained on a GPU as a column of numbers: for a map PyTorch starts one program a channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take (B, 1, H, W) to the same shape."""
+        if not (self.training and x.is_cuda):
+            return super().forward(x)
+        # The numbers in any order have the same mean and variance.
+        is_turned = x.stride(-2) < x.stride(-1)
+        in_order = x.mT if is_turned else x
+        out = super().forward(in_order.reshape(-1, 1)).view(in_order.shape)
+        return out.mT if is_turned else out
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        """Accept the column."""
+
+
 def map_conv(kernel_size: int, **factory) -> nn.Sequential:
     """Return the convolution `conv` and norm `bn` that make one map (B, 1, H, W) of the two of `max_mean`."""
-    norm = nn.BatchNorm2d(1, momentum=0.01, **factory)
-    return nn.Sequential(OrderedDict(conv=MapConv(kernel_size, **factory), bn=norm))
+    conv, norm = MapConv(kernel_size, **factory), MapNorm(1, momentum=0.01, **factory)
+    return nn.Sequential(OrderedDict(conv=conv, bn=norm))
 
 
 def init_as_published(module: nn.Module) -> None:

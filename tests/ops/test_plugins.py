@@ -303,6 +303,21 @@ def test_map_conv_with_a_norm_fused_into_it(monkeypatch):
     torch.testing.assert_close(torch.nn.utils.fusion.fuse_conv_bn_eval(gate.conv, gate.bn)(x), expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("turned", [False, True])
+def test_map_norm(turned):
+    norms, x = (map_conv(3).bn.cuda(), torch.nn.BatchNorm2d(1, momentum=0.01).cuda()), torch.randn(3, 1, 5, 7)
+    x = (x.mT.contiguous().mT if turned else x).cuda()
+    results, grad = [], torch.randn_like(x)
+    for norm in norms:
+        leaf = x.detach().requires_grad_()
+        out = norm(leaf)
+        grads = torch.autograd.grad(out, (leaf, *norm.parameters()), grad)
+        results.append([out, *grads, *norm.buffers(), norm.eval()(x)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 # Of one tile and of several along each axis, and sizes that fill none.
 GATED = [(2, 5, 7, 9), (1, 70, 6, 8), (2, 3, 70, 67), (3, 8, 5, 1), (1, 1, 1, 6), (1, 66, 3, 4)]
 GPU_GATED = [(128, 256, 56, 56), (128, 1024, 14, 14), (2, 512, 7, 7), (2, 256, 200, 304), (256, 64, 7, 7)]
