@@ -9,8 +9,8 @@ from triton.testing import do_bench
 
 import densezoo  # noqa: F401  (registers the models)
 
-# What a user would take instead of each: timm's version, or the network that it modifies; timm has no CSwin and no first
-# PVT, so that theirs stand beside Swin and the second PVT.
+# What a user would take instead of each: timm's version, or the network that it modifies. timm has neither CSwin nor
+# the first PVT: their descendants stand beside Swin and the second PVT.
 RIVALS = {
     "densezoo_davit_tiny": "davit_tiny",
     "densezoo_maxvit_tiny_tf_224": "maxvit_tiny_tf_224",
