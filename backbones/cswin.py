@@ -6,6 +6,7 @@ import torch
 from densezoo.backbones.nat import spread_drop_path
 from densezoo.backbones.staged import Blocks, StagedBackbone, check_per_stage, init_weights, square_side
 from densezoo.ops import window_attention
+from densezoo.ops.norm import LayerNorm, PreNorm
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
@@ -66,11 +67,11 @@ class CSwinBlock(nn.Module):
     def __init__(self, dim: int, attns: Sequence[nn.Module], mlp_ratio: float, drop_path: float = 0.0):
         super().__init__()
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = PreNorm(dim)
         self.proj = nn.Linear(dim, dim)
         self.attns = nn.ModuleList(attns)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = PreNorm(dim)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ class Merge(nn.Module):
     def __init__(self, dim: int, out_dim: int):
         super().__init__()
         self.conv = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1)
-        self.norm = nn.LayerNorm(out_dim)
+        self.norm = LayerNorm(out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the map."""
@@ -134,7 +135,7 @@ class CSwin(StagedBackbone):
         super().__init__()
         check_per_stage(depths, num_heads=num_heads)
         stem = nn.Conv2d(in_chans, embed_dim, 7, stride=4, padding=2)
-        self.stage1_conv_embed = nn.Sequential(stem, ToChannelsLast(), nn.LayerNorm(embed_dim))
+        self.stage1_conv_embed = nn.Sequential(stem, ToChannelsLast(), LayerNorm(embed_dim))
         self.feature_info = []
         for i, rates in enumerate(spread_drop_path(drop_path_rate, depths)):
             dim, heads, side = embed_dim * 2**i, num_heads[i], square_side(img_size) // (4 * 2**i)

@@ -22,6 +22,7 @@ from densezoo.backbones.staged import (
     rename_keys,
 )
 from densezoo.ops import channel_attention, window_attention
+from densezoo.ops.norm import LayerNorm, PreNorm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -92,10 +93,10 @@ class Block(nn.Module):
     def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path: float):
         super().__init__()
         self.cpe1 = PositionEncoding(dim)
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = PreNorm(dim)
         self.attn = attn
         self.cpe2 = PositionEncoding(dim)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = PreNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
@@ -116,7 +117,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, in_chans: int, dim: int):
         super().__init__()
         self.conv = nn.Conv2d(in_chans, dim, 7, stride=4, padding=3)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the map."""
@@ -132,7 +133,7 @@ class Downsample(nn.Module):
 
     def __init__(self, dim: int, kernel_size: int):
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
+        self.norm = PreNorm(dim)
         self.conv = nn.Conv2d(dim, 2 * dim, kernel_size, stride=2, padding=(kernel_size - 1) // 2)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from densezoo.backbones.staged import (
     rename_keys,
 )
 from densezoo.ops import focal_modulation
+from densezoo.ops.norm import LayerNorm, PreNorm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -48,7 +49,7 @@ class FocalModulation(nn.Module):
             nn.Sequential(nn.Conv2d(dim, dim, focal_window + 2 * level, groups=dim, bias=False))
             for level in range(focal_level)
         )
-        self.ln = nn.LayerNorm(dim) if use_postln_in_modulation else nn.Identity()
+        self.ln = PreNorm(dim) if use_postln_in_modulation else nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,9 +75,9 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.use_postln = use_postln
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = PreNorm(dim)
         self.modulation = modulation
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = PreNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.gamma_1, self.gamma_2 = (
@@ -103,7 +104,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, in_chans: int, dim: int, kernel_size: int, stride: int, padding: int = 0):
         super().__init__()
         self.proj = nn.Conv2d(in_chans, dim, kernel_size, stride, padding)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the map."""

@@ -29,6 +29,7 @@ from densezoo.backbones.staged import (
 )
 from densezoo.ops import window_attention
 from densezoo.ops.backend import is_exporting
+from densezoo.ops.norm import PreNorm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerScale, Mlp, SqueezeExcite
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -228,9 +229,9 @@ class AttentionLayer(nn.Module):
         self, dim: int, attn: nn.Module, mlp_ratio: float, style: Style, layer_scale: float | None, drop_path: float
     ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=style.norm_eps)
+        self.norm1 = PreNorm(dim, eps=style.norm_eps)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, eps=style.norm_eps)
+        self.norm2 = PreNorm(dim, eps=style.norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=style.mlp_act)
         self.ls1, self.ls2 = (
             nn.Identity() if layer_scale is None else LayerScale(dim, init_values=layer_scale) for _ in range(2)

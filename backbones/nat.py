@@ -5,7 +5,7 @@ those of the published checkpoints, so official files load as they are; dilation
 `dilations`. Here `drop_path_rate` defaults to 0: the training configs set the published rates.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import cycle, islice
 
 import torch
@@ -56,12 +56,18 @@ class Block(nn.Module):
     """Pre-norm attention and MLP over a map (B, H, W, dim), with stochastic depth and, where given, layer scale."""
 
     def __init__(
-        self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path: float = 0.0, layer_scale: float | None = None
+        self,
+        dim: int,
+        attn: nn.Module,
+        mlp_ratio: float,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
     ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = norm_layer(dim)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.gamma1, self.gamma2 = (

@@ -15,6 +15,7 @@ from densezoo.backbones.staged import (
     resize_tokens,
     square_side,
 )
+from densezoo.ops.norm import LayerNorm, PreNorm
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
@@ -32,7 +33,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         padding = kernel_size // 2 if kernel_size > stride else 0
         self.proj = nn.Conv2d(in_chans, dim, kernel_size, stride, padding)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the map."""
@@ -60,9 +61,9 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, attn: nn.Module, mlp: nn.Module, drop_path: float = 0.0):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm1 = PreNorm(dim, eps=NORM_EPS)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm2 = PreNorm(dim, eps=NORM_EPS)
         self.mlp = mlp
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 

@@ -7,6 +7,7 @@ from densezoo.ops.deformable import ms_deform_attn
 from densezoo.ops.focal import focal_modulation
 from densezoo.ops.linear import focused_linear_attention
 from densezoo.ops.neighborhood import na2d
+from densezoo.ops.norm import layer_norm
 from densezoo.ops.quadtree import quadtree_attention
 from densezoo.ops.window import window_attention
 
@@ -16,6 +17,7 @@ __all__ = [
     "focal_modulation",
     "focused_linear_attention",
     "get_backend",
+    "layer_norm",
     "ms_deform_attn",
     "na2d",
     "quadtree_attention",

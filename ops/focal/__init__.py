@@ -35,7 +35,8 @@ def focal_modulation(
 
     Returns:
         (B, H, W, dim), of `context`'s dtype. Convolutions and sums run in float32 for 16-bit inputs; the kernels keep
-        the levels between them in `context`'s dtype.
+        the levels between them in `context`'s dtype, and take the GELU of 16-bit levels through the GPU's own tanh,
+        which moves it by less than 6e-4 of its argument.
 
     Raises:
         ValueError: An argument's shape, dtype or device is wrong; the message names it.

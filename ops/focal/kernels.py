@@ -3,18 +3,20 @@
 A level's convolution is arithmetic more than traffic: 9 to 121 products a number read. A thread therefore holds one
 channel and walks down a strip of COLS columns, row by row, with all taps in registers: a number is loaded and widened
 once for all the products that it takes part in down the strip, and a program's threads load neighbouring channels. A
-program owns CHANNELS channels of a strip of one image, or of a piece of `rows` rows of it where images are few.
+program owns CHANNELS channels of a strip of one image, or of a piece of `rows` rows of it where images are few. While a
+row is worked on, the next is on its way to the registers, and one further down to the L2 cache.
 
 - `_level` convolves one level into the next. Sums of KERNEL rows are under way at a time; the topmost is complete when
-  a row has been read. It writes the level before the GELU, which the backward needs, and after it, which the next level
-  needs. At the last level only the sum over its positions is kept of the latter.
+  a row has been read. It writes the level before the GELU, which the backward needs; the next level takes it through
+  the GELU as it reads. Of the last, the sum over its positions is kept too: `_mean` adds those of the tiles.
 - `_combine` gates the levels and the mean of the last, position by position.
 
-The backward goes the other way. `_backward_mean` sums what reaches the mean, and `_backward_last` takes it through the
-last GELU. Then two kernels a level: `_backward_level` goes through the convolution, in the manner of `_level`, and the
-GELU before it. `_backward_weight` holds KERNEL rows of the level that was convolved and multiplies them by each row of
-gradients, for the kernel's gradient: one partial table a program. Gradients of the gates are sums over channels: one
-partial value a block of channels. PyTorch sums partial values: two deterministic stages.
+The backward goes the other way. `_backward_mean` sums what reaches the mean, and `_backward_average` takes it back to
+each position. `_backward_gates` sees all channels of a few positions, for the gradients of the gates, and takes those
+of the last level through its GELU. Then two kernels a level: `_backward_level` goes through the convolution, in
+the manner of `_level`, and the GELU before it. `_backward_weight` holds KERNEL rows of the level that was convolved and
+multiplies them by each row of gradients, for the kernel's gradient: one partial table a program, added up by
+`_sum_rows`. Partial values take two deterministic stages everywhere.
 
 Of the levels what precedes the GELU is kept for the backward, in the context's dtype: to convolve all of them again
 would cost a third of the backward's arithmetic.
@@ -27,36 +29,49 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops.focal.reference import focal_modulation_reference
 from densezoo.ops.registration import register
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 
 @triton.jit
-def _normal(z):
-    """Cumulative distribution of the normal distribution; z times it is right to 6e-7."""
-    # 1 / (1 + 2^(z p)), with a polynomial p of z^2 fitted to it: cheaper than erf, and the tails keep their digits.
-    s = z * z
-    p = -5.209907543800543e-09 * s + 3.850449398212734e-07
-    p = p * s - 1.1452428973382406e-05
-    p = p * s + 1.5939940480161385e-04
-    p = p * s + 9.559295651805719e-05
-    p = p * s - 0.10483858127994435
-    p = p * s - 2.302207203588972
-    # Its square is fewer instructions than a division, which allows for numbers that do not occur.
-    root = tl.rsqrt(1.0 + tl.exp2(z * p))
-    return root * root
+def _tanh(z):
+    """The GPU's own hyperbolic tangent, right to 5e-4."""
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [z], tl.float32, True, 1)
 
 
 @triton.jit
-def _gelu(z):
-    return z * _normal(z)
+def _normal(z, NARROW: tl.constexpr):
+    """Cumulative distribution of the normal distribution; z times it is right to 6e-7, to 6e-4 z if NARROW."""
+    s = z * z
+    if NARROW:
+        # For 16-bit numbers: one instruction of the few units for such functions instead of two.
+        below = tl.fma(_tanh(z * tl.fma(s, 0.03470101294052817, 0.8001568115708235)), 0.5, 0.5)
+    else:
+        # 1 / (1 + 2^(z p)), with a polynomial p of z^2 fitted to it: cheaper than erf, and the tails keep their digits.
+        p = -5.209907543800543e-09 * s + 3.850449398212734e-07
+        p = p * s - 1.1452428973382406e-05
+        p = p * s + 1.5939940480161385e-04
+        p = p * s + 9.559295651805719e-05
+        p = p * s - 0.10483858127994435
+        p = p * s - 2.302207203588972
+        # Its square is fewer instructions than a division, which allows for numbers that do not occur.
+        root = tl.rsqrt(1.0 + tl.exp2(z * p))
+        below = root * root
+    return below
+
+
+@triton.jit
+def _gelu(z, NARROW: tl.constexpr):
+    return z * _normal(z, NARROW)
 
 
 @triton.jit
 def _gelu_slope(z, below):
     """Derivative of the GELU, given the cumulative distribution."""
-    return below + z * (tl.exp2(z * z * -0.7213475204444817) * 0.3989422804014327)
+    # The density as a power of 2: -log2(e) / 2 and the logarithm of its value at 0.
+    return tl.fma(z, tl.exp2(tl.fma(z * z, -0.7213475204444817, -1.3257480647361593)), below)
 
 
 @triton.jit
@@ -88,13 +103,64 @@ def _taps(weights, first, channels, c, exist, KERNEL: tl.constexpr, TURNED: tl.c
 
 
 @triton.jit
-def _row(x, left, width, stride, exist, COUNT: tl.constexpr, INDEX: tl.constexpr):
-    """A row's values from column `left`, zero outside of the map; `x` points to column 0."""
-    row = ()
+def _row(
+    x, row, left, height, width, stride_h, stride_w, exist, COUNT: tl.constexpr, INDEX: tl.constexpr
+):  # fmt: skip
+    """Numbers of a row from column `left`, zero outside of the map; `x` points to position 0."""
+    # Without sign, what lies before the first column or row lies beyond the last. One comparison a number.
+    limit = tl.where(tl.cast(row, tl.uint32) < tl.cast(height, tl.uint32), width, 0).to(tl.uint32)
+    x += tl.cast(row, INDEX) * stride_h
+    numbers = ()
     for i in tl.static_range(COUNT):
-        inside = (left + i >= 0) & (left + i < width)
-        row = row + (tl.load(x + (left + i).to(INDEX) * stride, mask=exist & inside, other=0.0).to(tl.float32),)
-    return row
+        mask = exist & ((left + i).to(tl.uint32) < limit)
+        numbers = numbers + (tl.load(x + (left + i).to(INDEX) * stride_w, mask=mask, other=0.0),)
+    return numbers
+
+
+@triton.jit
+def _fetch(
+    x, row, left, height, width, stride_h, stride_w, AHEAD: tl.constexpr, COUNT: tl.constexpr, CHANNELS: tl.constexpr,
+    INDEX: tl.constexpr,
+):  # fmt: skip
+    """Bring the row AHEAD rows on, from column `left`, into the L2 cache: two threads a column, 16 channels apart."""
+    if AHEAD > 0:
+        row = tl.minimum(tl.maximum(tl.cast(row, tl.int32) + AHEAD, 0), height - 1)
+        lane = tl.arange(0, CHANNELS)
+        column = tl.minimum(tl.maximum(left + tl.minimum(lane % 16, COUNT - 1), 0), width - 1)
+        x += row.to(INDEX) * stride_h
+        at = x + column.to(INDEX) * stride_w + (lane // 16 * 16 - lane)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], tl.int32, False, 1
+        )
+
+
+@triton.jit
+def _wide(number, NARROW: tl.constexpr):
+    """A number in float32. Beyond what LLVM sees: it would make pairs of 16-bit numbers, and take them apart."""
+    if NARROW and number.dtype == tl.bfloat16:
+        asm: tl.constexpr = "{ .reg .b32 bits; cvt.u32.u16 bits, $1; shl.b32 $0, bits, 16; }"
+        value = tl.inline_asm_elementwise(asm, "=r,h", [number], tl.float32, True, 1)
+    elif NARROW:
+        value = tl.inline_asm_elementwise("cvt.f32.f16 $0, $1;", "=f,h", [number], tl.float32, True, 1)
+    else:
+        value = number.to(tl.float32)
+    return value
+
+
+@triton.jit
+def _widen(numbers, COUNT: tl.constexpr, NARROW: tl.constexpr):
+    new = ()
+    for i in tl.static_range(COUNT):
+        new = new + (_wide(numbers[i], NARROW),)
+    return new
+
+
+@triton.jit
+def _gelu_each(values, COUNT: tl.constexpr, NARROW: tl.constexpr):
+    new = ()
+    for i in tl.static_range(COUNT):
+        new = new + (_gelu(values[i], NARROW),)
+    return new
 
 
 @triton.jit
@@ -131,77 +197,117 @@ def _move_on(window, row, KERNEL: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def _write_level(
-    sums, z, context, total, row, left, width, channels, exist, KEEP: tl.constexpr, COLS: tl.constexpr,
+    sums, level, total, row, left, width, channels, exist, IS_LAST: tl.constexpr, NARROW: tl.constexpr,
+    COLS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Write a level's row, and return `total` with what the row adds to the sum over the positions."""
-    for x in tl.static_range(COLS):
-        mask = exist & (left + x < width)
-        at = (row * width + left + x) * channels
-        tl.store(z + at, sums[x].to(z.dtype.element_ty), mask=mask)
-        value = _gelu(sums[x])
-        if KEEP:
-            tl.store(context + at, value.to(context.dtype.element_ty), mask=mask)
-        else:
-            total += tl.where(mask, value, 0.0)
+    """Write a level's row, and return `total` with what a last level's adds to the sum over the positions."""
+    level += tl.cast(row, INDEX) * width * channels
+    for i in tl.static_range(COLS):
+        mask = exist & (left + i < width)
+        tl.store(level + (left + i).to(INDEX) * channels, sums[i].to(level.dtype.element_ty), mask=mask)
+        if IS_LAST:
+            total += tl.where(mask, _gelu(sums[i], NARROW), 0.0)
     return total
 
 
 @triton.jit(do_not_specialize=["first", "height", "width", "rows"])
 def _level(
-    x, weights, level, context, partial, first, height, width, channels, rows, stride_b, stride_h, stride_w,
-    KERNEL: tl.constexpr, IS_LAST: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
+    x, weights, level, partial, first, height, width, channels, rows, stride_b, stride_h, stride_w,
+    KERNEL: tl.constexpr, IS_FIRST: tl.constexpr, IS_LAST: tl.constexpr, NARROW: tl.constexpr, COLS: tl.constexpr,
+    CHANNELS: tl.constexpr, INDEX: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     left, top, bottom, c, exist, tile = _strip(width, channels, rows, height, COLS, CHANNELS)
     image = tl.program_id(1).to(tl.int64)
     x += image * stride_b + c
     level += image * height * width * channels + c
-    context += image * height * width * channels + c
     taps = _taps(weights, first, channels, c, exist, KERNEL, False)
     sums = _zeros(KERNEL * COLS, CHANNELS)
     blank = _zeros(COLS, CHANNELS)
     total = tl.zeros((CHANNELS,), tl.float32)
     REACH: tl.constexpr = KERNEL // 2
-    for y in range(tl.maximum(top - REACH, 0), bottom + REACH):
-        if y < height:
-            source = x + tl.cast(y, INDEX) * stride_h
-            row = _row(source, left - REACH, width, stride_w, exist, COLS + KERNEL - 1, INDEX)
-            sums = _spread(sums, row, taps, KERNEL, COLS)
+    WIDE: tl.constexpr = COLS + KERNEL - 1
+    start = tl.maximum(top - REACH, 0)
+    # The next row is under way while this one is worked on.
+    ahead = _row(x, start, left - REACH, height, width, stride_h, stride_w, exist, WIDE, INDEX)
+    ahead = _widen(ahead, WIDE, NARROW)
+    end = tl.minimum(bottom + REACH, height)
+    for y in range(start, end):
+        _fetch(x, y, left - REACH, height, width, stride_h, stride_w, AHEAD, WIDE, CHANNELS, INDEX)
+        new = _row(x, y + 1, left - REACH, height, width, stride_h, stride_w, exist, WIDE, INDEX)
+        sums = _spread(sums, ahead if IS_FIRST else _gelu_each(ahead, WIDE, NARROW), taps, KERNEL, COLS)
         if y >= top + REACH:
-            total = _write_level(
-                sums, level, context, total, tl.cast(y - REACH, INDEX), left, width, channels, exist, not IS_LAST, COLS
-            )
+            row = y - REACH
+            total = _write_level(sums, level, total, row, left, width, channels, exist, IS_LAST, NARROW, COLS, INDEX)
+        sums = _move_on(sums, blank, KERNEL, COLS)
+        ahead = _widen(new, WIDE, NARROW)
+    # Nothing reaches the last rows any more.
+    for y in range(end - REACH, bottom):
+        if y >= top:
+            total = _write_level(sums, level, total, y, left, width, channels, exist, IS_LAST, NARROW, COLS, INDEX)
         sums = _move_on(sums, blank, KERNEL, COLS)
     if IS_LAST:
         tiles = tl.num_programs(0) // tl.cdiv(channels, CHANNELS)
         tl.store(partial + (image * tiles + tile) * channels + c, total, mask=exist)
 
 
+@triton.jit
+def _sum_tiles(partial, image, tiles, channels, c, exist, TILES: tl.constexpr, CHANNELS: tl.constexpr):
+    """Sum an image's partial values, one a tile and channel."""
+    acc = tl.zeros((TILES, CHANNELS), tl.float32)
+    for start in range(0, tiles, TILES):
+        tile = start + tl.arange(0, TILES)
+        mask = (tile < tiles)[:, None] & exist[None, :]
+        acc += tl.load(partial + ((image * tiles + tile) * channels)[:, None] + c[None, :], mask=mask, other=0.0)
+    return tl.sum(acc, 0)
+
+
+@triton.jit(do_not_specialize=["tiles", "positions"])
+def _mean(partial, average, mean, tiles, positions, channels, TILES: tl.constexpr, CHANNELS: tl.constexpr):
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    image = tl.program_id(1).to(tl.int64)
+    value = _sum_tiles(partial, image, tiles, channels, c, c < channels, TILES, CHANNELS) / positions
+    tl.store(average + image * channels + c, value, mask=c < channels)
+    tl.store(mean + image * channels + c, _gelu(value, False), mask=c < channels)
+
+
+@triton.jit(do_not_specialize=["tiles", "positions"])
+def _backward_average(
+    partial, average, from_mean, tiles, positions, channels, TILES: tl.constexpr, CHANNELS: tl.constexpr
+):  # fmt: skip
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    image = tl.program_id(1).to(tl.int64)
+    value = tl.load(average + image * channels + c, mask=c < channels, other=0.0)
+    grad = _sum_tiles(partial, image, tiles, channels, c, c < channels, TILES, CHANNELS) / positions
+    grad *= _gelu_slope(value, _normal(value, False))
+    tl.store(from_mean + image * channels + c, grad, mask=c < channels)
+
+
 @triton.jit(do_not_specialize=["positions", "width"])
 def _combine(
-    levels, gates, total, out, positions, width, channels, factor, level_stride,
+    levels, gates, mean, out, positions, width, channels, factor, level_stride,
     gate_stride_b, gate_stride_h, gate_stride_w,
-    LEVELS: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
+    LEVELS: tl.constexpr, NARROW: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     tile, c, exist = _block(tl.program_id(0), tl.cdiv(channels, CHANNELS), channels, CHANNELS)
     image = tl.program_id(1).to(tl.int64)
-    average = tl.load(total + image * channels + c, mask=exist, other=0.0) / positions
+    last = tl.load(mean + image * channels + c, mask=exist, other=0.0)
     n = tile * POSITIONS + tl.arange(0, POSITIONS)
     here = n < positions
     mask = here[:, None] & exist[None, :]
     gates += image * gate_stride_b + (n // width).to(INDEX) * gate_stride_h + (n % width).to(INDEX) * gate_stride_w
     at = image * positions * channels + (n.to(INDEX) * channels)[:, None] + c[None, :]
-    acc = tl.load(gates + LEVELS, mask=here, other=0.0).to(tl.float32)[:, None] * _gelu(average)[None, :]
+    acc = tl.load(gates + LEVELS, mask=here, other=0.0).to(tl.float32)[:, None] * last[None, :]
     for level in tl.static_range(LEVELS):
         gate = tl.load(gates + level, mask=here, other=0.0).to(tl.float32)
         value = tl.load(levels + level * level_stride + at, mask=mask, other=0.0).to(tl.float32)
-        acc += gate[:, None] * _gelu(value)
+        acc += gate[:, None] * _gelu(value, NARROW)
     tl.store(out + at, (acc * factor).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["positions", "width"])
 def _backward_mean(
     grad_out, gates, partial, positions, width, channels, factor, gate_stride_b, gate_stride_h, gate_stride_w,
-    LEVELS: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
+    LEVELS: tl.constexpr, NARROW: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(channels, CHANNELS)
     tile, c, exist = _block(tl.program_id(0), blocks, channels, CHANNELS)
@@ -216,106 +322,140 @@ def _backward_mean(
     tl.store(partial + (image * tiles + tile) * channels + c, tl.sum(grad * gate[:, None], 0) * factor, mask=exist)
 
 
-@triton.jit(do_not_specialize=["batch", "positions", "width"])
-def _backward_last(
-    grad_out, gates, level, total, to_mean, grad_level, grad_gates, batch, positions, width, channels, factor,
+@triton.jit(do_not_specialize=["positions", "width"])
+def _backward_gates(
+    grad_out, gates, levels, mean, from_mean, grad_level, grad_gates, positions, width, channels, factor, level_stride,
     gate_stride_b, gate_stride_h, gate_stride_w,
-    LEVELS: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
+    LEVELS: tl.constexpr, NARROW: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(channels, CHANNELS)
-    tile, c, exist = _block(tl.program_id(0), blocks, channels, CHANNELS)
     image = tl.program_id(1).to(tl.int64)
-    average = tl.load(total + image * channels + c, mask=exist, other=0.0) / positions
-    below = _normal(average)
-    from_mean = tl.load(to_mean + image * channels + c, mask=exist, other=0.0) / positions
-    from_mean *= _gelu_slope(average, below)
-
-    n = tile * POSITIONS + tl.arange(0, POSITIONS)
+    n = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
     here = n < positions
-    mask = here[:, None] & exist[None, :]
     gates += image * gate_stride_b + (n // width).to(INDEX) * gate_stride_h + (n % width).to(INDEX) * gate_stride_w
-    at = image * positions * channels + (n.to(INDEX) * channels)[:, None] + c[None, :]
-    grad = tl.load(grad_out + at, mask=mask, other=0.0).to(tl.float32) * factor
-    z = tl.load(level + at, mask=mask, other=0.0).to(tl.float32)
-    gate = tl.load(gates + LEVELS - 1, mask=here, other=0.0).to(tl.float32)
-    grad_gates += ((tl.program_id(0) % blocks * batch + image) * positions + n) * (LEVELS + 1) + LEVELS
-    tl.store(grad_gates, tl.sum(grad * (average * below)[None, :], 1), mask=here)
-    below = _normal(z)
-    tl.store(grad_gates - 1, tl.sum(grad * z * below, 1), mask=here)
-    grad = (grad * gate[:, None] + from_mean[None, :]) * _gelu_slope(z, below)
-    tl.store(grad_level + at, grad.to(grad_level.dtype.element_ty), mask=mask)
+    gate = tl.load(gates + LEVELS - 1, mask=here, other=0.0).to(tl.float32) * factor
+    origin = image * positions * channels + (n.to(INDEX) * channels)[:, None]
+    sums = _zeros(LEVELS + 1, POSITIONS)
+    for start in range(0, channels, CHANNELS):
+        c = start + tl.arange(0, CHANNELS)
+        exist = c < channels
+        mask = here[:, None] & exist[None, :]
+        at = origin + c[None, :]
+        grad = tl.load(grad_out + at, mask=mask, other=0.0).to(tl.float32)
+        values = ()
+        for level in tl.static_range(LEVELS):
+            values = values + (tl.load(levels + level * level_stride + at, mask=mask, other=0.0),)
+        average = tl.load(mean + image * channels + c, mask=exist, other=0.0)
+        offset = tl.load(from_mean + image * channels + c, mask=exist, other=0.0)
+        new = ()
+        for level in tl.static_range(LEVELS):
+            z = values[level].to(tl.float32)
+            each = _normal(z, NARROW)
+            new = new + (sums[level] + tl.sum(grad * (z * each), 1),)
+            if level == LEVELS - 1:
+                to_level = tl.fma(grad, gate[:, None], offset[None, :]) * _gelu_slope(z, each)
+                tl.store(grad_level + at, to_level.to(grad_level.dtype.element_ty), mask=mask)
+        sums = new + (sums[LEVELS] + tl.sum(grad * average[None, :], 1),)
+    grad_gates += (image * positions + n) * (LEVELS + 1)
+    for level in tl.static_range(LEVELS + 1):
+        tl.store(grad_gates + level, (sums[level] * factor).to(grad_gates.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _before_gates(
+    z, grad_out, gates, row, left, height, width, channels, gate_stride_h, gate_stride_w, exist, LEVEL: tl.constexpr,
+    COLS: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """What takes a row of gradients through the gates and the GELU: the level before it, `grad_out` and the gates."""
+    numbers = ()
+    if LEVEL > 0:
+        stride = width * channels
+        numbers = _row(z, row, left, height, width, stride, channels, exist, COLS, INDEX)
+        numbers += _row(grad_out, row, left, height, width, stride, channels, exist, COLS, INDEX)
+        numbers += _row(gates, row, left, height, width, gate_stride_h, gate_stride_w, True, COLS, INDEX)
+    return numbers
 
 
 @triton.jit
 def _write_gradients(
-    sums, z, grad_out, gates, grad_x, grad_gates, row, left, width, channels, exist, factor, gate_stride_h,
-    gate_stride_w, LEVEL: tl.constexpr, LEVELS: tl.constexpr, COLS: tl.constexpr,
+    sums, numbers, grad_x, row, left, width, channels, exist, factor, LEVEL: tl.constexpr, NARROW: tl.constexpr,
+    COLS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Take a row of gradients of a level's context through the gates and the GELU, and write them."""
-    for x in tl.static_range(COLS):
-        here = left + x < width
-        mask = exist & here
-        position = row * width + left + x
-        at = position * channels
-        grad = sums[x]
+    """Write a row of gradients, past the first level taken through the gates and the GELU."""
+    grad_x += tl.cast(row, INDEX) * width * channels
+    for i in tl.static_range(COLS):
+        grad = sums[i]
         if LEVEL > 0:
-            value = tl.load(z + at, mask=mask, other=0.0).to(tl.float32)
-            from_out = tl.load(grad_out + at, mask=mask, other=0.0).to(tl.float32) * factor
-            gate = tl.load(gates + row * gate_stride_h + (left + x) * gate_stride_w + LEVEL - 1, mask=here, other=0.0)
-            below = _normal(value)
-            tl.store(grad_gates + position * (LEVELS + 1) + LEVEL - 1, tl.sum(from_out * value * below, 0), mask=here)
-            grad = tl.fma(from_out, gate.to(tl.float32), grad) * _gelu_slope(value, below)
-        tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=mask)
+            value, gate = _wide(numbers[i], NARROW), _wide(numbers[2 * COLS + i], NARROW) * factor
+            grad = tl.fma(_wide(numbers[COLS + i], NARROW), gate, grad)
+            grad *= _gelu_slope(value, _normal(value, NARROW))
+        mask = exist & (left + i < width)
+        tl.store(grad_x + (left + i).to(INDEX) * channels, grad.to(grad_x.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["first", "batch", "height", "width", "rows"])
+@triton.jit(do_not_specialize=["first", "height", "width", "rows"])
 def _backward_level(
-    grad_level, weights, z, grad_out, gates, grad_x, grad_gates, first, batch, height, width, channels, rows, factor,
+    grad_level, weights, z, grad_out, gates, grad_x, first, height, width, channels, rows, factor,
     gate_stride_b, gate_stride_h, gate_stride_w,
-    LEVEL: tl.constexpr, LEVELS: tl.constexpr, KERNEL: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr,
-    INDEX: tl.constexpr,
+    LEVEL: tl.constexpr, KERNEL: tl.constexpr, NARROW: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr,
+    INDEX: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     left, top, bottom, c, exist, _ = _strip(width, channels, rows, height, COLS, CHANNELS)
     image = tl.program_id(1).to(tl.int64)
-    origin = image * height * width * channels + c
+    stride = width * channels
+    origin = image * height * stride + c
     grad_level += origin
     z += origin
     grad_out += origin
     grad_x += origin
-    gates += image * gate_stride_b
-    block = tl.program_id(0) % tl.cdiv(channels, CHANNELS)
-    grad_gates += (block * batch + image) * height * width * (LEVELS + 1)
+    gates += image * gate_stride_b + LEVEL - 1
     # Gradients come from the other side: the kernel is turned around.
     taps = _taps(weights, first, channels, c, exist, KERNEL, True)
     sums = _zeros(KERNEL * COLS, CHANNELS)
     blank = _zeros(COLS, CHANNELS)
     REACH: tl.constexpr = KERNEL // 2
-    for y in range(tl.maximum(top - REACH, 0), bottom + REACH):
-        if y < height:
-            source = grad_level + tl.cast(y, INDEX) * width * channels
-            row = _row(source, left - REACH, width, channels, exist, COLS + KERNEL - 1, INDEX)
-            sums = _spread(sums, row, taps, KERNEL, COLS)
+    WIDE: tl.constexpr = COLS + KERNEL - 1
+    start = tl.maximum(top - REACH, 0)
+    ahead = _row(grad_level, start, left - REACH, height, width, stride, channels, exist, WIDE, INDEX)
+    ahead = _widen(ahead, WIDE, NARROW)
+    end = tl.minimum(bottom + REACH, height)
+    for y in range(start, end):
+        _fetch(grad_level, y, left - REACH, height, width, stride, channels, AHEAD, WIDE, CHANNELS, INDEX)
+        if LEVEL > 0:
+            _fetch(z, y - REACH, left, height, width, stride, channels, AHEAD, COLS, CHANNELS, INDEX)
+            _fetch(grad_out, y - REACH, left, height, width, stride, channels, AHEAD, COLS, CHANNELS, INDEX)
+        new = _row(grad_level, y + 1, left - REACH, height, width, stride, channels, exist, WIDE, INDEX)
+        values = _before_gates(
+            z, grad_out, gates, y - REACH, left, height, width, channels, gate_stride_h, gate_stride_w, exist, LEVEL,
+            COLS, INDEX,
+        )  # fmt: skip
+        sums = _spread(sums, ahead, taps, KERNEL, COLS)
         if y >= top + REACH:
             _write_gradients(
-                sums, z, grad_out, gates, grad_x, grad_gates, tl.cast(y - REACH, INDEX), left, width, channels, exist,
-                factor, gate_stride_h, gate_stride_w, LEVEL, LEVELS, COLS,
-            )  # fmt: skip
+                sums, values, grad_x, y - REACH, left, width, channels, exist, factor, LEVEL, NARROW, COLS, INDEX
+            )
         sums = _move_on(sums, blank, KERNEL, COLS)
-
-
-@triton.jit
-def _context_row(
-    x, row, last, left, width, stride_h, stride_w, exist, COLS: tl.constexpr, INDEX: tl.constexpr,
-    IS_FIRST: tl.constexpr,
-):  # fmt: skip
-    """A row of what a level convolved, zero from row `last` on."""
-    values = _row(x + tl.cast(row, INDEX) * stride_h, left, width, stride_w, exist & (row < last), COLS, INDEX)
-    if not IS_FIRST:
-        passed = ()
-        for i in tl.static_range(COLS):
-            passed = passed + (_gelu(values[i]),)
-        values = passed
-    return values
+        ahead = _widen(new, WIDE, NARROW)
+    # Nothing reaches the last rows any more.
+    for y in range(end - REACH, bottom):
+        values = _before_gates(
+            z,
+            grad_out,
+            gates,
+            y,
+            left,
+            height,
+            width,
+            channels,
+            gate_stride_h,
+            gate_stride_w,
+            exist,
+            LEVEL,
+            COLS,
+            INDEX,
+        )
+        if y >= top:
+            _write_gradients(sums, values, grad_x, y, left, width, channels, exist, factor, LEVEL, NARROW, COLS, INDEX)
+        sums = _move_on(sums, blank, KERNEL, COLS)
 
 
 @triton.jit
@@ -331,58 +471,99 @@ def _correlate(sums, window, row, KERNEL: tl.constexpr, COLS: tl.constexpr):
     return new
 
 
-@triton.jit(do_not_specialize=["first", "batch", "images", "height", "width", "rows", "taps"])
+@triton.jit(do_not_specialize=["batch", "images", "height", "width", "rows"])
 def _backward_weight(
-    grad_level, x, partial, first, batch, images, height, width, channels, rows, taps, stride_b, stride_h, stride_w,
-    IS_FIRST: tl.constexpr, KERNEL: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
+    grad_level, x, partial, batch, images, height, width, channels, rows, stride_b, stride_h, stride_w,
+    IS_FIRST: tl.constexpr, KERNEL: tl.constexpr, NARROW: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr,
+    INDEX: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     left, top, bottom, c, exist, tile = _strip(width, channels, rows, height, COLS, CHANNELS)
     REACH: tl.constexpr = KERNEL // 2
+    WIDE: tl.constexpr = COLS + KERNEL - 1
+    stride = width * channels
     sums = _zeros(KERNEL * KERNEL, CHANNELS)
     start = tl.maximum(top - REACH, 0)
     begin = tl.program_id(1) * images
     for number in range(begin, tl.minimum(begin + images, batch)):
         image = tl.cast(number, tl.int64)
         source = x + image * stride_b + c
-        grad = grad_level + image * height * width * channels + c
+        grad = grad_level + image * height * stride + c
         window = _zeros(KERNEL * COLS, CHANNELS)
+        new = _row(source, top, left, bottom, width, stride_h, stride_w, exist, COLS, INDEX)
+        new = _widen(new, COLS, NARROW)
         for y in range(top, start + REACH):
-            row = _context_row(source, y, bottom, left, width, stride_h, stride_w, exist, COLS, INDEX, IS_FIRST)
-            window = _move_on(window, row, KERNEL, COLS)
+            window = _move_on(window, new if IS_FIRST else _gelu_each(new, COLS, NARROW), KERNEL, COLS)
+            new = _row(source, y + 1, left, bottom, width, stride_h, stride_w, exist, COLS, INDEX)
+            new = _widen(new, COLS, NARROW)
+        row = _row(grad, start, left - REACH, height, width, stride, channels, exist, WIDE, INDEX)
+        row = _widen(row, WIDE, NARROW)
+        # The next rows are under way while these are worked on.
         for y in range(start, tl.minimum(bottom + REACH, height)):
-            row = _context_row(source, y + REACH, bottom, left, width, stride_h, stride_w, exist, COLS, INDEX, IS_FIRST)
-            window = _move_on(window, row, KERNEL, COLS)
-            from_row = grad + tl.cast(y, INDEX) * width * channels
-            row = _row(from_row, left - REACH, width, channels, exist, COLS + KERNEL - 1, INDEX)
+            _fetch(grad, y, left - REACH, height, width, stride, channels, AHEAD, WIDE, CHANNELS, INDEX)
+            _fetch(source, y + REACH + 1, left, height, width, stride_h, stride_w, AHEAD, COLS, CHANNELS, INDEX)
+            grads = _row(grad, y + 1, left - REACH, height, width, stride, channels, exist, WIDE, INDEX)
+            ahead = _row(source, y + REACH + 1, left, bottom, width, stride_h, stride_w, exist, COLS, INDEX)
+            window = _move_on(window, new if IS_FIRST else _gelu_each(new, COLS, NARROW), KERNEL, COLS)
             sums = _correlate(sums, window, row, KERNEL, COLS)
+            row, new = _widen(grads, WIDE, NARROW), _widen(ahead, COLS, NARROW)
     tiles = tl.num_programs(0) // tl.cdiv(channels, CHANNELS)
-    partial += ((tl.program_id(1).to(tl.int64) * tiles + tile) * taps + first) * channels + c
+    partial += (tl.program_id(1).to(tl.int64) * tiles + tile) * (KERNEL * KERNEL * channels) + c
     for i in tl.static_range(KERNEL * KERNEL):
         tl.store(partial + i * channels, sums[i], mask=exist)
 
 
-class _Launch(NamedTuple):
-    """Positions times channels of a program, and warps."""
+@triton.jit(do_not_specialize=["rows", "first"])
+def _sum_rows(partial, out, first, rows, count, ROWS: tl.constexpr, COUNT: tl.constexpr):
+    at = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
+    acc = tl.zeros((ROWS, COUNT), tl.float32)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        mask = (row < rows)[:, None] & (at < count)[None, :]
+        acc += tl.load(partial + row.to(tl.int64)[:, None] * count + at[None, :], mask=mask, other=0.0)
+    tl.store(out + first + at, tl.sum(acc, 0).to(out.dtype.element_ty), mask=at < count)
 
-    elements: int
+
+class _Launch(NamedTuple):
+    """Positions and channels of a program, and warps."""
+
+    positions: int
+    channels: int
     warps: int
 
 
-POINTWISE = _Launch(4096, 4)
+class _Walk(NamedTuple):
+    """Columns of a strip, and the registers of a thread."""
+
+    cols: int
+    registers: int = 255
+
+
+COMBINE = _Launch(8, 128, 4)
+MEAN = _Launch(128, 64, 4)
+GATES = _Launch(8, 128, 4)
+# Tiles and channels at a time.
+MEANS = _Launch(32, 32, 1)
+TABLE = _Launch(256, 32, 8)
+# By kernel size: taps, sums under way and a row's numbers fit the registers of a thread.
+LEVEL = {3: _Walk(7, 80), 5: _Walk(7, 168), 7: _Walk(7, 168)}
+BACKWARD_LEVEL = {3: _Walk(7, 72), 5: _Walk(4, 128), 7: _Walk(4, 168)}
+BACKWARD_WEIGHT = {3: _Walk(7, 128), 5: _Walk(4, 128), 7: _Walk(2, 128)}
 # A warp takes a strip: a channel a thread.
 CHANNELS = 32
-# Enough programs to fill the GPU come before long strips, and before many images a program.
-PROGRAMS = 4096
-WEIGHT_PROGRAMS = 2048
+# Rows fetched into the L2 cache before their turn: a program's own loads are too few to hide the way to memory.
+AHEAD = 4
+# The interpreter takes no instructions of the GPU's own.
+HAS_PTX = torch.version.hip is None and not triton.knobs.runtime.interpret
 # A piece has these rows at least: it reads those around it as well.
-ROWS = 8
-# A thread's registers where it would take more and needs no more: each scheduler then has four warps to choose from.
-REGISTERS = 128
+ROWS = 7
+# What a program takes to begin, in rows, and what a part of a wave takes at least.
+START = 4
+PARTIAL_WAVE = 0.8
 
 
-def _columns(size: int, is_backward: bool) -> int:
-    """Return a strip's columns, so that taps, sums under way and a row's numbers fit the registers of a thread."""
-    return 7 if size <= (3 if is_backward else 5) else 4 if size <= 7 else 2 if size <= 9 else 1
+def _walk(table: dict, size: int) -> _Walk:
+    """Return the launch settings of a kernel size; few are wider than those of the table, or have no neighbours."""
+    return table.get(size) or _Walk(*((7, 80) if size < 3 else (2, 168) if size <= 9 else (1, 255)))
 
 
 class _Strips(NamedTuple):
@@ -395,55 +576,84 @@ class _Strips(NamedTuple):
     constants: dict
 
 
+class _Tiles(NamedTuple):
+    """Tiles of an image, the grid, and the constants of a launch that goes position by position."""
+
+    tiles: int
+    grid: tuple[int, int]
+    constants: dict
+
+
 class _Problem:
     """How a call is cut into programs; the same for all calls alike."""
 
-    def __init__(self, shape, strides, gate_strides, sizes, normalize):
+    def __init__(self, shape, strides, gate_strides, sizes, normalize, narrow):
         self.batch, self.height, self.width, self.channels = shape
         self.strides, self.gate_strides = strides[:3], gate_strides[:3]
         self.dense = (self.height * self.width * self.channels, self.width * self.channels, self.channels)
-        levels = len(sizes)
-        self.factor = 1.0 / (levels + 1) if normalize else 1.0
-        # Where each level's kernel begins among the rows of the packed weights, and their number.
-        *self.starts, self.taps = [sum(size * size for size in sizes[:level]) for level in range(levels + 1)]
+        self.levels, self.narrow = len(sizes), narrow
+        has_gpu = torch.cuda.is_available()
+        self.multiprocessors = torch.cuda.get_device_properties().multi_processor_count if has_gpu else 1
+        self.factor = 1.0 / (self.levels + 1) if normalize else 1.0
+        # Where each level's kernel begins among the rows of the packed weights.
+        self.starts = [sum(size * size for size in sizes[:level]) for level in range(self.levels)]
         self.blocks = triton.cdiv(self.channels, CHANNELS)
         # 32-bit offsets within an image halve the registers of addresses; images themselves are 64 bits apart.
-        sides = self.height, self.width, max(self.channels, levels + 1)
+        sides = self.height, self.width, max(self.channels, self.levels + 1)
         extent = max(
             sum(side * stride for side, stride in zip(sides, each, strict=True))
             for each in (strides[1:], gate_strides[1:], (*self.dense[1:], 1))
         )
         self.index = tl.int32 if extent < 2**30 else tl.int64
-        across = max(1, POINTWISE.elements // CHANNELS)
         self.positions = self.height * self.width
-        self.tiles = triton.cdiv(self.positions, across)
-        self.grid = self.tiles * self.blocks, self.batch
-        self.pointwise = {
-            "LEVELS": levels, "POSITIONS": across, "CHANNELS": CHANNELS, "INDEX": self.index,
-            "num_warps": POINTWISE.warps,
-        }  # fmt: skip
-        largest, cols = max(sizes), min(4, _columns(max(sizes), True))
+        self.combine, self.mean, self.gates = self._tiles(COMBINE), self._tiles(MEAN), self._tiles(GATES, True)
+        constants = {"TILES": MEANS.positions, "CHANNELS": MEANS.channels, "num_warps": MEANS.warps}
+        self.means = _Tiles(1, (triton.cdiv(self.channels, MEANS.channels), self.batch), constants)
         self.level, self.backward_level, self.backward_weight = [], [], []
         for level, size in enumerate(sizes):
-            flags = {"KERNEL": size, "IS_LAST": level == levels - 1}
-            self.level.append(self._strips(size, _columns(size, False), flags))
-            flags = {"KERNEL": size, "LEVEL": level, "LEVELS": levels}
-            self.backward_level.append(self._strips(size, _columns(size, True), flags))
-            # One table of partial sums for all levels: the same strips for all.
+            flags = {"KERNEL": size, "IS_FIRST": level == 0, "IS_LAST": level == self.levels - 1}
+            self.level.append(self._strips(_walk(LEVEL, size), flags))
+            flags = {"KERNEL": size, "LEVEL": level}
+            self.backward_level.append(self._strips(_walk(BACKWARD_LEVEL, size), flags))
             flags = {"KERNEL": size, "IS_FIRST": level == 0}
-            self.backward_weight.append(self._strips(largest, cols, flags))
+            self.backward_weight.append(self._strips(_walk(BACKWARD_WEIGHT, size), flags, True))
 
-    def _strips(self, size: int, cols: int, flags: dict) -> _Strips:
-        strips = triton.cdiv(self.width, cols)
-        programs = max(1, strips * self.blocks * self.batch)
-        pieces = max(1, min(triton.cdiv(PROGRAMS, programs), self.height // ROWS))
-        rows = max(1, triton.cdiv(self.height, pieces))
-        pieces = triton.cdiv(self.height, rows)
-        images = max(1, programs * pieces // WEIGHT_PROGRAMS)
-        constants = {"COLS": cols, "CHANNELS": CHANNELS, "INDEX": self.index, "num_warps": 1, "num_stages": 1, **flags}
-        if 3 < size <= 7:
-            constants["maxnreg"] = REGISTERS
-        return _Strips(strips * pieces, strips * pieces * self.blocks, rows, images, constants)
+    def _tiles(self, launch: _Launch, takes_all_channels: bool = False) -> _Tiles:
+        channels = min(launch.channels, triton.next_power_of_2(self.channels))
+        positions = min(launch.positions * launch.channels // channels, triton.next_power_of_2(self.positions))
+        constants = {
+            "LEVELS": self.levels, "NARROW": self.narrow, "POSITIONS": positions, "CHANNELS": channels,
+            "INDEX": self.index, "num_warps": launch.warps,
+        }  # fmt: skip
+        tiles = triton.cdiv(self.positions, positions)
+        blocks = 1 if takes_all_channels else triton.cdiv(self.channels, channels)
+        return _Tiles(tiles, (tiles * blocks, self.batch), constants)
+
+    def _strips(self, walk: _Walk, flags: dict, takes_images: bool = False) -> _Strips:
+        strips, size = triton.cdiv(self.width, walk.cols), flags["KERNEL"]
+        choices = []
+        for pieces in range(1, max(1, self.height // ROWS) + 1):
+            rows = triton.cdiv(self.height, pieces)
+            tiles = strips * triton.cdiv(self.height, rows)
+            for images in (1, 2, 4, 8, 16) if takes_images else (1,):
+                waves = tiles * self.blocks * triton.cdiv(self.batch, images) / self._room(walk)
+                # A wave that is not full takes less time, but no less than its programs one by one. In rows: those
+                # around a piece are read as well, and it costs some to begin, and to write a table of sums.
+                waves = int(waves) + (max(waves % 1, PARTIAL_WAVE) if waves % 1 else 0)
+                cost = waves * (images * (rows + size - 1 + START) + (size if takes_images else 0))
+                choices.append((cost, tiles, rows, images))
+        _, tiles, rows, images = min(choices)
+        constants = {
+            "NARROW": self.narrow, "COLS": walk.cols, "CHANNELS": CHANNELS, "INDEX": self.index,
+            "AHEAD": AHEAD if HAS_PTX else 0, "num_warps": 1, "num_stages": 1, **flags,
+        }  # fmt: skip
+        if walk.registers < 255:
+            constants["maxnreg"] = walk.registers
+        return _Strips(tiles, tiles * self.blocks, rows, images, constants)
+
+    def _room(self, walk: _Walk) -> int:
+        """Return how many programs of a warp run at a time: each of four schedulers has 2^14 registers."""
+        return self.multiprocessors * 4 * (2**14 // (32 * walk.registers))
 
 
 _problem = lru_cache(maxsize=1024)(_Problem)
@@ -454,12 +664,13 @@ def _dense(t: Tensor) -> Tensor:
 
 
 def _plan(context: Tensor, gates: Tensor, sizes: Sequence[int], normalize: bool) -> _Problem:
-    return _problem(context.shape, context.stride(), gates.stride(), tuple(sizes), normalize)
+    narrow = HAS_PTX and context.dtype.itemsize == 2
+    return _problem(context.shape, context.stride(), gates.stride(), tuple(sizes), normalize, narrow)
 
 
 def _focal_modulation(
     context: Tensor, gates: Tensor, weights: Tensor, sizes: list[int], normalize: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     context, gates, weights = _dense(context), _dense(gates), weights.contiguous()
     plan = _plan(context, gates, sizes, normalize)
     batch, height, width, channels = context.shape
@@ -468,70 +679,84 @@ def _focal_modulation(
     # Sums over the last level; no other writes any.
     partial = torch.empty((batch, plan.level[-1].tiles, channels), dtype=torch.float32, device=context.device)
     x, strides = context, plan.strides
-    for i, (strips, first, level) in enumerate(zip(plan.level, plan.starts, levels.unbind(), strict=True)):
-        # The output's memory is free until the end, and the last level writes no context.
-        target = out if i % 2 == 0 or strips.constants["IS_LAST"] else torch.empty_like(out)
+    for strips, first, level in zip(plan.level, plan.starts, levels.unbind(), strict=True):
         _level[strips.programs, batch](
-            x, weights, level, target, partial, first, height, width, channels, strips.rows, *strides,
-            **strips.constants,
-        )  # fmt: skip
-        x, strides = target, plan.dense
-    total = partial.sum(1)
-    _combine[plan.grid](
-        levels, gates, total, out, plan.positions, width, channels, plan.factor, batch * plan.dense[0],
-        *plan.gate_strides, **plan.pointwise,
+            x, weights, level, partial, first, height, width, channels, strips.rows, *strides, **strips.constants
+        )
+        x, strides = level, plan.dense
+    average, mean = (partial.new_empty((batch, channels)) for _ in range(2))
+    tail = partial.shape[1], plan.positions, channels
+    _mean[plan.means.grid](partial, average, mean, *tail, **plan.means.constants)
+    _combine[plan.combine.grid](
+        levels, gates, mean, out, plan.positions, width, channels, plan.factor, batch * plan.dense[0],
+        *plan.gate_strides, **plan.combine.constants,
     )  # fmt: skip
-    return out, levels, total
+    return out, levels, average, mean
 
 
 def _focal_modulation_backward(
-    grad_out: Tensor, context: Tensor, gates: Tensor, weights: Tensor, out: Tensor, levels: Tensor, total: Tensor,
-    sizes: list[int], normalize: bool,
+    grad_out: Tensor, context: Tensor, gates: Tensor, weights: Tensor, out: Tensor, levels: Tensor, average: Tensor,
+    mean: Tensor, sizes: list[int], normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     context, gates, weights, grad_out = _dense(context), _dense(gates), weights.contiguous(), grad_out.contiguous()
     plan = _plan(context, gates, sizes, normalize)
     batch, height, width, channels = context.shape
     inputs = context, *levels.unbind()
 
-    partial = total.new_empty((batch, plan.tiles, channels))
-    _backward_mean[plan.grid](
-        grad_out, gates, partial, plan.positions, width, channels, plan.factor, *plan.gate_strides, **plan.pointwise
+    partial = mean.new_empty((batch, plan.mean.tiles, channels))
+    tail = plan.positions, width, channels, plan.factor
+    _backward_mean[plan.mean.grid](grad_out, gates, partial, *tail, *plan.gate_strides, **plan.mean.constants)
+    from_mean = torch.empty_like(mean)
+    _backward_average[plan.means.grid](
+        partial, average, from_mean, plan.mean.tiles, plan.positions, channels, **plan.means.constants
     )
-    grad_gates = total.new_empty((plan.blocks, *gates.shape))
+    grad_gates = gates.new_empty(gates.shape)
     grad_level, spare = torch.empty_like(out), torch.empty_like(out)
-    _backward_last[plan.grid](
-        grad_out, gates, inputs[-1], total, partial.sum(1), grad_level, grad_gates, batch, plan.positions, width,
-        channels, plan.factor, *plan.gate_strides, **plan.pointwise,
+    _backward_gates[plan.gates.grid](
+        grad_out, gates, levels, mean, from_mean, grad_level, grad_gates, *tail, batch * plan.dense[0],
+        *plan.gate_strides, **plan.gates.constants,
     )  # fmt: skip
 
-    groups = triton.cdiv(batch, plan.backward_weight[0].images)
-    partial = total.new_empty((groups * plan.backward_weight[0].tiles, plan.taps, channels))
+    grad_weights = torch.empty_like(weights)
     for level in reversed(range(len(sizes))):
         x, first, strips = inputs[level], plan.starts[level], plan.backward_weight[level]
+        groups, count = triton.cdiv(batch, strips.images), sizes[level] ** 2 * channels
+        partial = mean.new_empty((groups * strips.tiles, count))
         _backward_weight[strips.programs, groups](
-            grad_level, x, partial, first, batch, strips.images, height, width, channels, strips.rows, plan.taps,
+            grad_level, x, partial, batch, strips.images, height, width, channels, strips.rows,
             *(plan.dense if level else plan.strides), **strips.constants,
+        )  # fmt: skip
+        _sum_rows[triton.cdiv(count, TABLE.channels),](
+            partial, grad_weights, first * channels, len(partial), count, TABLE.positions, TABLE.channels,
+            num_warps=TABLE.warps,
         )  # fmt: skip
         strips = plan.backward_level[level]
         _backward_level[strips.programs, batch](
-            grad_level, weights, x, grad_out, gates, spare, grad_gates, first, batch, height, width, channels,
-            strips.rows, plan.factor, *plan.gate_strides, **strips.constants,
+            grad_level, weights, x, grad_out, gates, spare, first, height, width, channels, strips.rows, plan.factor,
+            *plan.gate_strides, **strips.constants,
         )  # fmt: skip
         grad_level, spare = spare, grad_level
-    return grad_level, grad_gates.sum(0).to(gates.dtype), partial.sum(0).to(weights.dtype)
+    return grad_level, grad_gates, grad_weights
 
 
 def _fake(context, gates, weights, sizes, normalize):
     out = context.new_empty(context.shape)
     levels = context.new_empty((gates.shape[3] - 1, *context.shape))
-    return out, levels, context.new_empty((context.shape[0], context.shape[3]), dtype=torch.float32)
+    means = (context.new_empty((context.shape[0], context.shape[3]), dtype=torch.float32) for _ in range(2))
+    return out, levels, *means
 
 
 def _fake_backward(grad_out, context, gates, weights, *others):
     return context.new_empty(context.shape), gates.new_empty(gates.shape), weights.new_empty(weights.shape)
 
 
-_call = register("focal_modulation", _focal_modulation, _fake, _focal_modulation_backward, _fake_backward)
+def _reference(context, gates, weights, sizes, normalize):
+    kernels = weights.split([size * size for size in sizes])
+    kernels = [rows.t().unflatten(1, (1, size, size)) for rows, size in zip(kernels, sizes, strict=True)]
+    return focal_modulation_reference(context, gates, kernels, normalize)
+
+
+_call = register("focal_modulation", _focal_modulation, _fake, _focal_modulation_backward, _fake_backward, _reference)
 
 
 @register_flop_formula(torch.ops.densezoo.focal_modulation)

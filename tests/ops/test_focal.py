@@ -129,8 +129,7 @@ def test_kernels_interpreted(setting, aligned, monkeypatch):
 
     # Short pieces, and several images a program: the interpreter takes programs one by one.
     monkeypatch.setattr(kernels, "ROWS", 2)
-    monkeypatch.setattr(kernels, "WEIGHT_PROGRAMS", 4)
-    monkeypatch.setattr(kernels, "_columns", lambda size, is_backward: 2)
+    monkeypatch.setattr(kernels, "_walk", lambda table, size: kernels._Walk(2))
     kernels._problem.cache_clear()
     tensors = inputs(setting, torch.float32)
     tensors = [t.contiguous() for t in tensors] if aligned else tensors
@@ -149,7 +148,7 @@ def test_operator_contract(device, monkeypatch):
     if device == "cpu" and cuda:
         pytest.skip("the kernels run on the GPU")
     # The interpreter takes the numbers of a strip one by one.
-    monkeypatch.setattr(kernels, "_columns", lambda size, is_backward: 1)
+    monkeypatch.setattr(kernels, "_walk", lambda table, size: kernels._Walk(1))
     kernels._problem.cache_clear()
     context, gates, weight = inputs((2, 2, 1, 4, (3,)), torch.float32, device)
     tensors = [context, gates, weight.flatten(1).t().contiguous()]
