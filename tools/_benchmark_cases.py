@@ -16,12 +16,17 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 @dataclass
 class Case:
-    """One operator at one shape: inputs that need gradients, and the ways to compute it, ours first."""
+    """One operator at one shape: inputs that need gradients, and the ways to compute it, ours first.
+
+    Of operators that read where the data says, `gathered` is the bytes that a forward pass reads, every gather counted
+    once, beyond those of each input: the same element counts again for each gather that reads it.
+    """
 
     name: str
     inputs: tuple[Tensor, ...]
     ways: dict[str, Callable[..., Tensor]]
     check: Callable[[], float]
+    gathered: int = 0
 
 
 def worst_error(run: Callable[..., Tensor], inputs: list[Tensor]) -> float:
@@ -93,6 +98,9 @@ def measure(case: Case, bandwidth: float, dtype: torch.dtype) -> list[dict]:
     rows[0]["floor_us"] = (nbytes + grad.nbytes) / bandwidth
     # Inputs, output and its gradient read, the inputs' gradients written.
     rows[1]["floor_us"] = (2 * nbytes + 2 * grad.nbytes) / bandwidth
+    if case.gathered:
+        for factor, row in enumerate(rows, start=1):
+            row["gathered_us"] = row["floor_us"] + factor * case.gathered / bandwidth
     return rows
 
 

@@ -31,9 +31,13 @@ def quadtree_attention_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
 
             inputs = (*qkv.unbind(3), *coarser)
 
+            # Four children share the keys and values that their parent kept, but for those of the coarsest level.
+            parents = batch * heads * sum(h * w for h, w in maps[1:])
+            gathers = 2 * parents * 4 * topk * dim * dtype.itemsize
+            gathered = gathers - sum(t.nbytes for t in inputs[1:-1]) if len(maps) > 1 else 0
             name = f"quadtree_attention {batch}, {height}x{width}, {heads}x{dim}, {len(maps)} levels, top {topk}"
             check = partial(worst_error, run, [t[:1] for t in inputs])
-            yield Case(name, inputs, {"densezoo": run, **reference_ways(reference)}, check)
+            yield Case(name, inputs, {"densezoo": run, **reference_ways(reference)}, check, gathered)
 
 
 def ms_deform_attn_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
@@ -71,4 +75,6 @@ def ms_deform_attn_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     # A part of the queries: the reference keeps every sample, in float64.
     check = partial(worst_error, run, [value[:1], *(t[:1, ::8] for t in inputs[1:])])
     name = f"ms_deform_attn {batch}, {total} keys and queries, {heads}x32, {len(sizes)} levels of {points} points"
-    yield Case(name, inputs, ways, check)
+    # Four corners a point, of all channels; the few that lie outside count too.
+    gathered = 4 * inputs[2].numel() * value.shape[-1] * value.itemsize - value.nbytes
+    yield Case(name, inputs, ways, check, gathered)

@@ -11,9 +11,12 @@
                                                         and images per second for the cards
 
 Times of operators and modules are medians of many, in microseconds. The floor is the bytes of each input read once and
-each output written once over the copy bandwidth measured in the same run. A kernel that disagrees with its float64
-reference, or a module with timm's, is not timed. tune changes one setting of a kernel at a time, at most --tries for
-each entry of its table, and keeps what is faster over the cases of ops; --out FILE.json saves it elsewhere.
+each output written once over the copy bandwidth measured in the same run. Where the data says what is read, in
+quadtree_attention and ms_deform_attn, `gathered` is that floor with the gathered bytes counted once a gather: keys and
+values once for each four children of a query, and the values once for each corner of a sampled point; in the backward
+once to read them and once to add to their gradients. A kernel that disagrees with its float64 reference, or a module
+with timm's, is not timed. tune changes one setting of a kernel at a time, at most --tries for each entry of its table,
+and keeps what is faster over the cases of ops; --out FILE.json saves it elsewhere.
 """
 
 import argparse

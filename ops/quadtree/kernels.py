@@ -1,19 +1,23 @@
 """QuadTree attention of type B in Triton, forward and backward.
 
-Level 0 is the finest. The queries and keys of the coarser levels, means of quads, are kept in float32, so that keys are
-chosen by the scores that the reference chooses by: a third of the tokens in all. What is chosen is the only thing that
-the forward leaves for the backward, beside the normalisers: 4 bytes a kept key, numbered over images, heads and levels.
+Level 0 is the finest. The queries and keys of the coarser levels, means of quads, are in float32 in the forward, so
+that keys are chosen by the scores that the reference chooses by: a third of the tokens in all. What is chosen is the
+only thing that the forward leaves for the backward, beside the normalisers: 4 bytes a kept key, numbered over images,
+heads and levels. The backward, which chooses nothing, makes the coarser levels anew in the inputs' dtype.
 
 - `_coarsen` takes queries and keys, and in the backward the gradient of the output, to the next coarser level.
 - `_all_forward`, `_all_backward_query`, `_all_backward_key`: dense attention at the coarsest level, in tiles of queries
-  against chunks of keys, or of keys against chunks of queries.
+  against chunks of keys, or of keys against chunks of queries. `_all_backward` does all of the backward where a program
+  holds a whole map.
 - `_children_forward`, `_children_backward_query`: a program owns the queries of PARENTS neighbouring parents of a head.
   A parent has 4 queries and its own 4 * topk candidates, too few for the tensor cores: the products take 16 queries
   against the candidates of all parents, and what belongs to another parent is masked. The candidates are gathered from
-  the maps as they are; nothing gathered is stored.
+  the maps as they are; nothing gathered is stored. The backward visits TILES such tiles, and gathers for the next while
+  it computes.
 - `_keep` chooses the topk keys of every query, from scores that the forward kernels left in float32.
-- `_children_backward_key`: a program owns the four children of a key, and visits the parents that kept it: those lie
-  next to each other once the kept keys are sorted by number, stably, and so are summed in one order. 4 queries of each.
+- `_children_backward_key`: a program owns the children of 4 keys, and visits the parents that kept one of them: those
+  lie next to each other once the kept keys are sorted by number, stably, and so are summed in one order. 4 queries of
+  each; what belongs to another of the 4 keys is masked.
 
 Gradients go from coarse to fine: a level's gradients of queries and keys take their share of those of the means.
 Scores are in base 2, scaled by log2(e). `begin` is where the level's normalisers begin in `lse`, `first` the number of
@@ -226,6 +230,39 @@ def _all_backward_key(
     tl.store(grad_v + rows, acc_v.to(grad_v.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["begin", "height", "width", "heads"])
+def _all_backward(
+    q, k, v, lse, grad, grad_q, grad_k, grad_v, begin, height, width, heads, scale,
+    q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
+    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, SCORES: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    image = tl.program_id(1).to(tl.int64)
+    count = height * width
+    m = tl.arange(0, BLOCK)
+    d = tl.arange(0, BLOCK_DIM)
+    exists = m < count
+    inside = exists[:, None] & (d < DIM)[None, :]
+    dtype = q.dtype.element_ty
+    rows = ((image * count + m) * heads + head)[:, None] * DIM + d[None, :]
+    q_tile = tl.load(_tokens(q, m, width, image, head, q_b, q_h, q_w, q_n, d, INDEX), mask=inside, other=0.0)
+    k_tile = tl.load(_tokens(k, m, width, image, head, k_b, k_h, k_w, k_n, d, INDEX), mask=inside, other=0.0)
+    v_tile = tl.load(_tokens(v, m, width, image, head, v_b, v_h, v_w, v_n, d, INDEX), mask=inside, other=0.0)
+    g_tile = tl.load(grad + rows, mask=inside, other=0.0).to(dtype)
+    norm = tl.load(lse + begin + (image * heads + head) * count + m, mask=exists, other=0.0)
+    s = tl.dot(q_tile, k_tile.T, input_precision=SCORES) * (scale * 1.4426950408889634)
+    p = tl.where(exists[:, None] & exists[None, :], tl.exp2(s - norm[:, None]), 0.0)
+    acc = tl.dot(p.to(dtype).T, g_tile, input_precision=PRECISION)
+    tl.store(grad_v + rows, acc.to(grad_v.dtype.element_ty), mask=inside)
+    dp = tl.dot(g_tile, v_tile.T, input_precision=PRECISION)
+    ds = (p * (dp - tl.sum(p * dp, 1)[:, None]) * scale).to(dtype)
+    acc = tl.dot(ds, k_tile, input_precision=PRECISION)
+    tl.store(grad_q + rows, acc.to(grad_q.dtype.element_ty), mask=inside)
+    acc = tl.dot(ds.T, q_tile, input_precision=PRECISION)
+    tl.store(grad_k + rows, acc.to(grad_k.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["height", "width", "first", "first_coarser", "outside", "count", "queries"])
 def _keep(
     scores, kept, height, width, first, first_coarser, outside, count, queries,
@@ -307,89 +344,112 @@ def _candidates(
 def _children_forward(
     q, k, v, kept, coarser, out, lse, scores, begin, first, height, width, heads, scale,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
-    TOPK: tl.constexpr, CANDIDATES: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    TOPK: tl.constexpr, CANDIDATES: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, TILES: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, KEEP: tl.constexpr,
     PRECISION: tl.constexpr, SCORES: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     rows = (height + 1) // 2
     columns = (width + 1) // 2
     head = tl.program_id(0) % heads
-    tile = tl.program_id(0) // heads
+    begin_tile = tl.program_id(0) // heads * TILES
+    end_tile = tl.minimum(begin_tile + TILES, tl.cdiv(rows, TILE_H) * tl.cdiv(columns, TILE_W))
     image = tl.program_id(1).to(tl.int64)
     map_of = image * heads + head
-    parent, row, column, exists = _family(tile, rows, columns, height, width, TILE_H, TILE_W)
-    owner, key_row, key_column, seen = _candidates(
-        kept + (first + map_of * rows * columns) * TOPK, tile, (first + map_of * rows * columns).to(tl.int32),
-        rows, columns, height, width, TILE_H, TILE_W, TOPK, CANDIDATES,
-    )  # fmt: skip
+    q += image * q_b + head * q_n
+    k += image * k_b + head * k_n
+    v += image * v_b + head * v_n
+    lse += begin + map_of * height * width
+    scores += map_of * height * width * (TOPK * 4)
+    out += (image * height * width * heads + head) * DIM
+    coarser += (image * rows * columns * heads + head) * DIM
+    first += map_of * rows * columns
     d = tl.arange(0, BLOCK_DIM)
-    inside = exists[:, None] & (d < DIM)[None, :]
-    here = seen[:, None] & (d < DIM)[None, :]
     dtype = q.dtype.element_ty
-    k_tile = tl.load(_place(k + image * k_b + head * k_n, key_row, key_column, k_h, k_w, d, INDEX), here, 0.0)
-    v_tile = tl.load(_place(v + image * v_b + head * v_n, key_row, key_column, v_h, v_w, d, INDEX), here, 0.0)
-    q_tile = tl.load(_place(q + image * q_b + head * q_n, row, column, q_h, q_w, d, INDEX), inside, 0.0)
-    s = tl.dot(q_tile, k_tile.T, input_precision=SCORES) * (scale * 1.4426950408889634)
-    own = exists[:, None] & (parent[:, None] == owner[None, :])
-    s = tl.where(own & seen[None, :], s, float("-inf"))
-    query = map_of * height * width + row * width + column
-    if KEEP:
-        place = query[:, None] * (TOPK * 4) + (tl.arange(0, TILE_H * TILE_W * CANDIDATES) % CANDIDATES)[None, :]
-        slot = tl.arange(0, TILE_H * TILE_W * CANDIDATES) % CANDIDATES // 4
-        tl.store(scores + place, s, mask=own & (slot < TOPK)[None, :])
-    # Rows of no query see nothing; -inf must not be subtracted from -inf.
-    top = tl.where(exists, tl.max(s, 1), 0.0)
-    p = tl.exp2(s - top[:, None])
-    total = tl.where(exists, tl.sum(p, 1), 1.0)
-    acc = tl.dot(p.to(dtype), v_tile.to(dtype), input_precision=PRECISION) / total[:, None]
-    above = ((image * rows * columns + row // 2 * columns + column // 2) * heads + head)[:, None] * DIM + d[None, :]
-    acc += tl.load(coarser + above, mask=inside, other=0.0)
-    here = ((image * height * width + row * width + column) * heads + head)[:, None] * DIM + d[None, :]
-    tl.store(out + here, acc.to(out.dtype.element_ty), mask=inside)
-    tl.store(lse + begin + query, top + tl.log2(total), mask=exists)
+    for tile in range(begin_tile, end_tile):
+        parent, row, column, exists = _family(tile, rows, columns, height, width, TILE_H, TILE_W)
+        owner, key_row, key_column, seen = _candidates(
+            kept + first * TOPK, tile, first.to(tl.int32), rows, columns, height, width,
+            TILE_H, TILE_W, TOPK, CANDIDATES,
+        )  # fmt: skip
+        inside = exists[:, None] & (d < DIM)[None, :]
+        here = seen[:, None] & (d < DIM)[None, :]
+        k_tile = tl.load(_place(k, key_row, key_column, k_h, k_w, d, INDEX), mask=here, other=0.0)
+        v_tile = tl.load(_place(v, key_row, key_column, v_h, v_w, d, INDEX), mask=here, other=0.0)
+        q_tile = tl.load(_place(q, row, column, q_h, q_w, d, INDEX), mask=inside, other=0.0)
+        s = tl.dot(q_tile, k_tile.T, input_precision=SCORES) * (scale * 1.4426950408889634)
+        own = exists[:, None] & (parent[:, None] == owner[None, :])
+        s = tl.where(own & seen[None, :], s, float("-inf"))
+        query = row * width + column
+        if KEEP:
+            place = tl.arange(0, TILE_H * TILE_W * CANDIDATES) % CANDIDATES
+            tl.store(
+                scores + query.to(tl.int64)[:, None] * (TOPK * 4) + place[None, :], s,
+                mask=own & (place < TOPK * 4)[None, :],
+            )  # fmt: skip
+        # Rows of no query see nothing; -inf must not be subtracted from -inf.
+        top = tl.where(exists, tl.max(s, 1), 0.0)
+        p = tl.exp2(s - top[:, None])
+        total = tl.where(exists, tl.sum(p, 1), 1.0)
+        acc = tl.dot(p.to(dtype), v_tile.to(dtype), input_precision=PRECISION) / total[:, None]
+        above = ((row // 2 * columns + column // 2).to(INDEX) * (heads * DIM))[:, None] + d[None, :]
+        acc += tl.load(coarser + above, mask=inside, other=0.0)
+        here = (query.to(INDEX) * (heads * DIM))[:, None] + d[None, :]
+        tl.store(out + here, acc.to(out.dtype.element_ty), mask=inside)
+        tl.store(lse + query, top + tl.log2(total), mask=exists)
 
 
 @triton.jit(do_not_specialize=["begin", "first", "height", "width", "heads"])
 def _children_backward_query(
     q, k, v, kept, lse, grad, delta, coarser, grad_q, begin, first, height, width, heads, scale,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
-    TOPK: tl.constexpr, CANDIDATES: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    TOPK: tl.constexpr, CANDIDATES: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, TILES: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     PRECISION: tl.constexpr, SCORES: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     rows = (height + 1) // 2
     columns = (width + 1) // 2
     head = tl.program_id(0) % heads
-    tile = tl.program_id(0) // heads
+    begin_tile = tl.program_id(0) // heads * TILES
+    end_tile = tl.minimum(begin_tile + TILES, tl.cdiv(rows, TILE_H) * tl.cdiv(columns, TILE_W))
     image = tl.program_id(1).to(tl.int64)
     map_of = image * heads + head
-    parent, row, column, exists = _family(tile, rows, columns, height, width, TILE_H, TILE_W)
-    owner, key_row, key_column, seen = _candidates(
-        kept + (first + map_of * rows * columns) * TOPK, tile, (first + map_of * rows * columns).to(tl.int32),
-        rows, columns, height, width, TILE_H, TILE_W, TOPK, CANDIDATES,
-    )  # fmt: skip
+    q += image * q_b + head * q_n
+    k += image * k_b + head * k_n
+    v += image * v_b + head * v_n
+    lse += begin + map_of * height * width
+    delta += begin + map_of * height * width
+    grad += (image * height * width * heads + head) * DIM
+    grad_q += (image * height * width * heads + head) * DIM
+    coarser += (image * rows * columns * heads + head) * DIM
+    first += map_of * rows * columns
     d = tl.arange(0, BLOCK_DIM)
-    inside = exists[:, None] & (d < DIM)[None, :]
-    here = seen[:, None] & (d < DIM)[None, :]
     dtype = q.dtype.element_ty
-    k_tile = tl.load(_place(k + image * k_b + head * k_n, key_row, key_column, k_h, k_w, d, INDEX), here, 0.0)
-    v_tile = tl.load(_place(v + image * v_b + head * v_n, key_row, key_column, v_h, v_w, d, INDEX), here, 0.0)
-    q_tile = tl.load(_place(q + image * q_b + head * q_n, row, column, q_h, q_w, d, INDEX), inside, 0.0)
-    here = ((image * height * width + row * width + column) * heads + head)[:, None] * DIM + d[None, :]
-    g_tile = tl.load(grad + here, mask=inside, other=0.0).to(dtype)
-    query = begin + map_of * height * width + row * width + column
-    norm = tl.load(lse + query, mask=exists, other=0.0)
-    s = tl.dot(q_tile, k_tile.T, input_precision=SCORES) * (scale * 1.4426950408889634)
-    own = exists[:, None] & (parent[:, None] == owner[None, :]) & seen[None, :]
-    p = tl.where(own, tl.exp2(s - norm[:, None]), 0.0)
-    dp = tl.dot(g_tile, v_tile.to(dtype).T, input_precision=PRECISION)
-    row_delta = tl.sum(p * dp, 1)
-    ds = p * (dp - row_delta[:, None])
-    acc = tl.dot(ds.to(dtype), k_tile, input_precision=PRECISION) * scale
-    above = ((image * rows * columns + row // 2 * columns + column // 2) * heads + head)[:, None] * DIM + d[None, :]
-    acc += tl.load(coarser + above, mask=inside, other=0.0) * _share(row, column, height, width)[:, None]
-    tl.store(grad_q + here, acc.to(grad_q.dtype.element_ty), mask=inside)
-    tl.store(delta + query, row_delta, mask=exists)
+    for tile in range(begin_tile, end_tile):
+        parent, row, column, exists = _family(tile, rows, columns, height, width, TILE_H, TILE_W)
+        owner, key_row, key_column, seen = _candidates(
+            kept + first * TOPK, tile, first.to(tl.int32), rows, columns, height, width,
+            TILE_H, TILE_W, TOPK, CANDIDATES,
+        )  # fmt: skip
+        inside = exists[:, None] & (d < DIM)[None, :]
+        here = seen[:, None] & (d < DIM)[None, :]
+        k_tile = tl.load(_place(k, key_row, key_column, k_h, k_w, d, INDEX), mask=here, other=0.0)
+        v_tile = tl.load(_place(v, key_row, key_column, v_h, v_w, d, INDEX), mask=here, other=0.0)
+        q_tile = tl.load(_place(q, row, column, q_h, q_w, d, INDEX), mask=inside, other=0.0)
+        here = ((row * width + column).to(INDEX) * (heads * DIM))[:, None] + d[None, :]
+        g_tile = tl.load(grad + here, mask=inside, other=0.0).to(dtype)
+        query = row * width + column
+        norm = tl.load(lse + query, mask=exists, other=0.0)
+        s = tl.dot(q_tile, k_tile.T, input_precision=SCORES) * (scale * 1.4426950408889634)
+        own = exists[:, None] & (parent[:, None] == owner[None, :]) & seen[None, :]
+        p = tl.where(own, tl.exp2(s - norm[:, None]), 0.0)
+        dp = tl.dot(g_tile, v_tile.to(dtype).T, input_precision=PRECISION)
+        row_delta = tl.sum(p * dp, 1)
+        ds = p * (dp - row_delta[:, None])
+        acc = tl.dot(ds.to(dtype), k_tile, input_precision=PRECISION) * scale
+        above = ((row // 2 * columns + column // 2).to(INDEX) * (heads * DIM))[:, None] + d[None, :]
+        acc += tl.load(coarser + above, mask=inside, other=0.0) * _share(row, column, height, width)[:, None]
+        tl.store(grad_q + here, acc.to(grad_q.dtype.element_ty), mask=inside)
+        tl.store(delta + query, row_delta, mask=exists)
 
 
 @triton.jit(do_not_specialize=["begin", "first", "height", "width", "heads"])
@@ -402,15 +462,16 @@ def _children_backward_key(
     rows = (height + 1) // 2
     columns = (width + 1) // 2
     head = tl.program_id(0) % heads
-    quad = tl.program_id(0) // heads
     image = tl.program_id(1).to(tl.int64)
     map_of = image * heads + head
     d = tl.arange(0, BLOCK_DIM)
-    # 4 keys, in a tile of 16 for the tensor cores.
+    # The children of 4 keys, as many as the tensor cores take at least.
+    quad_of = tl.program_id(0) // heads * 4
     c = tl.arange(0, 16)
+    quad = quad_of + c // 4
     key_row = 2 * (quad // columns) + c % 4 // 2
     key_column = 2 * (quad % columns) + c % 2
-    exists = (c < 4) & (key_row < height) & (key_column < width)
+    exists = (key_row < height) & (key_column < width)
     inside = exists[:, None] & (d < DIM)[None, :]
     dtype = q.dtype.element_ty
     k_tile = tl.load(_place(k + image * k_b + head * k_n, key_row, key_column, k_h, k_w, d, INDEX), inside, 0.0)
@@ -424,13 +485,17 @@ def _children_backward_key(
     lse += begin + map_of * height * width
     delta += begin + map_of * height * width
     i = tl.arange(0, 4 * PARENTS)
-    starts += first + map_of * rows * columns + quad
-    last = tl.load(starts + 1)
-    for at in range(tl.load(starts), last, PARENTS):
+    first += map_of * rows * columns
+    starts += first
+    start = tl.load(starts + quad, mask=exists, other=0)
+    end = tl.load(starts + quad + 1, mask=exists, other=0)
+    last = tl.load(starts + tl.minimum(quad_of + 4, rows * columns))
+    for at in range(tl.load(starts + quad_of), last, PARENTS):
         entry = at + i // 4
+        own = (entry[None, :] >= start[:, None]) & (entry[None, :] < end[:, None])
         listed = entry < last
         parent = tl.load(order + entry, mask=listed, other=0) // TOPK
-        parent = tl.where(listed, parent - first - map_of * rows * columns, 0).to(tl.int32)
+        parent = tl.where(listed, parent - first, 0).to(tl.int32)
         row = 2 * (parent // columns) + i % 4 // 2
         column = 2 * (parent % columns) + i % 2
         listed = listed & (row < height) & (column < width)
@@ -441,16 +506,14 @@ def _children_backward_key(
         norm = tl.load(lse + row * width + column, mask=listed, other=0.0)
         row_delta = tl.load(delta + row * width + column, mask=listed, other=0.0)
         s = tl.dot(k_tile, q_tile.T, input_precision=SCORES) * (scale * 1.4426950408889634)
-        p = tl.where(exists[:, None] & listed[None, :], tl.exp2(s - norm[None, :]), 0.0)
+        p = tl.where(own & listed[None, :], tl.exp2(s - norm[None, :]), 0.0)
         acc_v += tl.dot(p.to(dtype), g_tile, input_precision=PRECISION)
         dp = tl.dot(v_tile, g_tile.T, input_precision=PRECISION)
         ds = p * (dp - row_delta[None, :])
         acc_k += tl.dot(ds.to(dtype), q_tile, input_precision=PRECISION)
-    above = ((image * rows * columns + quad) * heads + head) * DIM + d[None, :]
+    above = ((image * rows * columns + quad) * heads + head)[:, None] * DIM + d[None, :]
     acc_k *= scale
-    acc_k += tl.load(coarser + above, mask=(d < DIM)[None, :], other=0.0) * (
-        _share(key_row, key_column, height, width)[:, None]
-    )  # fmt: skip
+    acc_k += tl.load(coarser + above, mask=inside, other=0.0) * _share(key_row, key_column, height, width)[:, None]
     here = ((image * height * width + key_row * width + key_column) * heads + head)[:, None] * DIM + d[None, :]
     tl.store(grad_k + here, acc_k.to(grad_k.dtype.element_ty), mask=inside)
     tl.store(grad_v + here, acc_v.to(grad_v.dtype.element_ty), mask=inside)
@@ -468,15 +531,16 @@ class _Launch(NamedTuple):
     stages: int
 
 
-# By kernel, for maps of 16-bit, measured on an H200, and of 32-bit numbers.
+# By kernel, for maps of 16-bit numbers up to 32 channels and of more, measured on an H200, and of 32-bit numbers.
 LAUNCH = {
-    "coarsen": (_Launch(16, 0, 4, 1), _Launch(16, 0, 4, 1)),
-    "all_forward": (_Launch(32, 64, 4, 2), _Launch(32, 64, 4, 2)),
-    "all_backward_query": (_Launch(32, 64, 4, 1), _Launch(16, 32, 4, 1)),
-    "all_backward_key": (_Launch(32, 64, 4, 1), _Launch(16, 32, 4, 1)),
-    "children_forward": (_Launch(0, 128, 4, 1), _Launch(0, 128, 8, 1)),
-    "children_backward_query": (_Launch(0, 128, 4, 1), _Launch(0, 128, 8, 1)),
-    "children_backward_key": (_Launch(0, 4, 1, 1), _Launch(0, 8, 2, 1)),
+    "coarsen": (_Launch(16, 0, 4, 1), _Launch(16, 0, 4, 1), _Launch(16, 0, 4, 1)),
+    "all_forward": (_Launch(32, 64, 4, 2), _Launch(32, 64, 4, 2), _Launch(32, 64, 4, 2)),
+    "all_backward": (_Launch(64, 0, 4, 1), _Launch(64, 0, 4, 1), _Launch(0, 0, 4, 1)),
+    "all_backward_query": (_Launch(32, 64, 4, 1), _Launch(32, 64, 4, 1), _Launch(16, 32, 4, 1)),
+    "all_backward_key": (_Launch(32, 64, 4, 1), _Launch(32, 64, 4, 1), _Launch(16, 32, 4, 1)),
+    "children_forward": (_Launch(1, 128, 4, 1), _Launch(1, 128, 4, 1), _Launch(1, 128, 8, 1)),
+    "children_backward_query": (_Launch(1, 128, 4, 1), _Launch(8, 64, 2, 3), _Launch(1, 128, 8, 1)),
+    "children_backward_key": (_Launch(0, 4, 1, 1), _Launch(0, 8, 4, 1), _Launch(0, 8, 2, 1)),
 }
 LAUNCH = Table("quadtree_attention", LAUNCH)
 # Scores that a program of `_keep` holds.
@@ -542,10 +606,17 @@ class _Problem:
         self.backward_query.append(self._all("all_backward_query", last))
         self.backward_key = [self._quads("children_backward_key", level) for level in range(last)]
         self.backward_key.append(self._all("all_backward_key", last))
+        self.backward_at_once = self._at_once(last)
+
+    def _itemsize(self, kernel: str, level: int) -> int:
+        """Return the bytes of a number of the maps that a kernel reads."""
+        return self.itemsize if level == 0 or "backward" in kernel else 4
 
     def _launch(self, kernel: str, level: int) -> _Launch:
         """Return a kernel's settings at a level."""
-        return LAUNCH[kernel, int((4 if level else self.itemsize) == 4)]
+        if self._itemsize(kernel, level) == 4:
+            return LAUNCH[kernel, 2]
+        return LAUNCH[kernel, int(self.constants["BLOCK_DIM"] > 32)]
 
     def _arguments(self, level: int, value_strides: tuple) -> tuple:
         """Return the arguments that follow a level's tensors."""
@@ -581,11 +652,22 @@ class _Problem:
         """Return the grid and the constants of a kernel over all pairs."""
         launch, (height, width, _) = self._launch(kernel, level), self.maps[level]
         # Less at once where the map is small, the head wide or the dtype is.
-        most = 16384 // (self.constants["BLOCK_DIM"] * (4 if level else self.itemsize))
+        most = 16384 // (self.constants["BLOCK_DIM"] * self._itemsize(kernel, level))
         chunk = max(16, min(launch.chunk, most, triton.next_power_of_2(height * width)))
         return (triton.cdiv(height * width, launch.block) * self.heads, self.batch), {
             **self.constants, **self.precision, "BLOCK": launch.block, "CHUNK": chunk,
             "num_warps": launch.warps, "num_stages": launch.stages, **flags,
+        }  # fmt: skip
+
+    def _at_once(self, level: int) -> tuple[tuple[int, int], dict] | None:
+        """Return the grid and the constants of the kernel that holds a whole map, or None where it is too large."""
+        launch, (height, width, _) = self._launch("all_backward", level), self.maps[level]
+        # Of float32 none would fit into the registers.
+        if height * width > launch.block:
+            return None
+        return (self.heads, self.batch), {
+            **self.constants, **self.precision, "BLOCK": max(16, triton.next_power_of_2(height * width)),
+            "num_warps": launch.warps, "num_stages": launch.stages,
         }  # fmt: skip
 
     def _children(self, kernel: str, level: int, **flags) -> tuple[tuple[int, int], dict]:
@@ -594,15 +676,16 @@ class _Problem:
         parents = min(4, max(1, launch.chunk // self.family["CANDIDATES"]))
         tile_h, tile_w = {1: (1, 1), 2: (1, 2), 4: (2, 2)}[parents]
         tiles = triton.cdiv(height, tile_h) * triton.cdiv(width, tile_w)
-        return (tiles * self.heads, self.batch), {
+        return (triton.cdiv(tiles, launch.block) * self.heads, self.batch), {
             **self.constants, **self.precision, **self.family, "TILE_H": tile_h, "TILE_W": tile_w,
+            "TILES": launch.block,
             "num_warps": launch.warps, "num_stages": launch.stages, **flags,
         }  # fmt: skip
 
     def _quads(self, kernel: str, level: int) -> tuple[tuple[int, int], dict]:
         """Return the grid and the constants of a kernel over the keys above a level's."""
         launch, (height, width, _) = self._launch(kernel, level), self.maps[level + 1]
-        return (height * width * self.heads, self.batch), {
+        return (triton.cdiv(height * width, 4) * self.heads, self.batch), {
             **self.constants, **self.precision, "TOPK": self.topk, "PARENTS": launch.chunk,
             "num_warps": launch.warps, "num_stages": launch.stages,
         }  # fmt: skip
@@ -615,25 +698,26 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _prepare(query, key, values, topk: int, scale: float) -> tuple[_Problem, list[Tensor], list[Tensor], list[Tensor]]:
-    """Return how the kernels are launched; queries, keys and values of all levels, of the coarser ones yet to fill."""
+def _prepare(query, key, values, topk: int, scale: float) -> tuple[_Problem, Tensor, Tensor, list[Tensor]]:
+    """Return how the kernels are launched, and the maps as they read them."""
     query, key, *values = (_dense(x) for x in (query, key, *values) if x is not None)
     tf32 = query.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32
     strides = tuple(x.stride() for x in (query, key, *values))
     problem = _problem(query.shape, strides, query.itemsize, topk, scale, tf32)
-    return problem, [query, *_maps_above(problem, query)], [key, *_maps_above(problem, query)], values
+    return problem, query, key, values
 
 
-def _maps_above(problem: _Problem, x: Tensor) -> list[Tensor]:
-    """Return an empty map for each level but the finest."""
-    return [torch.empty(shape, dtype=torch.float32, device=x.device) for shape in problem.shapes[1:]]
+def _with_coarser(problem: _Problem, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Return a map and an empty one for each coarser level."""
+    return [x, *(torch.empty(shape, dtype=dtype, device=x.device) for shape in problem.shapes[1:])]
 
 
 def _quadtree(
     query: Tensor, key: Tensor, value: Tensor, value1: Tensor | None, value2: Tensor | None, value3: Tensor | None,
     topk: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    problem, queries, keys, values = _prepare(query, key, (value, value1, value2, value3), topk, scale)
+    problem, query, key, values = _prepare(query, key, (value, value1, value2, value3), topk, scale)
+    queries, keys = (_with_coarser(problem, x, torch.float32) for x in (query, key))
     for level, (grid, arguments, constants) in enumerate(problem.coarsen):
         q, k = queries[level], keys[level]
         # Without gradients there is nothing to read or write, but the kernel needs pointers.
@@ -663,40 +747,51 @@ def _quadtree_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, value1: Tensor | None, value2: Tensor | None,
     value3: Tensor | None, out: Tensor, lse: Tensor, kept: Tensor, topk: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    problem, queries, keys, values = _prepare(query, key, (value, value1, value2, value3), topk, scale)
+    problem, query, key, values = _prepare(query, key, (value, value1, value2, value3), topk, scale)
     levels = len(values)
-    # The gradients of the outputs of all levels.
-    grads = [grad_out.contiguous(), *_maps_above(problem, query)]
+    # Queries, keys and the gradients of the outputs of all levels. What to keep is known: no need for float32.
+    queries, keys, grads = (_with_coarser(problem, x, query.dtype) for x in (query, key, grad_out.contiguous()))
     for level, (grid, arguments, constants) in enumerate(problem.coarsen):
-        fine, coarse = ((queries[i], keys[i], grads[i]) for i in (level, level + 1))
-        _coarsen[grid](*fine, *coarse, *arguments, **constants, GRAD=True)
+        maps = (x[i] for i in (level, level + 1) for x in (queries, keys, grads))
+        _coarsen[grid](*maps, *arguments, **constants, GRAD=True)
     delta = torch.empty_like(lse)
     order = starts = kept
     if levels > 1:
         # For each key, where it stands in `kept`.
         numbers, order = kept.sort(stable=True)
-        numbers_of_keys = torch.arange(problem.coarse_keys + 1, device=kept.device, dtype=torch.int32)
-        starts = torch.searchsorted(numbers, numbers_of_keys, out_int32=True)
-        del numbers, numbers_of_keys
-    grad_values = [torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in values]
+        order = order.int()
+        keys_of_all = torch.arange(problem.coarse_keys + 1, device=kept.device, dtype=torch.int32)
+        starts = torch.searchsorted(numbers, keys_of_all, out_int32=True)
+        del numbers, keys_of_all
+    grad_values = []
     above_q = above_k = None
     for level in reversed(range(levels)):
-        inputs = queries[level], keys[level], values[level]
-        grad_q, grad_k = (x.new_empty(problem.shapes[level]) for x in inputs[:2])
-        saved = lse, grads[level], delta
-        arguments = problem.arguments[level]
+        # A level's maps are in memory until its gradients are there.
+        inputs = queries.pop(), keys.pop(), values[level]
+        saved = lse, grads.pop(), delta
+        shape, arguments = problem.shapes[level], problem.arguments[level]
         (query_grid, query_constants), (key_grid, key_constants) = (
             problem.backward_query[level],
             problem.backward_key[level],
         )
-        if level == levels - 1:
-            _all_backward_query[query_grid](*inputs, *saved, grad_q, *arguments, **query_constants)
-            _all_backward_key[key_grid](*inputs, *saved, grad_k, grad_values[level], *arguments, **key_constants)
-        else:
+        grad_q = query.new_empty(shape)
+        if level < levels - 1:
             _children_backward_query[query_grid](*inputs, kept, *saved, above_q, grad_q, *arguments, **query_constants)
+            # Freed before there are more.
+            above_q = None
+            grad_k, grad_v = query.new_empty(shape), query.new_empty(shape)
             _children_backward_key[key_grid](
-                *inputs, starts, order, *saved, above_k, grad_k, grad_values[level], *arguments, **key_constants
+                *inputs, starts, order, *saved, above_k, grad_k, grad_v, *arguments, **key_constants
             )
+        else:
+            grad_k, grad_v = query.new_empty(shape), query.new_empty(shape)
+            if problem.backward_at_once:
+                grid, constants = problem.backward_at_once
+                _all_backward[grid](*inputs, *saved[:2], grad_q, grad_k, grad_v, *arguments, **constants)
+            else:
+                _all_backward_query[query_grid](*inputs, *saved, grad_q, *arguments, **query_constants)
+                _all_backward_key[key_grid](*inputs, *saved, grad_k, grad_v, *arguments, **key_constants)
+        grad_values.insert(0, grad_v)
         above_q, above_k = grad_q, grad_k
     return grad_q, grad_k, *grad_values, *(query.new_empty(0) for _ in range(4 - levels))
 

@@ -211,6 +211,24 @@ def test_gradients_of_any_size_and_without_one(device):
         assert torch.autograd.grad(out, leaf, grad, retain_graph=True)[0].isnan().all()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_small_gradients_beside_large_ones(device):
+    """Positions that a query of a large gradient does not sample keep the precision of theirs."""
+    (value, _, weights), levels = inputs((1, [(6, 6)], 2, 1, 8, 3), device=device)
+    # The first query samples in the upper half, the second in the lower one.
+    x, y = torch.tensor([0.2, 0.5, 0.7], device=device), torch.tensor([[0.2], [0.8]], device=device).expand(2, 3)
+    locations = torch.stack([x.expand(2, 3), y], -1).view(1, 2, 1, 1, 3, 2)
+    grad = torch.randn(1, 2, 8, generator=torch.Generator().manual_seed(1)) * torch.tensor([[1e6], [1e-6]])
+    grads = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        set_backend(backend)
+        leaf = value.to(dtype).requires_grad_()
+        out = ms_deform_attn(leaf, *levels, locations, weights)
+        grads.append(torch.autograd.grad(out, leaf, grad.to(out))[0])
+    for half in (slice(0, 18), slice(18, 36)):
+        assert error(grads[0][:, half], grads[1][:, half]) < 1e-6
+
+
 def test_points_out_of_reach():
     (value, locations, weights), levels = inputs(SETTINGS[0])
     locations.view(-1)[:7] = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e9, -1e9, 3e38, -3e38])

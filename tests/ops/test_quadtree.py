@@ -278,9 +278,10 @@ def check_kernels(setting, allowed, dtype=torch.float32, device="cpu", dense=Tru
     ],
     ids=str,
 )
+@pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-6), (torch.float16, 2e-3)], ids=str)
 @pytest.mark.skipif(cuda, reason="the kernels run on the GPU, in the tests below")
-def test_kernels_interpreted(setting, dense):
-    check_kernels(setting, 1e-6, dense=dense)
+def test_kernels_interpreted(setting, dense, dtype, allowed):
+    check_kernels(setting, allowed, dtype, dense=dense)
 
 
 GPU_SETTINGS = [

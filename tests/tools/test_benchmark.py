@@ -60,6 +60,17 @@ def test_report(tmp_path):
     assert {path.name.split("_")[0] for path in tmp_path.iterdir()} == {"benchmarks.md", "benchmarks"}
 
 
+def test_gathered_bytes_stand_beside_the_floor():
+    rows = [
+        {"case": "gathers", "pass": "forward", "us": {"densezoo": 30.0}, "floor_us": 10.0, "gathered_us": 60.0},
+        {"case": "does not", "pass": "forward", "us": {"densezoo": 30.0}, "floor_us": 10.0},
+    ]
+    table = tool("_benchmark_report").operator_table(rows)
+    assert "| case | pass | floor | gathered | densezoo | ours / floor | ours / gathered |" in table
+    assert "| gathers | forward | 10.0 | 60.0 | 30.0 | 3.00 | 0.50 |" in table
+    assert "| does not | forward | 10.0 | 10.0 | 30.0 | 3.00 | 3.00 |" in table
+
+
 def run(monkeypatch, *arguments):
     """Run the tool, with its report in the folder of the test."""
     benchmark = tool("benchmark")
