@@ -45,7 +45,13 @@ def gpus() -> list[str]:
     if not torch.cuda.is_available():
         return []
     found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return [f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute capability {p.major}.{p.minor}" for p in found]
+    lines = []
+    for p in found:
+        # What a kernel may ask for; AMD's have no more than the rest.
+        shared = getattr(p, "shared_memory_per_block_optin", p.shared_memory_per_block)
+        memory = f"{p.total_memory / 2**30:.0f} GiB, {shared / 2**10:.0f} KiB of shared memory for a kernel"
+        lines.append(f"{p.name}, {memory}, compute capability {p.major}.{p.minor}")
+    return lines
 
 
 def operators() -> Iterator[tuple[str, str, str]]:

@@ -34,7 +34,7 @@ def _missing() -> tuple[str | None, str | None]:
 
 
 missing = _missing()
-_interprets = os.environ.get("TRITON_INTERPRET") == "1"
+interprets = os.environ.get("TRITON_INTERPRET") == "1"
 _logged: set[str] = set()
 
 
@@ -81,7 +81,7 @@ def takes_triton(op: str, tensor: torch.Tensor, unsupported: str | None) -> bool
         return False
     if lacks := missing[1 if tensor.is_cuda else 0]:
         unsupported = lacks
-    elif not (tensor.is_cuda or _interprets):
+    elif not (tensor.is_cuda or interprets):
         if _backend == "auto":
             return False
         unsupported = f"its inputs are on {tensor.device}, the kernels need a GPU or TRITON_INTERPRET=1"
@@ -89,12 +89,17 @@ def takes_triton(op: str, tensor: torch.Tensor, unsupported: str | None) -> bool
         return False
     if unsupported is None:
         return True
+    fall_back(op, unsupported)
+    return False
+
+
+def fall_back(op: str, reason: str) -> None:
+    """Say once that `op` takes the reference, or raise RuntimeError where the backend in force is `triton`."""
     if _backend == "triton":
-        raise RuntimeError(f"{op}: cannot run on triton: {unsupported}")
-    if not torch.compiler.is_compiling() and (message := f"{op}: takes the reference: {unsupported}") not in _logged:
+        raise RuntimeError(f"{op}: cannot run on triton: {reason}")
+    if not torch.compiler.is_compiling() and (message := f"{op}: takes the reference: {reason}") not in _logged:
         _logged.add(message)
         _log.warning(message)
-    return False
 
 
 set_backend(os.environ.get("DENSEZOO_BACKEND", "auto"))

@@ -1,12 +1,22 @@
-"""Kernels as operators that PyTorch knows by name, called without its dispatch where nobody watches."""
+"""Kernels as operators that PyTorch knows by name, called without its dispatch where nobody watches.
+
+Where a GPU has too little shared memory for a kernel, its operator falls back to the reference. Triton knows no sooner
+than at the first launch, when a compiler may long have taken the operator for granted: it falls back within.
+"""
 
 import inspect
 from collections.abc import Callable
+from functools import wraps
 
 import torch
+from densezoo.ops.backend import fall_back
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 _library = torch.library.Library("densezoo", "FRAGMENT")
+_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
+# What kernels lack, by operator and inputs: where the forward fell back, the backward finds nothing saved.
+_lacking: dict[tuple, str] = {}
 
 
 def define(name: str, function: Callable, fake: Callable) -> Callable:
@@ -29,7 +39,12 @@ def is_watched(tensor: Tensor) -> bool:
 
 
 def register(
-    name: str, forward: Callable, fake_forward: Callable, backward: Callable, fake_backward: Callable
+    name: str,
+    forward: Callable,
+    fake_forward: Callable,
+    backward: Callable,
+    fake_backward: Callable,
+    reference: Callable[..., Tensor],
 ) -> Callable[..., Tensor]:
     """Register an operator's kernels as `densezoo::<name>` and `densezoo::<name>_backward`.
 
@@ -42,12 +57,40 @@ def register(
         backward: Annotated function of (the gradient of out, tensors..., out, saved..., options...) to one gradient a
             tensor; any tensor stands for that of a missing one.
         fake_backward: The same of fake tensors.
+        reference: Differentiable function of what `forward` takes to the result, for GPUs that lack what kernels need.
 
     Returns:
-        A differentiable function of tensors and options to the result.
+        A differentiable function of tensors and options to the result. Where kernels lack something it raises
+        RuntimeError if the backend in force is `triton`, and takes the reference else.
     """
     parameters = inspect.signature(forward).parameters.values()
     tensors = sum(p.annotation in (Tensor, Tensor | None) for p in parameters)
+    options = len(parameters) - tensors
+
+    def inputs_of(args: tuple) -> tuple:
+        return args[1 : 1 + tensors] + args[len(args) - options :]
+
+    def refer(*args):
+        out, *saved = _as_tuple(fake_forward(*args))
+        with torch.no_grad():
+            out.copy_(reference(*args))
+        # Nothing reads what is saved, but compilers and checks may compare it.
+        return (out, *(t.zero_() for t in saved)) if saved else out
+
+    def refer_backward(*args):
+        leaves = [t.detach().requires_grad_() if _is_real(t) else t for t in inputs_of(args)]
+        # The dispatch of a mode, such as a FLOP counter, leaves autograd out.
+        with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(_AUTOGRAD, False):
+            out = reference(*leaves)
+        grads = fake_backward(*args)
+        pairs = [(leaf, grad) for leaf, grad in zip(leaves, grads, strict=False) if _is_real(leaf)]
+        results = torch.autograd.grad(out, [leaf for leaf, _ in pairs], args[0], materialize_grads=True)
+        for (_, grad), result in zip(pairs, results, strict=True):
+            grad.copy_(result)
+        return grads
+
+    forward = _or_reference(name, forward, refer, lambda args: args)
+    backward = _or_reference(name, backward, refer_backward, inputs_of)
     operator = define(name, forward, fake_forward)
     operator_backward = define(f"{name}_backward", backward, fake_backward)
 
@@ -91,6 +134,35 @@ def register(
         return Eager.apply(*args)[0]
 
     return call
+
+
+def _or_reference(name: str, kernels: Callable, reference: Callable, inputs_of: Callable[[tuple], tuple]) -> Callable:
+    """Return `kernels`, or `reference` of the same arguments for inputs on which the GPU lacks what a kernel needs."""
+
+    @wraps(kernels)
+    def function(*args):
+        if not _lacking or (key := _key(name, inputs_of(args))) not in _lacking:
+            try:
+                return kernels(*args)
+            except OutOfResources as error:
+                unit = "bytes of " if error.name == "shared memory" else ""
+                reason = f"a kernel needs {error.required} {unit}{error.name}, the GPU has {error.limit}"
+            fall_back(name, reason)
+            _lacking[key := _key(name, inputs_of(args))] = reason
+        fall_back(name, _lacking[key])
+        return reference(*args)
+
+    return function
+
+
+def _key(name: str, inputs: tuple) -> tuple:
+    """Return what tells an operator's inputs apart, but strides: compilers change them between forward and backward."""
+    tensors = ((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in inputs)
+    return name, *(tuple(x) if isinstance(x, list) else x for x in tensors)
+
+
+def _is_real(x: object) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def _as_tuple(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -28,6 +28,16 @@ def test_report():
         assert "GPUs: none" in lines
 
 
+def test_gpus_are_told_apart(monkeypatch):
+    gpu = dict(name="GPU", total_memory=24 * 2**30, shared_memory_per_block=48 * 2**10, major=8, minor=6)
+    found = [SimpleNamespace(**gpu, shared_memory_per_block_optin=99 * 2**10), SimpleNamespace(**gpu)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: found[i])
+    expected = "GPU, 24 GiB, {} KiB of shared memory for a kernel, compute capability 8.6"
+    assert env.gpus() == [expected.format(99), expected.format(48)]
+
+
 @pytest.mark.parametrize(
     ("backend", "kernels", "expected", "why"),
     [

@@ -9,7 +9,8 @@ from triton.testing import do_bench
 
 import densezoo  # noqa: F401  (registers the models)
 
-# What a user would take instead of each: timm's version, or the network that it modifies.
+# What a user would take instead of each: timm's version, or the network that it modifies. timm has neither CSwin nor
+# the first PVT: their descendants stand beside Swin and the second PVT.
 RIVALS = {
     "densezoo_davit_tiny": "davit_tiny",
     "densezoo_maxvit_tiny_tf_224": "maxvit_tiny_tf_224",
@@ -21,8 +22,12 @@ RIVALS = {
     "dinat_s_tiny": "swin_tiny_patch4_window7_224",
     "quadtree_b2": "pvt_v2_b2",
     "agent_deit_tiny": "deit_tiny_patch16_224",
+    "agent_pvt_tiny": "pvt_v2_b1",
     "agent_swin_tiny": "swin_tiny_patch4_window7_224",
+    "agent_cswin_tiny": "swin_tiny_patch4_window7_224",
+    "flatten_pvt_tiny": "pvt_v2_b1",
     "flatten_swin_tiny": "swin_tiny_patch4_window7_224",
+    "flatten_cswin_tiny": "swin_tiny_patch4_window7_224",
     "flatten_pvt_v2_b1": "pvt_v2_b1",
 }
 MODELS = (*dict.fromkeys(("swin_tiny_patch4_window7_224", "convnext_tiny", *RIVALS.values(), *RIVALS)),)

@@ -2,8 +2,8 @@
 
 The floor is that of the operators: forward one map read and one written, backward three read and one written. What
 pools a map before it scales it reads it twice. Compiled for a GPU, SE and ECA take 3 passes over the map forward and 4
-backward, CBAM, which pools twice, 4 and 8: where memory is all that counts, 1.5 and 1 times the floor, 2 and 2.
-Triplet, which pools along three axes, takes 3 and 5 with kernels of its own: 1.5 and 1.25.
+backward: where memory is all that counts, 1.5 times the floor and 1. With kernels of their own CBAM, which pools twice,
+takes 4 and 6, 2 and 1.5; Triplet, which pools along three axes, 3 and 5, 1.5 and 1.25.
 """
 
 from collections.abc import Callable, Iterator, Sequence

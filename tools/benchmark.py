@@ -6,12 +6,14 @@
     python tools/benchmark.py models                    tiny models at 224, in images per second
     python tools/benchmark.py models nat_tiny swin_tiny_patch4_window7_224 --dense
     python tools/benchmark.py latency nat_tiny swin_tiny_patch4_window7_224 --sizes 224 512 1024     on a CPU too
+    python tools/benchmark.py tune na2d --write         try launch settings, and save what is faster for such GPUs
     python tools/benchmark.py report *.json             tables and plots of what --json saved, in ops/benchmarks.md,
                                                         and images per second for the cards
 
 Times of operators and modules are medians of many, in microseconds. The floor is the bytes of each input read once and
 each output written once over the copy bandwidth measured in the same run. A kernel that disagrees with its float64
-reference, or a module with timm's, is not timed.
+reference, or a module with timm's, is not timed. tune changes one setting of a kernel at a time, at most --tries for
+each entry of its table, and keeps what is faster over the cases of ops; --out FILE.json saves it elsewhere.
 """
 
 import argparse
@@ -30,10 +32,12 @@ from _benchmark_modules import MODULES
 from _benchmark_ops import OPERATORS
 from _benchmark_plots import plot_latency
 from _benchmark_report import report, write
+from _benchmark_tune import tune
+from densezoo.ops.launch import file_here
 
 from densezoo import __version__
 
-CASES = {"ops": OPERATORS, "modules": MODULES}
+CASES = {"ops": OPERATORS, "modules": MODULES, "tune": OPERATORS}
 BENCHMARKS = Path(__file__).resolve().parents[1] / "ops/benchmarks.md"
 
 
@@ -50,7 +54,7 @@ def time_models(names: list[str], dense: bool, mode: str) -> tuple[list[dict], s
 def main() -> None:
     """Run the benchmark that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["ops", "modules", "models", "latency", "report"])
+    parser.add_argument("what", choices=["ops", "modules", "models", "latency", "tune", "report"])
     parser.add_argument(
         "names",
         nargs="*",
@@ -71,7 +75,10 @@ def main() -> None:
         help="how models are compiled; reduce-overhead: as CUDA graphs (%(default)s)",
     )
     parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, metavar="SIDE", help="of latency's images")
-    parser.add_argument("--out", type=Path, default=Path("latency.png"), help="latency's plot (%(default)s)")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--out", type=Path, help="latency's plot (latency.png), or tune's settings (not saved)")
+    output.add_argument("--write", action="store_true", help="save tune's settings where the kernels take them from")
+    parser.add_argument("--tries", type=int, default=16, help="settings that tune tries in place of one (%(default)s)")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args()
     if args.what == "report":
@@ -83,14 +90,22 @@ def main() -> None:
     if unknown := set(args.names) - set(cases or timm.list_models()):
         hint = ", ".join(cases) if cases else "timm's and the zoo's models"
         parser.error(f"name: got {', '.join(sorted(unknown))}, expected of {hint}")
+    if args.tries < 1:
+        parser.error(f"--tries: got {args.tries}, expected 1 or more")
     if min(args.sizes) < 32:
         parser.error(f"--sizes: got {min(args.sizes)}, expected 32 or more")
-    if args.out.suffix != ".png" or not args.out.parent.is_dir():
-        parser.error(f"--out: got {args.out}, expected a .png in a folder that exists")
+    suffix = ".json" if args.what == "tune" else ".png"
+    if args.out and (args.out.suffix != suffix or not args.out.parent.is_dir()):
+        parser.error(f"--out: got {args.out}, expected a {suffix} in a folder that exists")
     on_gpu = torch.cuda.is_available()
     if not on_gpu and args.what != "latency":
         parser.error("needs a CUDA GPU: times on a CPU say nothing about the kernels")
 
+    if args.what == "tune":
+        try:
+            return tune(args.names, getattr(torch, args.dtype), args.tries, file_here() if args.write else args.out)
+        except ValueError as e:
+            parser.error(f"tune: {e}")
     dtype = args.dtype if cases else "bfloat16 autocast" if on_gpu else "float32"
     if cases:
         makers = [cases[name] for name in args.names or cases]
@@ -100,7 +115,7 @@ def main() -> None:
     else:
         rows = list(latency_rows(args.names or MODELS, args.sizes, "cuda" if on_gpu else "cpu"))
         measured = "dense backbones, eager, one image"
-        print(f"plot saved to {plot_latency(rows, args.out)}", file=sys.stderr)
+        print(f"plot saved to {plot_latency(rows, args.out or Path('latency.png'))}", file=sys.stderr)
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     run = {
         "what": args.what,

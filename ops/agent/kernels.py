@@ -23,6 +23,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops.agent.reference import agent_attention_reference
+from densezoo.ops.launch import Table
 from densezoo.ops.products import product
 from densezoo.ops.registration import register
 from torch import Tensor
@@ -489,8 +491,17 @@ class _Launch(NamedTuple):
     registers: int | None = None
 
 
-# By kernel, the most agents of a tile, and the channels of a tile, measured on an H200. Never one warp with loads in
-# flight: Triton 3.6 then leaves out the barrier after an asynchronous copy.
+class _Held(NamedTuple):
+    """Programs in all, warps a program and loads in flight."""
+
+    programs: int
+    warps: int
+    stages: int
+
+
+# By kernel, the most agents of a tile, and the channels of a tile; held are the biases of 16-bit tokens of a few tiles,
+# by the tokens of a tile. Measured on an H200. Never one warp with loads in flight: Triton 3.6 then leaves out the
+# barrier after an asynchronous copy.
 LAUNCH = {
     ("forward", 16, 32): _Launch(64, 4, 2),
     ("forward", 16, 64): _Launch(64, 4, 2),
@@ -504,23 +515,14 @@ LAUNCH = {
     ("backward", 64, 32): _Launch(32, 4, 1, 168),
     ("backward", 64, 64): _Launch(32, 4, 1),
     ("backward", 64, 128): _Launch(32, 8, 1),
+    ("held", 64): _Held(264, 4, 2),
+    ("held", 128): _Held(132, 8, 2),
 }
+LAUNCH = Table("agent_attention", LAUNCH)
 # Programs that fill the GPU: fewer are split into runs of at least RUN tokens, more take several images each.
 PROGRAMS = 384
 RUN = 512
-
-
-class _Held(NamedTuple):
-    """Programs in all, warps a program and loads in flight."""
-
-    programs: int
-    warps: int
-    stages: int
-
-
-# By the tokens of a tile, for 16-bit tokens of a few tiles, whose biases are held; measured on an H200.
-HELD = {64: _Held(264, 4, 2), 128: _Held(132, 8, 2)}
-# What they take of a multiprocessor's shared memory at most, with the next image's tokens.
+# What kernels that hold biases take of a multiprocessor's shared memory at most, with the next image's tokens.
 HELD_BYTES = 220 * 1024
 
 
@@ -576,7 +578,7 @@ class _Plan:
     def _held(self, kernel: str) -> tuple[int, dict]:
         """Return into how many groups the images are split, and the constants of a kernel that holds its biases."""
         tile = 64 if kernel == "forward" or self.tokens <= 64 else 128
-        launch = HELD[tile]
+        launch = LAUNCH["held", tile]
         images = triton.cdiv(self.batch, max(1, launch.programs // self.heads))
         options = {"num_warps": launch.warps, "num_stages": launch.stages}
         tiles = {"TOKENS": tile, "TILES": triton.cdiv(self.tokens, tile)}
@@ -710,7 +712,7 @@ def _fake_backward(grad_out, query, key, value, agent, aggregation_bias, broadca
     return *grads, *(query.new_empty(0) if bias is None else bias.new_empty(bias.shape) for bias in biases)
 
 
-_call = register("agent_attention", _agent, _fake, _agent_backward, _fake_backward)
+_call = register("agent_attention", _agent, _fake, _agent_backward, _fake_backward, agent_attention_reference)
 
 
 @register_flop_formula(torch.ops.densezoo.agent_attention)

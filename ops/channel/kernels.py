@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops.channel.reference import channel_attention_reference
+from densezoo.ops.launch import Table
 from densezoo.ops.registration import register
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -199,6 +201,7 @@ class _Launch(NamedTuple):
 
 # Never one warp with loads in flight: Triton 3.6 then leaves out the barrier after an asynchronous copy.
 LAUNCH = {"forward": _Launch(64, 64, 4, 3), "backward": _Launch(64, 64, 4, 3), "sums": _Launch(64, 64, 4, 3)}
+LAUNCH = Table("channel_attention", LAUNCH)
 # Fewer programs than this leave a large GPU idle: positions are split then.
 PROGRAMS = 256
 
@@ -333,7 +336,10 @@ def _fake_backward(grad_out, query, key, value, *others):
     return tuple(query.new_empty(query.shape) for _ in range(3))
 
 
-_call = register("channel_attention", _channel_attention, _fake, _channel_attention_backward, _fake_backward)
+_call = register(
+    "channel_attention", _channel_attention, _fake, _channel_attention_backward, _fake_backward,
+    channel_attention_reference,
+)  # fmt: skip
 
 
 @register_flop_formula(torch.ops.densezoo.channel_attention)

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops.deformable.reference import ms_deform_attn_reference
+from densezoo.ops.launch import Table
 from densezoo.ops.registration import register
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -158,6 +160,7 @@ class _Launch(NamedTuple):
 
 # By kernel.
 LAUNCH = {"forward": _Launch(1024, 4), "backward": _Launch(1024, 4), "convert": _Launch(1024, 4)}
+LAUNCH = Table("ms_deform_attn", LAUNCH)
 
 
 class _Problem:
@@ -245,7 +248,9 @@ def _fake_backward(grad_out, value, spatial_shapes, level_start_index, sampling_
     return tuple(t.new_empty(t.shape if t.is_floating_point() else 0) for t in tensors)
 
 
-_call = register("ms_deform_attn", _ms_deform_attn, _fake, _ms_deform_attn_backward, _fake_backward)
+_call = register(
+    "ms_deform_attn", _ms_deform_attn, _fake, _ms_deform_attn_backward, _fake_backward, ms_deform_attn_reference
+)
 
 
 @register_flop_formula(torch.ops.densezoo.ms_deform_attn)
@@ -275,5 +280,5 @@ def ms_deform_attn_triton_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of value, sampling_locations and attention_weights from that of the output."""
     args = value, spatial_shapes, level_start_index, sampling_locations, attention_weights
-    grad_value, _, _, *others = _ms_deform_attn_backward(grad_out, *args, None, None)
+    grad_value, _, _, *others = torch.ops.densezoo.ms_deform_attn_backward(grad_out, *args, None, None)
     return grad_value, *others

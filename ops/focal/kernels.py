@@ -29,6 +29,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops.focal.reference import focal_modulation_reference
 from densezoo.ops.registration import register
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -735,7 +736,13 @@ def _fake_backward(grad_out, context, gates, weights, *others):
     return context.new_empty(context.shape), gates.new_empty(gates.shape), weights.new_empty(weights.shape)
 
 
-_call = register("focal_modulation", _focal_modulation, _fake, _focal_modulation_backward, _fake_backward)
+def _reference(context, gates, weights, sizes, normalize):
+    kernels = weights.split([size * size for size in sizes])
+    kernels = [rows.t().unflatten(1, (1, size, size)) for rows, size in zip(kernels, sizes, strict=True)]
+    return focal_modulation_reference(context, gates, kernels, normalize)
+
+
+_call = register("focal_modulation", _focal_modulation, _fake, _focal_modulation_backward, _fake_backward, _reference)
 
 
 @register_flop_formula(torch.ops.densezoo.focal_modulation)

@@ -25,6 +25,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops.launch import Table
+from densezoo.ops.linear.reference import focused_linear_attention_reference
 from densezoo.ops.products import product
 from densezoo.ops.registration import register
 from torch import Tensor
@@ -412,6 +414,7 @@ LAUNCH = {
     ("backward_key", 64): _Launch(32, 4, 1, 168),
     ("backward_key", 128): _Launch(32, 8, 2),
 }
+LAUNCH = Table("focused_linear_attention", LAUNCH)
 # Programs that fill the GPU. Fewer are split into runs of at least so many tokens; with fewer tokens, the state of a
 # head is not much smaller than its keys and values, and is computed again instead of saved.
 PROGRAMS = 384
@@ -573,7 +576,9 @@ def _fake_backward(grad_out, query, key, value, feature_scale, positional_encodi
     return *grads, feature_scale.new_empty(feature_scale.shape), grad_pos
 
 
-_call = register("focused_linear_attention", _linear, _fake, _linear_backward, _fake_backward)
+_call = register(
+    "focused_linear_attention", _linear, _fake, _linear_backward, _fake_backward, focused_linear_attention_reference
+)
 
 
 @register_flop_formula(torch.ops.densezoo.focused_linear_attention)

@@ -22,6 +22,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops.launch import Table
+from densezoo.ops.neighborhood.reference import na2d_reference
 from densezoo.ops.registration import register
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -511,6 +513,7 @@ LAUNCH = {
         _Launch((2, 8), 128, 8, 512, 2, 3),
     ),
 }
+LAUNCH = Table("na2d", LAUNCH)
 # For keys that more queries see than the chunks of one program hold.
 LAUNCH_MANY = _Launch((2, 8), 64, 1, 1, 2, 3)
 
@@ -598,9 +601,9 @@ def _problem(
         axes = zip(launch.tile, kernel_size, stride, lengths, strict=True)
         return tuple(min(tile + kernel + step - 2, length) for tile, kernel, step, length in axes)
 
-    by_query = [LAUNCH[name][form] for name in ("forward", "backward_query")]
+    by_query = [LAUNCH[name, form] for name in ("forward", "backward_query")]
     forward, backward_query = (_tiling(launch, sizes, dilation, spans(launch)) for launch in by_query)
-    launch = LAUNCH["backward_key"][form]
+    launch = LAUNCH["backward_key", form]
     axes = zip((height, width), dilation, launch.tile, kernel_size, stride, is_causal, strict=True)
     backward_key = _tiling(launch, sizes, dilation, tuple(_most_queries(*axis) for axis in axes))
     if not backward_key.constants["HOIST"]:
@@ -689,7 +692,7 @@ def _fake_backward(grad_out, query, key, value, rpb, *others):
     return *(query.new_empty(query.shape) for _ in range(3)), grad_rpb
 
 
-_call = register("na2d", _na2d, _fake, _na2d_backward, _fake_backward)
+_call = register("na2d", _na2d, _fake, _na2d_backward, _fake_backward, na2d_reference)
 
 
 @register_flop_formula(torch.ops.densezoo.na2d)

@@ -1,14 +1,16 @@
 """A map scaled by the sum of three gates, each made of its maxima and means over one axis, in Triton.
 
 The three axes are treated alike, so a map is P x Q x R numbers in the order of memory: channels, rows and columns, or
-rows, columns and channels. A program owns a tile Q x R of one image, all of both axes where they are short, and walks
-over a share of P. Q and R are reduced at every step, P at the end. What a program knows of a part of an axis it writes
-in float32, and `_combine` reduces the parts, always in the same order.
+rows, columns and channels.
 
-- `_reduce` reads the map once and reduces it over each axis: the forward to maximum and sum, the backward to the number
-  of maxima, among which their gradient is shared, and the sum of the products with the gradient, which is the gate's.
+- `_reduce` reduces the map over each axis: the forward to maximum and sum, the backward to the fraction of a maximum's
+  gradient that each of the numbers that equal it gets, and to the sum of the products with the gradient, which is the
+  gate's. A program is one warp, so that nothing waits at a barrier. Some walk over a share of P with a vector of
+  positions, where all is elementwise; the others own a few planes Q x R, or a stretch of R of them, and walk over Q.
+  They read the same numbers, and those of one image follow one another, so that the second reading finds them in L2.
+- `_combine` reduces what programs know of a part of an axis, which they write in float32, always in the same order.
 - `_apply` scales: the forward the map; the backward the gradient, to which it adds what comes through the maxima and
-  means.
+  means. A program owns a tile Q x R of one image and walks over a share of P.
 
 So the forward reads the map twice and writes it once, and the backward reads map and gradient twice and writes once.
 For this the gradient of the map is computed in one place, `_Pool`, which knows it last: `_Scale` hands over to it all
@@ -26,95 +28,147 @@ from torch import Tensor
 
 
 class _Launch(NamedTuple):
-    """How a kernel is launched; the share of P is such that there are so many programs."""
+    """How `_apply` is launched; the share of P is such that there are so many programs."""
 
-    tile: int  # Elements that a program holds at a time.
+    tile: int  # Numbers that a program holds at a time.
     warps: int
     stages: int
-    programs: int = 1024
+    programs: int = 4096
+
+
+class _ReduceLaunch(NamedTuple):
+    """How `_reduce` is launched, on one warp, which must not load ahead: Triton 3.6 leaves out a barrier then."""
+
+    tile: int  # Numbers that a program holds at a time.
+    share: int  # Of P.
 
 
 # Measured on an H200.
 LAUNCH = {
-    "pool": _Launch(4096, 4, 2),
-    "scale": _Launch(2048, 8, 1, 4096),
-    "sums": _Launch(4096, 8, 2, 512),
-    "backward": _Launch(2048, 8, 1, 4096),
+    "pool": _ReduceLaunch(1024, 64),
+    "scale": _Launch(2048, 8, 1),
+    "sums": _ReduceLaunch(512, 64),
+    "backward": _Launch(1024, 4, 1),
 }
+# The most positions at which a program walks over P, 8 a thread.
+POSITIONS = 256
 
 
 @triton.jit
-def _tile(q_size, r_size, share, Q: tl.constexpr, R: tl.constexpr):
-    """A program's share of P, and its tile of Q and R, with their indices among all."""
-    across, down = tl.cdiv(r_size, R), tl.cdiv(q_size, Q)
-    piece = tl.program_id(1)
-    q_tile, r_tile = piece // across % down, piece % across
-    return piece // (across * down), q_tile, r_tile, q_tile * Q + tl.arange(0, Q), r_tile * R + tl.arange(0, R)
-
-
-@triton.jit
-def _pair(a, b, a_size, b_size):
-    """Places in a map of two axes, and which of them exist."""
-    return a[:, None] * b_size + b[None, :], (a < a_size)[:, None] & (b < b_size)[None, :]
-
-
-@triton.jit
-def _store(out, tops, sums, place, size, exist):
+def _store(out, tops, sums, inverse, place, size, exist, INVERT: tl.constexpr):
+    if INVERT:
+        # At least one number equals the maximum where there are any.
+        tops = 1.0 / tl.maximum(tops, 1.0)
     tl.store(out + place, tops.to(out.dtype.element_ty), mask=exist)
-    tl.store(out + size + place, sums.to(out.dtype.element_ty), mask=exist)
+    tl.store(out + size + place, (sums * inverse).to(out.dtype.element_ty), mask=exist)
+
+
+@triton.jit
+def _over_p(
+    x, grad, pool, out, piece, tiles, p_size, qr_size, share, inverse,
+    BACKWARD: tl.constexpr, INVERT: tl.constexpr, P: tl.constexpr, POSITIONS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    part, p = piece // tiles, tl.arange(0, P)
+    place = piece % tiles * POSITIONS + tl.arange(0, POSITIONS)
+    exist = place < qr_size
+    offsets = p[:, None] * qr_size + place[None, :]
+    left = tl.minimum(share, p_size - part * share)
+    x += part * share * qr_size
+    sums = tl.zeros((POSITIONS,), tl.float32)
+    if BACKWARD:
+        grad += part * share * qr_size
+        tops = tl.zeros((POSITIONS,), tl.float32)
+        top = tl.load(pool + place, mask=exist, other=0.0).to(tl.float32)
+    else:
+        tops = tl.full((POSITIONS,), float("-inf"), tl.float32)
+    for start in tl.range(0, left, P, num_stages=1):
+        # A condition that EVEN makes true is none to the compiler; what does not exist outside P may be counted.
+        real = (start + p < left)[:, None] | EVEN
+        tile = tl.load(x + offsets, mask=exist[None, :] & real, other=0.0).to(tl.float32)
+        if BACKWARD:
+            tops += tl.sum(tl.where((tile == top[None, :]) & real, 1.0, 0.0), 0)
+            tile *= tl.load(grad + offsets, mask=exist[None, :] & real, other=0.0).to(tl.float32)
+            grad += P * qr_size
+        else:
+            tops = tl.maximum(tops, tl.max(tl.where(real, tile, float("-inf")), 0))
+        sums += tl.sum(tile, 0)
+        x += P * qr_size
+    _store(out + part.to(tl.int64) * 2 * qr_size, tops, sums, inverse, place, qr_size, exist, INVERT)
+
+
+@triton.jit
+def _over_q_and_r(
+    x, grad, pool_q, pool_r, out_q, out_r, piece, p_size, q_size, r_size, inverse_q, inverse_r,
+    BACKWARD: tl.constexpr, INVERT_R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, R: tl.constexpr,
+    EVEN_P: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_R: tl.constexpr,
+):  # fmt: skip
+    r_parts = tl.cdiv(r_size, R)
+    p, q = piece // r_parts * P + tl.arange(0, P), tl.arange(0, Q)
+    r = piece % r_parts * R + tl.arange(0, R)
+    p_exist, r_exist = (p < p_size) | EVEN_P, (r < r_size) | EVEN_R
+    pr, pr_exist = p[:, None] * r_size + r[None, :], p_exist[:, None] & r_exist[None, :]
+    pq = p[:, None] * q_size + q[None, :]
+    offsets = (p[:, None] * (q_size * r_size))[:, :, None] + (q[:, None] * r_size + r[None, :])[None, :, :]
+    out_r += (piece % r_parts).to(tl.int64) * 2 * p_size * q_size
+    sums = tl.zeros((P, Q, R), tl.float32)
+    if BACKWARD:
+        tops = tl.zeros((P, Q, R), tl.float32)
+        top_q = tl.load(pool_q + pr, mask=pr_exist, other=0.0).to(tl.float32)
+    else:
+        tops = tl.full((P, Q, R), float("-inf"), tl.float32)
+    for start in tl.range(0, q_size, Q, num_stages=1):
+        q_exist = (start + q < q_size) | EVEN_Q
+        pq_exist, real = p_exist[:, None] & q_exist[None, :], q_exist[None, :, None] & r_exist[None, None, :]
+        exist = p_exist[:, None, None] & real
+        tile = tl.load(x + offsets, mask=exist, other=0.0).to(tl.float32)
+        if BACKWARD:
+            top_r = tl.load(pool_r + pq, mask=pq_exist, other=0.0).to(tl.float32)
+            product = tile * tl.load(grad + offsets, mask=exist, other=0.0).to(tl.float32)
+            tops += tl.where((tile == top_q[:, None, :]) & real, 1.0, 0.0)
+            tops_r = tl.sum(tl.where((tile == top_r[:, :, None]) & real, 1.0, 0.0), 2)
+            pool_r += Q
+            grad += Q * r_size
+        else:
+            product, tile = tile, tl.where(real, tile, float("-inf"))
+            tops, tops_r = tl.maximum(tops, tile), tl.max(tile, 2)
+        sums += product
+        _store(out_r, tops_r, tl.sum(product, 2), inverse_r, pq, p_size * q_size, pq_exist, INVERT_R)
+        out_r += Q
+        x += Q * r_size
+    tops = tl.sum(tops, 1) if BACKWARD else tl.max(tops, 1)
+    _store(out_q, tops, tl.sum(sums, 1), inverse_q, pr, p_size * r_size, pr_exist, BACKWARD)
 
 
 @triton.jit(do_not_specialize=["share"])
 def _reduce(
-    x, grad, pool_p, pool_q, pool_r, out_p, out_q, out_r, p_size, q_size, r_units, share,
+    x, grad, pool_p, pool_q, pool_r, out_p, out_q, out_r, p_size, q_size, r_units, qr_units, share,
     inverse_p, inverse_q, inverse_r,
-    BACKWARD: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, UNIT: tl.constexpr,
-    STAGES: tl.constexpr,
+    BACKWARD: tl.constexpr, INVERT_P: tl.constexpr, INVERT_R: tl.constexpr, UNIT: tl.constexpr, QR_UNIT: tl.constexpr,
+    WALK: tl.constexpr, POSITIONS: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, R: tl.constexpr,
+    EVEN_WALK: tl.constexpr, EVEN_P: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_R: tl.constexpr,
 ):  # fmt: skip
-    # A multiple of UNIT in the compiler's eyes: so many numbers are read at once.
-    r_size = r_units * UNIT
-    image = tl.program_id(0).to(tl.int64)
-    p_part, q_tile, r_tile, q, r = _tile(q_size, r_size, share, Q, R)
-    p_end = tl.minimum((p_part + 1) * share, p_size)
-    p_parts, q_parts, r_parts = tl.cdiv(p_size, share), tl.cdiv(q_size, Q), tl.cdiv(r_size, R)
-    qp_size, pr_size, qr_size = p_size * q_size, p_size * r_size, q_size * r_size
+    # Multiples of the units in the compiler's eyes: so many numbers are read at once.
+    r_size, qr_size = r_units * UNIT, qr_units * QR_UNIT
+    tiles, p_parts, r_parts = tl.cdiv(qr_size, POSITIONS), tl.cdiv(p_size, share), tl.cdiv(r_size, R)
+    walks, qp_size, pr_size = tiles * p_parts, p_size * q_size, p_size * r_size
+    programs = walks + tl.cdiv(p_size, P) * r_parts
+    image, piece = (tl.program_id(0) // programs).to(tl.int64), tl.program_id(0) % programs
     x += image * p_size * qr_size
-    out_p += (image * p_parts + p_part) * 2 * qr_size
-    out_q += (image * q_parts + q_tile) * 2 * pr_size
-    out_r += (image * r_parts + r_tile) * 2 * qp_size
-    qr, qr_exist = _pair(q, r, q_size, r_size)
-    sums = tl.zeros((Q, P, R), tl.float32)
     if BACKWARD:
         grad += image * p_size * qr_size
+        pool_p += image * 2 * qr_size
         pool_q += image * 2 * pr_size
         pool_r += image * 2 * qp_size
-        top_p = tl.load(pool_p + image * 2 * qr_size + qr, mask=qr_exist, other=0.0)
-        tops = tl.zeros((Q, P, R), tl.float32)
+    if piece < walks:
+        _over_p(
+            x, grad, pool_p, out_p + image * p_parts * 2 * qr_size, piece, tiles, p_size, qr_size, share, inverse_p,
+            BACKWARD, INVERT_P, WALK, POSITIONS, EVEN_WALK,
+        )  # fmt: skip
     else:
-        tops = tl.full((Q, P, R), float("-inf"), tl.float32)
-    for start in tl.range(p_part * share, p_end, P, num_stages=STAGES):
-        p = start + tl.arange(0, P)
-        pr, pr_exist = _pair(p, r, p_end, r_size)
-        qp, qp_exist = p[None, :] * q_size + q[:, None], (q < q_size)[:, None] & (p < p_end)[None, :]
-        place, exist = p[None, :, None] * qr_size + qr[:, None, :], qr_exist[:, None, :] & (p < p_end)[None, :, None]
-        tile = tl.load(x + place, mask=exist, other=0.0)
-        if BACKWARD:
-            product = tile.to(tl.float32) * tl.load(grad + place, mask=exist, other=0.0).to(tl.float32)
-            top_q = tl.load(pool_q + pr, mask=pr_exist, other=0.0)
-            top_r = tl.load(pool_r + qp, mask=qp_exist, other=0.0)
-            tops += tl.where((tile == top_p[:, None, :]) & exist, 1.0, 0.0)
-            tops_q = tl.sum(tl.where((tile == top_q[None, :, :]) & exist, 1.0, 0.0), 0)
-            tops_r = tl.sum(tl.where((tile == top_r[:, :, None]) & exist, 1.0, 0.0), 2)
-        else:
-            product = tile.to(tl.float32)
-            tile = tl.where(exist, product, float("-inf"))
-            tops = tl.maximum(tops, tile)
-            tops_q, tops_r = tl.max(tile, 0), tl.max(tile, 2)
-        sums += product
-        _store(out_q, tops_q, tl.sum(product, 0) * inverse_q, pr, pr_size, pr_exist)
-        _store(out_r, tops_r, tl.sum(product, 2) * inverse_r, qp, qp_size, qp_exist)
-    tops = tl.sum(tops, 1) if BACKWARD else tl.max(tops, 1)
-    _store(out_p, tops, tl.sum(sums, 1) * inverse_p, qr, qr_size, qr_exist)
+        _over_q_and_r(
+            x, grad, pool_q, pool_r, out_q + image * 2 * pr_size, out_r + image * r_parts * 2 * qp_size, piece - walks,
+            p_size, q_size, r_size, inverse_q, inverse_r, BACKWARD, INVERT_R, P, Q, R, EVEN_P, EVEN_Q, EVEN_R,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -124,94 +178,94 @@ def _combine(partial, out, parts, size, inverse, BACKWARD: tl.constexpr, BLOCK: 
     exist = place < size
     sums = tl.zeros((BLOCK,), tl.float32)
     tops = tl.zeros((BLOCK,), tl.float32) if BACKWARD else tl.full((BLOCK,), float("-inf"), tl.float32)
-    partial += image * parts * 2 * size + place
+    partial += image * parts * 2 * size
     for _ in range(parts):
-        part = tl.load(partial, mask=exist, other=0.0)
+        part = tl.load(partial + place, mask=exist, other=0.0)
         tops = tops + part if BACKWARD else tl.maximum(tops, part)
-        sums += tl.load(partial + size, mask=exist, other=0.0)
+        sums += tl.load(partial + size + place, mask=exist, other=0.0)
         partial += 2 * size
-    out += image * 2 * size + place
-    tl.store(out, tops.to(out.dtype.element_ty), mask=exist)
-    tl.store(out + size, (sums * inverse).to(out.dtype.element_ty), mask=exist)
+    _store(out + image * 2 * size, tops, sums, inverse, place, size, exist, BACKWARD)
 
 
 @triton.jit
-def _through_pool(pool, counts, grad, place, size, exist, length):
+def _through_pool(pool, fractions, grad, place, size, exist, inverse):
     """The maximum over an axis, what each number that equals it gets of its gradient, and what all get of the mean's.
 
     The first of two maps is that of the maxima.
     """
-    top = tl.load(pool + place, mask=exist, other=0.0)
-    count = tl.load(counts + place, mask=exist, other=1.0).to(tl.float32)
-    top_grad = tl.load(grad + place, mask=exist, other=0.0).to(tl.float32) / count
-    mean_grad = tl.load(grad + size + place, mask=exist, other=0.0).to(tl.float32) / length
-    return top, top_grad, mean_grad
+    top = tl.load(pool + place, mask=exist, other=0.0).to(tl.float32)
+    fraction = tl.load(fractions + place, mask=exist, other=0.0).to(tl.float32)
+    top_grad = tl.load(grad + place, mask=exist, other=0.0).to(tl.float32)
+    mean_grad = tl.load(grad + size + place, mask=exist, other=0.0).to(tl.float32)
+    return top, top_grad * fraction, mean_grad * inverse
 
 
 @triton.jit(do_not_specialize=["share"])
 def _apply(
-    x, grad, out, gate_p, gate_q, gate_r, pool_p, pool_q, pool_r, counts_p, counts_q, counts_r,
-    grad_p, grad_q, grad_r, p_size, q_size, r_units, share,
+    x, grad, out, gate_p, gate_q, gate_r, pool_p, pool_q, pool_r, fractions_p, fractions_q, fractions_r,
+    grad_p, grad_q, grad_r, p_size, q_size, r_units, share, inverse_p, inverse_q, inverse_r,
     BACKWARD: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, UNIT: tl.constexpr,
-    STAGES: tl.constexpr,
+    EVEN_P: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     r_size = r_units * UNIT
-    image = tl.program_id(0).to(tl.int64)
-    p_part, _, _, q, r = _tile(q_size, r_size, share, Q, R)
-    p_end = tl.minimum((p_part + 1) * share, p_size)
+    across, down = tl.cdiv(r_size, R), tl.cdiv(q_size, Q)
+    programs = across * down * tl.cdiv(p_size, share)
+    image, piece = (tl.program_id(0) // programs).to(tl.int64), tl.program_id(0) % programs
+    q = piece // across % down * Q + tl.arange(0, Q)
+    r, p = piece % across * R + tl.arange(0, R), tl.arange(0, P)
+    first = piece // (across * down) * share
+    left = tl.minimum(share, p_size - first)
     qp_size, pr_size, qr_size = p_size * q_size, p_size * r_size, q_size * r_size
-    x += image * p_size * qr_size
-    out += image * p_size * qr_size
-    gate_q += image * pr_size
-    gate_r += image * qp_size
-    qr, qr_exist = _pair(q, r, q_size, r_size)
+    q_exist, r_exist = (q < q_size) | EVEN_Q, (r < r_size) | EVEN_R
+    qr, qr_exist = q[:, None] * r_size + r[None, :], q_exist[:, None] & r_exist[None, :]
+    pr, qp = p[:, None] * r_size + r[None, :], q[:, None] + p[None, :] * q_size
+    offsets = qr[:, None, :] + (p * qr_size)[None, :, None]
     scale_p = tl.load(gate_p + image * qr_size + qr, mask=qr_exist, other=0.0).to(tl.float32)
+    gate_q += image * pr_size + first * r_size
+    gate_r += image * qp_size + first * q_size
+    x += image * p_size * qr_size + first * qr_size
+    out += image * p_size * qr_size + first * qr_size
     if BACKWARD:
-        grad += image * p_size * qr_size
+        grad += image * p_size * qr_size + first * qr_size
         pool_q, pool_r = pool_q + image * 2 * pr_size, pool_r + image * 2 * qp_size
-        counts_q, counts_r = counts_q + image * 2 * pr_size, counts_r + image * 2 * qp_size
+        fractions_q, fractions_r = fractions_q + image * 2 * pr_size, fractions_r + image * 2 * qp_size
         grad_q, grad_r = grad_q + image * 2 * pr_size, grad_r + image * 2 * qp_size
+        pr_first, qp_first = first * r_size + pr, first * q_size + qp
         top_p, top_grad_p, mean_grad_p = _through_pool(
-            pool_p, counts_p, grad_p, image * 2 * qr_size + qr, qr_size, qr_exist, p_size
+            pool_p, fractions_p, grad_p, image * 2 * qr_size + qr, qr_size, qr_exist, inverse_p
         )  # fmt: skip
-    for start in tl.range(p_part * share, p_end, P, num_stages=STAGES):
-        p = start + tl.arange(0, P)
-        pr, pr_exist = _pair(p, r, p_end, r_size)
-        qp, qp_exist = p[None, :] * q_size + q[:, None], (q < q_size)[:, None] & (p < p_end)[None, :]
-        place, exist = p[None, :, None] * qr_size + qr[:, None, :], qr_exist[:, None, :] & (p < p_end)[None, :, None]
-        tile = tl.load(x + place, mask=exist, other=0.0)
+    for start in tl.range(0, left, P, num_stages=STAGES):
+        # A condition that EVEN makes true is none to the compiler.
+        p_exist = (start + p < left) | EVEN_P
+        pr_exist, qp_exist = p_exist[:, None] & r_exist[None, :], q_exist[:, None] & p_exist[None, :]
+        exist = qr_exist[:, None, :] & p_exist[None, :, None]
+        tile = tl.load(x + offsets, mask=exist, other=0.0).to(tl.float32)
         scale_q = tl.load(gate_q + pr, mask=pr_exist, other=0.0).to(tl.float32)
         scale_r = tl.load(gate_r + qp, mask=qp_exist, other=0.0).to(tl.float32)
         scale = scale_p[:, None, :] + scale_q[None, :, :] + scale_r[:, :, None]
         if BACKWARD:
-            result = tl.load(grad + place, mask=exist, other=0.0).to(tl.float32) * scale
-            top_q, top_grad_q, mean_grad_q = _through_pool(pool_q, counts_q, grad_q, pr, pr_size, pr_exist, q_size)
-            top_r, top_grad_r, mean_grad_r = _through_pool(pool_r, counts_r, grad_r, qp, qp_size, qp_exist, r_size)
+            result = tl.load(grad + offsets, mask=exist, other=0.0).to(tl.float32) * scale
+            top_q, top_grad_q, mean_grad_q = _through_pool(
+                pool_q, fractions_q, grad_q, pr_first, pr_size, pr_exist, inverse_q
+            )  # fmt: skip
+            top_r, top_grad_r, mean_grad_r = _through_pool(
+                pool_r, fractions_r, grad_r, qp_first, qp_size, qp_exist, inverse_r
+            )  # fmt: skip
             result += mean_grad_p[:, None, :] + mean_grad_q[None, :, :] + mean_grad_r[:, :, None]
-            result += tl.where(tile == top_p[:, None, :], top_grad_p[:, None, :], 0.0)
-            result += tl.where(tile == top_q[None, :, :], top_grad_q[None, :, :], 0.0)
-            result += tl.where(tile == top_r[:, :, None], top_grad_r[:, :, None], 0.0)
+            result = tl.where(tile == top_p[:, None, :], result + top_grad_p[:, None, :], result)
+            result = tl.where(tile == top_q[None, :, :], result + top_grad_q[None, :, :], result)
+            result = tl.where(tile == top_r[:, :, None], result + top_grad_r[:, :, None], result)
+            grad += P * qr_size
+            pr_first += P * r_size
+            qp_first += P * q_size
         else:
-            result = tile.to(tl.float32) * scale
-        tl.store(out + place, result.to(out.dtype.element_ty), mask=exist)
+            result = tile * scale
+        tl.store(out + offsets, result.to(out.dtype.element_ty), mask=exist)
+        x, out, gate_q, gate_r = x + P * qr_size, out + P * qr_size, gate_q + P * r_size, gate_r + P * q_size
 
 
-def _tiling(x: Tensor, launch: _Launch) -> tuple[tuple[int, int], list[int], list[int], dict]:
-    """Return the launch grid, the parts of each axis, the kernels' last arguments, and their constants."""
-    batch, *sizes = x.shape
-    p_most, q_most, r_most = (triton.next_power_of_2(size) for size in sizes)
-    q_tile = min(64, q_most, launch.tile // min(64, r_most))
-    r_tile = min(r_most, launch.tile // q_tile)
-    p_tile = min(p_most, launch.tile // (q_tile * r_tile))
-    q_parts, r_parts = triton.cdiv(sizes[1], q_tile), triton.cdiv(sizes[2], r_tile)
-    shares = max(1, launch.programs // (batch * q_parts * r_parts))
-    share = triton.cdiv(triton.cdiv(sizes[0], shares), p_tile) * p_tile
-    p_parts = triton.cdiv(sizes[0], share)
-    unit = next(n for n in (8, 4, 2, 1) if sizes[2] % n == 0)
-    constants = {"P": p_tile, "Q": q_tile, "R": r_tile, "UNIT": unit, "STAGES": launch.stages}
-    constants["num_warps"] = launch.warps
-    arguments = [*sizes[:2], sizes[2] // unit, share]
-    return (batch, p_parts * q_parts * r_parts), [p_parts, q_parts, r_parts], arguments, constants
+def _unit(size: int) -> int:
+    return next(n for n in (8, 4, 2, 1) if size % n == 0)
 
 
 def _maps(x: Tensor, channels: int) -> list[list[int]]:
@@ -221,24 +275,61 @@ def _maps(x: Tensor, channels: int) -> list[list[int]]:
 
 
 def _reductions(x: Tensor, grad: Tensor | None, pools: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
-    backward = grad is not None
-    grid, parts, sizes, constants = _tiling(x, LAUNCH["sums" if backward else "pool"])
-    # Means are known where a program knows the whole axis.
+    backward, (batch, p_size, q_size, r_size) = grad is not None, x.shape
+    launch = LAUNCH["sums" if backward else "pool"]
+    positions = min(POSITIONS, triton.next_power_of_2(q_size * r_size))
+    walk = launch.tile // positions
+    r_tile = min(launch.tile, triton.next_power_of_2(r_size))
+    q_tile = min(launch.tile // r_tile, triton.next_power_of_2(q_size))
+    if q_size % q_tile and q_size % (q_tile // 2) == 0:
+        q_tile //= 2
+    p_tile = min(launch.tile // (q_tile * r_tile), triton.next_power_of_2(p_size))
+    share = min(launch.share, triton.next_power_of_2(p_size))
+    parts = triton.cdiv(p_size, share), 1, triton.cdiv(r_size, r_tile)
+    # What is known of all of an axis is final.
     outs = [
-        x.new_empty(x.shape[0], n, *shape[1:], dtype=x.dtype if n == 1 else torch.float32)
+        x.new_empty(batch, n, *shape[1:], dtype=x.dtype if n == 1 else torch.float32)
         for n, shape in zip(parts, _maps(x, 2), strict=True)
     ]
     inverses = [1.0 if backward else 1 / size for size in x.shape[1:]]
     early = [inverse if n == 1 else 1.0 for inverse, n in zip(inverses, parts, strict=True)]
-    _reduce[grid](x, grad, *pools, *outs, *sizes, *early, BACKWARD=backward, **constants)
+    unit, qr_unit = _unit(r_size), _unit(q_size * r_size)
+    programs = triton.cdiv(q_size * r_size, positions) * parts[0] + triton.cdiv(p_size, p_tile) * parts[2]
+    _reduce[(batch * programs,)](
+        x, grad, *pools, *outs, p_size, q_size, r_size // unit, q_size * r_size // qr_unit, share, *early,
+        BACKWARD=backward, INVERT_P=backward and parts[0] == 1, INVERT_R=backward and parts[2] == 1,
+        UNIT=unit, QR_UNIT=qr_unit, WALK=walk, POSITIONS=positions, P=p_tile, Q=q_tile, R=r_tile,
+        EVEN_WALK=share % walk == 0 and p_size % share % walk == 0, EVEN_P=p_size % p_tile == 0,
+        EVEN_Q=q_size % q_tile == 0, EVEN_R=r_size % r_tile == 0, num_warps=1, num_stages=1,
+    )  # fmt: skip
     results = []
     for out, n, inverse in zip(outs, parts, inverses, strict=True):
-        result = out[:, 0] if n == 1 else x.new_empty(out.shape[0], *out.shape[2:])
+        result = out[:, 0] if n == 1 else x.new_empty(batch, *out.shape[2:])
         if n > 1:
             size = out[0, 0, 0].numel()
-            _combine[x.shape[0], triton.cdiv(size, 512)](out, result, n, size, inverse, BACKWARD=backward, BLOCK=512)
+            _combine[batch, triton.cdiv(size, 512)](out, result, n, size, inverse, BACKWARD=backward, BLOCK=512)
         results.append(result)
     return tuple(results)
+
+
+def _launch_apply(out: Tensor, launch: _Launch, *tensors: Tensor | None) -> Tensor:
+    """Launch `_apply` on x and the other inputs, the gradient of the output, if given, second."""
+    batch, p_size, q_size, r_size = out.shape
+    p_most, q_most, r_most = (triton.next_power_of_2(size) for size in (p_size, q_size, r_size))
+    q_tile = min(64, q_most, launch.tile // min(64, r_most))
+    r_tile = min(r_most, launch.tile // q_tile)
+    p_tile = min(p_most, launch.tile // (q_tile * r_tile))
+    pieces = triton.cdiv(q_size, q_tile) * triton.cdiv(r_size, r_tile)
+    shares = max(1, launch.programs // (batch * pieces))
+    share = triton.cdiv(triton.cdiv(p_size, shares), p_tile) * p_tile
+    unit, (x, grad, *maps) = _unit(r_size), tensors
+    _apply[(batch * pieces * triton.cdiv(p_size, share),)](
+        x, grad, out, *maps, p_size, q_size, r_size // unit, share, 1 / p_size, 1 / q_size, 1 / r_size,
+        BACKWARD=grad is not None, P=p_tile, Q=q_tile, R=r_tile, UNIT=unit,
+        EVEN_P=p_size % p_tile == 0, EVEN_Q=q_size % q_tile == 0, EVEN_R=r_size % r_tile == 0,
+        STAGES=launch.stages, num_warps=launch.warps,
+    )  # fmt: skip
+    return out
 
 
 def _pool_axes(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,10 +338,8 @@ def _pool_axes(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _gate_axes(x: Tensor, gates: Sequence[Tensor]) -> Tensor:
     x = x.contiguous()
-    out, (grid, _, sizes, constants) = torch.empty_like(x), _tiling(x, LAUNCH["scale"])
-    unused = [None] * 9
-    _apply[grid](x, None, out, *(g.contiguous() for g in gates), *unused, *sizes, BACKWARD=False, **constants)
-    return out
+    maps = *(gate.contiguous() for gate in gates), *[None] * 9
+    return _launch_apply(torch.empty_like(x), LAUNCH["scale"], x, None, *maps)
 
 
 def _gate_axes_sums(grad_out: Tensor, x: Tensor, pools: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -258,14 +347,12 @@ def _gate_axes_sums(grad_out: Tensor, x: Tensor, pools: Sequence[Tensor]) -> tup
 
 
 def _gate_axes_backward(
-    grad_out: Tensor, x: Tensor, gates: Sequence[Tensor], pools: Sequence[Tensor], counts: Sequence[Tensor],
+    grad_out: Tensor, x: Tensor, gates: Sequence[Tensor], pools: Sequence[Tensor], fractions: Sequence[Tensor],
     grad_pools: Sequence[Tensor],
 ) -> Tensor:  # fmt: skip
     x = x.contiguous()
-    out, (grid, _, sizes, constants) = torch.empty_like(x), _tiling(x, LAUNCH["backward"])
-    maps = [t.contiguous() for t in (*gates, *pools, *counts, *grad_pools)]
-    _apply[grid](x, grad_out.contiguous(), out, *maps, *sizes, BACKWARD=True, **constants)
-    return out
+    maps = [t.contiguous() for t in (*gates, *pools, *fractions, *grad_pools)]
+    return _launch_apply(torch.empty_like(x), LAUNCH["backward"], x, grad_out.contiguous(), *maps)
 
 
 def _register(function: Callable, fake: Callable) -> Callable:
@@ -308,8 +395,8 @@ class _Pool(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         x, *pools = ctx.saved_tensors
-        grad_pools, grad_out, gates, counts = grads[:3], grads[3], grads[4:7], grads[7:]
-        return _backward(grad_out, x, gates, pools, counts, grad_pools)
+        grad_pools, grad_out, gates, fractions = grads[:3], grads[3], grads[4:7], grads[7:]
+        return _backward(grad_out, x, gates, pools, fractions, grad_pools)
 
 
 class _Scale(torch.autograd.Function):

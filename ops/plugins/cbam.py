@@ -2,7 +2,9 @@
 
 from collections import OrderedDict
 
-from densezoo.ops.plugins.parts import init_as_published, map_conv, max_mean, reduced
+import torch
+from densezoo.ops.backend import takes_triton
+from densezoo.ops.plugins.parts import init_as_published, map_conv, map_unsupported, max_mean, reduced
 from torch import Tensor, nn
 
 
@@ -36,6 +38,18 @@ class CBAM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Take (B, C, H, W) to the same shape."""
-        weight = (self.ChannelGate(x.mean((2, 3))) + self.ChannelGate(x.amax((2, 3)))).sigmoid()
-        x = x * weight[..., None, None]
-        return x * self.SpatialGate(max_mean(x, 1)).sigmoid()
+        if takes_triton("cbam", x, map_unsupported(x)):
+            from densezoo.ops.plugins.cbam_kernels import gate_twice_triton
+
+            return gate_twice_triton(x, self._channel_gate, self._position_gate)
+        pooled = torch.stack([x.amax((2, 3)), x.mean((2, 3))], 1)
+        x = x * self._channel_gate(pooled)[..., None, None]
+        return x * self._position_gate(max_mean(x, 1))
+
+    def _channel_gate(self, pooled: Tensor) -> Tensor:
+        """Take maxima and means over H and W (B, 2, C) to (B, C)."""
+        return self.ChannelGate(pooled.flatten(0, 1)).unflatten(0, (-1, 2)).sum(1).sigmoid()
+
+    def _position_gate(self, pooled: Tensor) -> Tensor:
+        """Take maxima and means over C (B, 2, H, W) to (B, 1, H, W)."""
+        return self.SpatialGate(pooled).sigmoid()

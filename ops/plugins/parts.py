@@ -3,7 +3,7 @@
 from collections import OrderedDict
 
 import torch
-from densezoo.ops.backend import takes_triton
+from densezoo.ops.backend import is_exporting, takes_triton
 from torch import Tensor, nn
 
 
@@ -45,6 +45,16 @@ def max_mean(x: Tensor, dim: int) -> Tensor:
     return torch.stack([x.amax(dim), x.mean(dim)], 1)
 
 
+def map_unsupported(x: Tensor) -> str | None:
+    """Return why the kernels that pool and scale maps cannot take x (B, C, H, W), or None where they can."""
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"dtype {x.dtype} (kernels: float16, bfloat16, float32)"
+    # Asked of a graph to export it would limit the sizes that the graph serves.
+    if not is_exporting() and (x.numel() == 0 or x.shape[1:].numel() >= 2**31):
+        return f"shape {tuple(x.shape)} (kernels: 1 to 2^31 - 1 numbers an image)"
+    return None
+
+
 class MapConv(nn.Conv2d):
     """The convolution of two maps to one, in a kernel of its own on a GPU, where cuDNN's are made for more channels."""
 
@@ -58,14 +68,33 @@ class MapConv(nn.Conv2d):
         if takes_triton("map_conv", x, unsupported):
             from densezoo.ops.plugins.kernels import map_conv_triton
 
-            return map_conv_triton(x, self.weight)
+            out = map_conv_triton(x, self.weight)
+            # Fusing the norm into the convolution makes a bias of it.
+            return out if self.bias is None else out + self.bias
         return super().forward(x)
+
+
+class MapNorm(nn.BatchNorm2d):
+    """The norm of one map, trained on a GPU as a column of numbers: for a map PyTorch starts one program a channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take (B, 1, H, W) to the same shape."""
+        if not (self.training and x.is_cuda):
+            return super().forward(x)
+        # The numbers in any order have the same mean and variance.
+        is_turned = x.stride(-2) < x.stride(-1)
+        in_order = x.mT if is_turned else x
+        out = super().forward(in_order.reshape(-1, 1)).view(in_order.shape)
+        return out.mT if is_turned else out
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        """Accept the column."""
 
 
 def map_conv(kernel_size: int, **factory) -> nn.Sequential:
     """Return the convolution `conv` and norm `bn` that make one map (B, 1, H, W) of the two of `max_mean`."""
-    norm = nn.BatchNorm2d(1, momentum=0.01, **factory)
-    return nn.Sequential(OrderedDict(conv=MapConv(kernel_size, **factory), bn=norm))
+    conv, norm = MapConv(kernel_size, **factory), MapNorm(1, momentum=0.01, **factory)
+    return nn.Sequential(OrderedDict(conv=conv, bn=norm))
 
 
 def init_as_published(module: nn.Module) -> None:

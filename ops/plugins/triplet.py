@@ -2,9 +2,8 @@
 
 from collections import OrderedDict
 
-import torch
-from densezoo.ops.backend import is_exporting, takes_triton
-from densezoo.ops.plugins.parts import map_conv, max_mean, positive
+from densezoo.ops.backend import takes_triton
+from densezoo.ops.plugins.parts import map_conv, map_unsupported, max_mean, positive
 from torch import Tensor, nn
 
 
@@ -32,7 +31,7 @@ class Triplet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Take (B, C, H, W) to the same shape."""
-        if takes_triton("triplet", x, _unsupported(x)):
+        if takes_triton("triplet", x, map_unsupported(x)):
             from densezoo.ops.plugins.axes import gate_axes_triton
 
             return gate_axes_triton(x, self._gates)
@@ -46,13 +45,3 @@ class Triplet(nn.Module):
         cw = self.cw(over_h).sigmoid() / 3
         ch = self.hc(over_w.mT).mT.sigmoid() / 3
         return hw, cw, ch
-
-
-def _unsupported(x: Tensor) -> str | None:
-    """Return why the kernels cannot take x, or None where they can."""
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"dtype {x.dtype} (kernels: float16, bfloat16, float32)"
-    # Asked of a graph to export it would limit the sizes that the graph serves.
-    if not is_exporting() and (x.numel() == 0 or x.shape[1:].numel() >= 2**31):
-        return f"shape {tuple(x.shape)} (kernels: 1 to 2^31 - 1 numbers an image)"
-    return None

@@ -27,6 +27,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops.launch import Table
+from densezoo.ops.quadtree.reference import quadtree_attention_reference
 from densezoo.ops.registration import register
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -476,6 +478,7 @@ LAUNCH = {
     "children_backward_query": (_Launch(0, 128, 4, 1), _Launch(0, 128, 8, 1)),
     "children_backward_key": (_Launch(0, 4, 1, 1), _Launch(0, 8, 2, 1)),
 }
+LAUNCH = Table("quadtree_attention", LAUNCH)
 # Scores that a program of `_keep` holds.
 KEEP_TILE = 2048
 
@@ -542,7 +545,7 @@ class _Problem:
 
     def _launch(self, kernel: str, level: int) -> _Launch:
         """Return a kernel's settings at a level."""
-        return LAUNCH[kernel][(4 if level else self.itemsize) == 4]
+        return LAUNCH[kernel, int((4 if level else self.itemsize) == 4)]
 
     def _arguments(self, level: int, value_strides: tuple) -> tuple:
         """Return the arguments that follow a level's tensors."""
@@ -711,7 +714,12 @@ def _fake_backward(grad_out, query, key, value, value1, value2, value3, *others)
     return tuple(query.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors)
 
 
-_call = register("quadtree_attention", _quadtree, _fake, _quadtree_backward, _fake_backward)
+def _reference(query, key, value, value1, value2, value3, topk, scale):
+    values = [v for v in (value, value1, value2, value3) if v is not None]
+    return quadtree_attention_reference(query, key, values, topk, "B", scale)
+
+
+_call = register("quadtree_attention", _quadtree, _fake, _quadtree_backward, _fake_backward, _reference)
 
 
 def _products(query, values, topk: int) -> int:

@@ -23,7 +23,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops.launch import Table
 from densezoo.ops.registration import register
+from densezoo.ops.window.reference import window_attention_reference
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -478,6 +480,7 @@ LAUNCH = {
     "tiles": _Launch(4, 2),
     "backward_bias": _Launch(4, 2, 3),
 }
+LAUNCH = Table("window_attention", LAUNCH)
 # What one tile of queries may take on the chip, in bytes: three to four lie there, and the next ones that are loaded.
 TILE_BYTES = 2**14
 # Entries of a bias table that are folded at a time.
@@ -631,7 +634,9 @@ def _fake_backward(grad_out, qkv, rel_pos_bias, *others):
     return qkv.new_empty(qkv.shape), grad_bias
 
 
-_call = register("window_attention", _window_attention, _fake, _window_attention_backward, _fake_backward)
+_call = register(
+    "window_attention", _window_attention, _fake, _window_attention_backward, _fake_backward, window_attention_reference
+)
 
 
 @register_flop_formula(torch.ops.densezoo.window_attention)

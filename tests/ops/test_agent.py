@@ -198,8 +198,8 @@ HELD_SETTINGS = [(5, 30, 9, 2, 8, True), (1, 64, 49, 1, 16, True), (3, 130, 16, 
 def test_kernels_that_hold_biases_interpreted(setting, monkeypatch, request):
     from densezoo.ops.agent import kernels
 
-    held = {key: launch._replace(programs=4) for key, launch in kernels.HELD.items()}
-    monkeypatch.setattr(kernels, "HELD", held)
+    for key in (("held", 64), ("held", 128)):
+        monkeypatch.setitem(kernels.LAUNCH, key, kernels.LAUNCH[key]._replace(programs=4))
     kernels._plan.cache_clear()
     request.addfinalizer(kernels._plan.cache_clear)
     compare(inputs(setting, torch.float16), 2e-3)

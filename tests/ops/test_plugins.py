@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from densezoo.ops import plugins
 from densezoo.ops.plugins import BAM, CBAM, DAS, ECA, ELA, FCA, PKCAM, SE, ULSAM, GatherExcite, Triplet
-from densezoo.ops.plugins.parts import max_mean
+from densezoo.ops.plugins.parts import map_conv, max_mean
 from torch._dynamo.testing import CompileCounterWithBackend
 from torchvision.ops import deform_conv2d
 
@@ -231,7 +231,7 @@ MAPS = [
     ((3, 2, 1, 1), 3),
     ((2, 2, 9, 33), 5),
     ((1, 2, 3, 60), 7),
-    ((1, 2, 70, 40), 27),
+    ((1, 2, 20, 6), 15),
     ((1, 2, 3, 3), 9),
     ((2, 2, 7, 18), 7),
 ]
@@ -293,6 +293,31 @@ def test_map_conv_is_an_operator(device):
     torch.library.opcheck(torch.ops.densezoo.map_conv, (x, weight))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU")
+def test_map_conv_with_a_norm_fused_into_it(monkeypatch):
+    gate, x = map_conv(3).eval(), torch.randn(2, 2, 6, 9)
+    for parameter in gate.parameters():
+        torch.nn.init.normal_(parameter)
+    expected = gate(x)
+    monkeypatch.setattr("densezoo.ops.backend._backend", "triton")
+    torch.testing.assert_close(torch.nn.utils.fusion.fuse_conv_bn_eval(gate.conv, gate.bn)(x), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("turned", [False, True])
+def test_map_norm(turned):
+    norms, x = (map_conv(3).bn.cuda(), torch.nn.BatchNorm2d(1, momentum=0.01).cuda()), torch.randn(3, 1, 5, 7)
+    x = (x.mT.contiguous().mT if turned else x).cuda()
+    results, grad = [], torch.randn_like(x)
+    for norm in norms:
+        leaf = x.detach().requires_grad_()
+        out = norm(leaf)
+        grads = torch.autograd.grad(out, (leaf, *norm.parameters()), grad)
+        results.append([out, *grads, *norm.buffers(), norm.eval()(x)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 # Of one tile and of several along each axis, and sizes that fill none.
 GATED = [(2, 5, 7, 9), (1, 70, 6, 8), (2, 3, 70, 67), (3, 8, 5, 1), (1, 1, 1, 6), (1, 66, 3, 4)]
 GPU_GATED = [(128, 256, 56, 56), (128, 1024, 14, 14), (2, 512, 7, 7), (2, 256, 200, 304), (256, 64, 7, 7)]
@@ -315,8 +340,8 @@ def gated_results(shape, layout, dtype, device, through_kernels):
     """Return a map scaled by three gates and its gradient, by the kernels or in float64; many maxima are not alone."""
     from densezoo.ops.plugins.axes import gate_axes_triton
 
-    generator = torch.Generator().manual_seed(0)
-    x, grad = (torch.randn(shape, generator=generator).to(memory_format=layout) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)
+    x, grad = (torch.randn(shape, generator=generator, device=device).to(memory_format=layout) for _ in range(2))
     x = ((x * 2).round() / 2).to(device, dtype)
     grad = grad.to(device, dtype)
     if through_kernels:
@@ -337,7 +362,10 @@ def test_gate_axes_interpreted(shape, layout, nan_filled_memory, monkeypatch):
 
     # Tiles of several steps, and of several parts along each axis.
     tile = 64 if max(shape) < 16 else 4096
-    monkeypatch.setattr(axes, "LAUNCH", {name: axes._Launch(tile, 4, 1, 4) for name in axes.LAUNCH})
+    apply, reduce = axes._Launch(tile, 4, 1, 4), axes._ReduceLaunch(tile, 32)
+    launches = {"pool": reduce, "scale": apply, "sums": reduce, "backward": apply}
+    monkeypatch.setattr(axes, "LAUNCH", launches)
+    monkeypatch.setattr(axes, "POSITIONS", tile // 2)
     got, expected = (gated_results(shape, layout, torch.float32, "cpu", way) for way in (True, False))
     assert worst_error(got, expected) < 1e-6
 
@@ -379,10 +407,113 @@ def test_gate_axes_are_operators(device):
     torch.library.opcheck(ops.gate_axes_backward, (grad, x, gates, pools, counts, pools))
 
 
+def channel_gate(pools):
+    """Gates of few bits, which are the same in every dtype and often equal, with gradients to maxima and means."""
+    top, mean = pools.unbind(1)
+    return (top / 8 + 2 * (mean - mean.detach())).clamp(0.25, 0.5)
+
+
+def position_gate(pools):
+    return axis_gates(pools)[0] * 3
+
+
+def twice_gated_results(shape, layout, dtype, device, through_kernels):
+    """Return a map scaled by both gates and its gradient, by the kernels or in float64; many maxima are not alone."""
+    from densezoo.ops.plugins.cbam_kernels import gate_twice_triton
+
+    generator = torch.Generator(device).manual_seed(0)
+    x, grad = (torch.randn(shape, generator=generator, device=device).to(memory_format=layout) for _ in range(2))
+    x, grad = ((x * 2).round() / 2).to(dtype), grad.to(dtype)
+    if through_kernels:
+        out = gate_twice_triton(x.requires_grad_(), channel_gate, position_gate)
+        assert out.is_contiguous(memory_format=layout)
+    else:
+        x, grad = x.double().requires_grad_(), grad.double()
+        y = x * channel_gate(torch.stack([x.amax((2, 3)), x.mean((2, 3))], 1))[..., None, None]
+        out = y * position_gate(max_mean(y, 1))
+    return [out.detach(), *torch.autograd.grad(out, x, grad)]
+
+
+@layouts
+@pytest.mark.parametrize("small", [True, False], ids=["small", "large"])
+@pytest.mark.parametrize("shape", [(2, 5, 7, 9), (1, 70, 6, 8), (2, 3, 20, 23), (3, 8, 5, 1), (1, 1, 1, 6)], ids=str)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU, in the tests below")
+def test_gate_twice_interpreted(shape, small, layout, nan_filled_memory, monkeypatch):
+    from densezoo.ops.plugins import cbam_kernels
+
+    if small:
+        # Tiles of several steps, and of several parts along each axis.
+        launch = cbam_kernels._Launch(64 if max(shape) < 16 else 512, 16, 4, 1, 8)
+        monkeypatch.setattr(cbam_kernels, "LAUNCH", dict.fromkeys(cbam_kernels.LAUNCH, launch))
+    got, expected = (twice_gated_results(shape, layout, torch.float32, "cpu", way) for way in (True, False))
+    assert worst_error(got, expected) < 1e-6
+
+
+@pytest.mark.gpu
+@layouts
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("shape", GATED + GPU_GATED, ids=str)
+def test_gate_twice(shape, dtype, allowed, layout, nan_filled_memory):
+    got, again = (twice_gated_results(shape, layout, dtype, "cuda", True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True)), "two runs differ"
+    assert worst_error(got, twice_gated_results(shape, layout, dtype, "cuda", False)) < allowed
+
+
+@pytest.mark.gpu
+def test_gate_twice_of_more_than_2_31_elements():
+    from densezoo.ops.plugins.cbam_kernels import gate_twice_triton
+
+    x, results = torch.randn(33, 1024, 256, 256, device="cuda", dtype=torch.bfloat16), []
+    for leaf in (x, x[-1:].clone()):
+        out = gate_twice_triton(leaf.requires_grad_(), channel_gate, position_gate)
+        results.append([t[-1:] for t in (out.detach(), *torch.autograd.grad(out, leaf, torch.ones_like(out)))])
+    assert worst_error(results[0], [t.double() for t in results[1]]) < 1e-2
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["channels first", "channels last"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last, None], ids=str)
-def test_kernels_compile_once_for_any_batch(device, layout):
+def test_gate_twice_are_operators(device, first):
+    import densezoo.ops.plugins.cbam_kernels  # noqa: F401  (registers the operators)
+
+    if device == "cpu" and torch.cuda.is_available():
+        pytest.skip("the kernels run on the GPU")
+    ops, (x, grad) = torch.ops.densezoo, torch.randn(2, 2, 5, 6, device=device)
+    channel, position = (torch.rand(2, size, device=device) for size in ((5, 6) if first else (6, 5)))
+    pool, maps = ops.pool_channels(x, first), ops.pool_positions(x, channel, first)
+    sums = ops.gate_twice_sums(grad, x, channel, position, pool, maps, first)
+    opcheck = torch.library.opcheck
+    opcheck(ops.pool_channels, (x, first))
+    opcheck(ops.pool_positions, (x, channel, first))
+    opcheck(ops.gate_twice, (x, channel, position, first))
+    opcheck(ops.gate_twice_sums, (grad, x, channel, position, pool, maps, first))
+    opcheck(ops.gate_through_maps, (x, channel, maps, sums[1], maps, first))
+    opcheck(ops.gate_twice_backward, (grad, x, channel, position, pool, maps, *sums, pool, maps, first))
+
+
+@layouts
+@pytest.mark.parametrize("kind", [CBAM, Triplet])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the modules take the kernels by themselves")
+def test_modules_take_the_kernels(kind, layout, monkeypatch):
+    module, x = build(kind, 16, kernel_size=3), torch.randn(3, 16, 4, 6).to(memory_format=layout)
+    for narrow in (False, True):
+        results = []
+        for backend in ("reference", "triton"):
+            monkeypatch.setattr("densezoo.ops.backend._backend", backend)
+            net, leaf = copy.deepcopy(module), x.detach().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+                out = net(leaf)
+            results.append([out, *torch.autograd.grad(out.square().sum(), (leaf, *net.parameters()))])
+        # Rounding may move a norm's few gradients far.
+        for a, b in list(zip(*results, strict=True))[: 2 if narrow else None]:
+            torch.testing.assert_close(a, b, atol=(0.1 if narrow else 1e-5) * b.abs().max().item(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@layouts
+@pytest.mark.parametrize("operator", ["map_conv", "gate_axes", "gate_twice"])
+def test_kernels_compile_once_for_any_batch(device, operator, layout):
     from densezoo.ops.plugins.axes import gate_axes_triton
+    from densezoo.ops.plugins.cbam_kernels import gate_twice_triton
     from densezoo.ops.plugins.kernels import map_conv_triton
 
     if device == "cpu" and torch.cuda.is_available():
@@ -391,11 +522,15 @@ def test_kernels_compile_once_for_any_batch(device, layout):
     counter = CompileCounterWithBackend("aot_eager")
 
     def run(x, weight):
-        return map_conv_triton(x, weight) if layout is None else gate_axes_triton(x * weight.sum(), axis_gates)
+        if operator == "map_conv":
+            return map_conv_triton(x, weight)
+        if operator == "gate_axes":
+            return gate_axes_triton(x * weight.sum(), axis_gates)
+        return gate_twice_triton(x * weight.sum(), channel_gate, position_gate)
 
     compiled, weight = torch.compile(run, fullgraph=True, backend=counter), torch.ones(1, 2, 3, 3, device=device)
     for batch in (2, 3, 5):
-        results, x = [], torch.randn(batch, 2, 4, 5, device=device).to(memory_format=layout or torch.contiguous_format)
+        results, x = [], torch.randn(batch, 2, 4, 5, device=device).to(memory_format=layout)
         for function in (run, compiled):
             leaves = x.detach().requires_grad_(), weight.detach().requires_grad_()
             out = function(*leaves)
