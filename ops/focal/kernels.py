@@ -532,10 +532,10 @@ class _Launch(NamedTuple):
 
 
 class _Walk(NamedTuple):
-    """Columns of a strip, and the registers of a thread."""
+    """Columns of a strip, and the registers of a thread where it would take more and needs no more."""
 
     cols: int
-    registers: int = 255
+    registers: int | None = None
 
 
 COMBINE = _Launch(8, 128, 4)
@@ -545,25 +545,24 @@ GATES = _Launch(8, 128, 4)
 MEANS = _Launch(32, 32, 1)
 TABLE = _Launch(256, 32, 8)
 # By kernel size: taps, sums under way and a row's numbers fit the registers of a thread.
-LEVEL = {3: _Walk(7, 80), 5: _Walk(7, 168), 7: _Walk(7, 168)}
-BACKWARD_LEVEL = {3: _Walk(7, 72), 5: _Walk(4, 128), 7: _Walk(4, 168)}
-BACKWARD_WEIGHT = {3: _Walk(7, 128), 5: _Walk(4, 128), 7: _Walk(2, 128)}
+LEVEL = {3: _Walk(7), 5: _Walk(7, 168), 7: _Walk(7, 168)}
+BACKWARD_LEVEL = {3: _Walk(7), 5: _Walk(4, 128), 7: _Walk(4, 168)}
+BACKWARD_WEIGHT = {3: _Walk(4), 5: _Walk(4, 128), 7: _Walk(2, 128)}
 # A warp takes a strip: a channel a thread.
 CHANNELS = 32
 # Rows fetched into the L2 cache before their turn: a program's own loads are too few to hide the way to memory.
 AHEAD = 4
 # The interpreter takes no instructions of the GPU's own.
 HAS_PTX = torch.version.hip is None and not triton.knobs.runtime.interpret
+# Enough programs to fill the GPU come before long strips, and before many images a program.
+PROGRAMS = 4096
 # A piece has these rows at least: it reads those around it as well.
-ROWS = 7
-# What a program takes to begin, in rows, and what a part of a wave takes at least.
-START = 4
-PARTIAL_WAVE = 0.8
+ROWS = 8
 
 
 def _walk(table: dict, size: int) -> _Walk:
     """Return the launch settings of a kernel size; few are wider than those of the table, or have no neighbours."""
-    return table.get(size) or _Walk(*((7, 80) if size < 3 else (2, 168) if size <= 9 else (1, 255)))
+    return table.get(size) or _Walk(7 if size < 3 else 2 if size <= 9 else 1)
 
 
 class _Strips(NamedTuple):
@@ -592,8 +591,6 @@ class _Problem:
         self.strides, self.gate_strides = strides[:3], gate_strides[:3]
         self.dense = (self.height * self.width * self.channels, self.width * self.channels, self.channels)
         self.levels, self.narrow = len(sizes), narrow
-        has_gpu = torch.cuda.is_available()
-        self.multiprocessors = torch.cuda.get_device_properties().multi_processor_count if has_gpu else 1
         self.factor = 1.0 / (self.levels + 1) if normalize else 1.0
         # Where each level's kernel begins among the rows of the packed weights.
         self.starts = [sum(size * size for size in sizes[:level]) for level in range(self.levels)]
@@ -616,7 +613,7 @@ class _Problem:
             flags = {"KERNEL": size, "LEVEL": level}
             self.backward_level.append(self._strips(_walk(BACKWARD_LEVEL, size), flags))
             flags = {"KERNEL": size, "IS_FIRST": level == 0}
-            self.backward_weight.append(self._strips(_walk(BACKWARD_WEIGHT, size), flags, True))
+            self.backward_weight.append(self._strips(_walk(BACKWARD_WEIGHT, size), flags))
 
     def _tiles(self, launch: _Launch, takes_all_channels: bool = False) -> _Tiles:
         channels = min(launch.channels, triton.next_power_of_2(self.channels))
@@ -629,31 +626,20 @@ class _Problem:
         blocks = 1 if takes_all_channels else triton.cdiv(self.channels, channels)
         return _Tiles(tiles, (tiles * blocks, self.batch), constants)
 
-    def _strips(self, walk: _Walk, flags: dict, takes_images: bool = False) -> _Strips:
-        strips, size = triton.cdiv(self.width, walk.cols), flags["KERNEL"]
-        choices = []
-        for pieces in range(1, max(1, self.height // ROWS) + 1):
-            rows = triton.cdiv(self.height, pieces)
-            tiles = strips * triton.cdiv(self.height, rows)
-            for images in (1, 2, 4, 8, 16) if takes_images else (1,):
-                waves = tiles * self.blocks * triton.cdiv(self.batch, images) / self._room(walk)
-                # A wave that is not full takes less time, but no less than its programs one by one. In rows: those
-                # around a piece are read as well, and it costs some to begin, and to write a table of sums.
-                waves = int(waves) + (max(waves % 1, PARTIAL_WAVE) if waves % 1 else 0)
-                cost = waves * (images * (rows + size - 1 + START) + (size if takes_images else 0))
-                choices.append((cost, tiles, rows, images))
-        _, tiles, rows, images = min(choices)
+    def _strips(self, walk: _Walk, flags: dict) -> _Strips:
+        strips = triton.cdiv(self.width, walk.cols)
+        programs = max(1, strips * self.blocks * self.batch)
+        pieces = max(1, min(triton.cdiv(PROGRAMS, programs), self.height // ROWS))
+        rows = max(1, triton.cdiv(self.height, pieces))
+        pieces = triton.cdiv(self.height, rows)
+        images = max(1, programs * pieces // PROGRAMS)
         constants = {
             "NARROW": self.narrow, "COLS": walk.cols, "CHANNELS": CHANNELS, "INDEX": self.index,
             "AHEAD": AHEAD if HAS_PTX else 0, "num_warps": 1, "num_stages": 1, **flags,
         }  # fmt: skip
-        if walk.registers < 255:
+        if walk.registers:
             constants["maxnreg"] = walk.registers
-        return _Strips(tiles, tiles * self.blocks, rows, images, constants)
-
-    def _room(self, walk: _Walk) -> int:
-        """Return how many programs of a warp run at a time: each of four schedulers has 2^14 registers."""
-        return self.multiprocessors * 4 * (2**14 // (32 * walk.registers))
+        return _Strips(strips * pieces, strips * pieces * self.blocks, rows, images, constants)
 
 
 _problem = lru_cache(maxsize=1024)(_Problem)

@@ -127,7 +127,8 @@ def test_computes_in_float32(dtype, autocast):
 def test_kernels_interpreted(setting, aligned, monkeypatch):
     from densezoo.ops.focal import kernels
 
-    # Short pieces, and several images a program: the interpreter takes programs one by one.
+    # Several images a program, or short pieces.
+    monkeypatch.setattr(kernels, "PROGRAMS", 1 if aligned else 4096)
     monkeypatch.setattr(kernels, "ROWS", 2)
     monkeypatch.setattr(kernels, "_walk", lambda table, size: kernels._Walk(2))
     kernels._problem.cache_clear()
