@@ -46,7 +46,7 @@ def _normal(z, NARROW: tl.constexpr):
     """Cumulative distribution of the normal distribution; z times it is right to 6e-7, to 6e-4 z if NARROW."""
     s = z * z
     if NARROW:
-        # For 16-bit numbers: one instruction of the few units for such functions instead of two.
+        # For bfloat16: one instruction of the few units for such functions instead of two.
         below = tl.fma(_tanh(z * tl.fma(s, 0.03470101294052817, 0.8001568115708235)), 0.5, 0.5)
     else:
         # 1 / (1 + 2^(z p)), with a polynomial p of z^2 fitted to it: cheaper than erf, and the tails keep their digits.
@@ -136,12 +136,10 @@ def _fetch(
 
 @triton.jit
 def _wide(number, NARROW: tl.constexpr):
-    """A number in float32. Beyond what LLVM sees: it would make pairs of 16-bit numbers, and take them apart."""
-    if NARROW and number.dtype == tl.bfloat16:
+    """A number in float32. NARROW, beyond what LLVM sees: it would make pairs of such numbers, and take them apart."""
+    if NARROW:
         asm: tl.constexpr = "{ .reg .b32 bits; cvt.u32.u16 bits, $1; shl.b32 $0, bits, 16; }"
         value = tl.inline_asm_elementwise(asm, "=r,h", [number], tl.float32, True, 1)
-    elif NARROW:
-        value = tl.inline_asm_elementwise("cvt.f32.f16 $0, $1;", "=f,h", [number], tl.float32, True, 1)
     else:
         value = number.to(tl.float32)
     return value
@@ -650,7 +648,7 @@ def _dense(t: Tensor) -> Tensor:
 
 
 def _plan(context: Tensor, gates: Tensor, sizes: Sequence[int], normalize: bool) -> _Problem:
-    narrow = HAS_PTX and context.dtype.itemsize == 2
+    narrow = HAS_PTX and context.dtype == torch.bfloat16
     return _problem(context.shape, context.stride(), gates.stride(), tuple(sizes), normalize, narrow)
 
 
