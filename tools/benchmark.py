@@ -119,10 +119,11 @@ def main() -> None:
         rows = list(latency_rows(args.names or MODELS, args.sizes, "cuda" if on_gpu else "cpu"))
         measured = "dense backbones, eager, one image"
         print(f"plot saved to {plot_latency(rows, args.out or Path('latency.png'))}", file=sys.stderr)
+    words = [word for word in sys.argv[1:] if word not in ("--json", str(args.json))]
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     run = {
         "what": args.what,
-        "command": " ".join(["python", "tools/benchmark.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "tools/benchmark.py", *words]),
         "machine": f"{device}, torch {torch.__version__}, triton {version('triton')}, timm "
         f"{timm.__version__}, densezoo {__version__}, {dtype}, {measured}",
         "date": str(date.today()),
