@@ -30,6 +30,7 @@ TESTS = {
     "benchmark.py models": "tests/tools/test_benchmark.py::test_on_a_gpu",
     "benchmark.py latency": "tests/tools/test_benchmark.py::test_latency",
     "benchmark.py report": "tests/tools/test_benchmark.py::test_latency",
+    "benchmark.py tune": "tests/tools/test_benchmark_tune.py::test_on_a_gpu",
     "check_data.py": "tests/tools/test_check_data.py::test_whole_data_pass",
     "compare.py": "tests/tools/test_compare.py::test_two_variations_from_end_to_end",
     "convert.py": "tests/tools/test_convert.py::test_official_layout",
