@@ -82,5 +82,7 @@ class PreNorm(LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise the last axis of (..., C)."""
         device = input.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        # Of tensors without data autocast knows nothing.
+        is_autocast = device != "meta" and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if is_autocast else None
         return layer_norm(input, self.weight, self.bias, self.eps, dtype=dtype)

@@ -119,6 +119,11 @@ def test_autocast(device, backend, norm, dtype, is_compiled):
         assert error(got, want) < 1e-5
 
 
+@pytest.mark.parametrize("norm", [LayerNorm, PreNorm])
+def test_shapes_are_known_without_data(norm):
+    assert norm(32, device="meta")(torch.empty(4, 32, device="meta")).shape == (4, 32)
+
+
 def test_takes_the_reference_where_the_kernel_cannot_run():
     x = torch.randn(2, 4, dtype=torch.float64)
     weight, bias = torch.rand(2, 4, dtype=torch.float64).unbind()
