@@ -8,6 +8,7 @@ from densezoo.ops.focal import focal_modulation
 from densezoo.ops.linear import focused_linear_attention
 from densezoo.ops.neighborhood import na2d
 from densezoo.ops.norm import layer_norm
+from densezoo.ops.pooling import pool_mix
 from densezoo.ops.quadtree import quadtree_attention
 from densezoo.ops.window import window_attention
 
@@ -20,6 +21,7 @@ __all__ = [
     "layer_norm",
     "ms_deform_attn",
     "na2d",
+    "pool_mix",
     "quadtree_attention",
     "set_backend",
     "window_attention",
