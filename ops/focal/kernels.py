@@ -35,6 +35,10 @@ from densezoo.ops.registration import register
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+# Not told apart by whether 16 divides them, which would only mean more kernels to compile: threads read single numbers.
+STRIDES = ["stride_b", "stride_h", "stride_w"]
+GATE_STRIDES = ["gate_stride_b", "gate_stride_h", "gate_stride_w"]
+
 
 @triton.jit
 def _tanh(z):
@@ -209,7 +213,7 @@ def _write_level(
     return total
 
 
-@triton.jit(do_not_specialize=["first", "height", "width", "rows"])
+@triton.jit(do_not_specialize=["first", "height", "width", "rows", *STRIDES])
 def _level(
     x, weights, level, partial, first, height, width, channels, rows, stride_b, stride_h, stride_w,
     KERNEL: tl.constexpr, IS_FIRST: tl.constexpr, IS_LAST: tl.constexpr, NARROW: tl.constexpr, COLS: tl.constexpr,
@@ -281,7 +285,7 @@ def _backward_average(
     tl.store(from_mean + image * channels + c, grad, mask=c < channels)
 
 
-@triton.jit(do_not_specialize=["positions", "width"])
+@triton.jit(do_not_specialize=["positions", "width", *GATE_STRIDES])
 def _combine(
     levels, gates, mean, out, positions, width, channels, factor, level_stride,
     gate_stride_b, gate_stride_h, gate_stride_w,
@@ -303,7 +307,7 @@ def _combine(
     tl.store(out + at, (acc * factor).to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["positions", "width"])
+@triton.jit(do_not_specialize=["positions", "width", *GATE_STRIDES])
 def _backward_mean(
     grad_out, gates, partial, positions, width, channels, factor, gate_stride_b, gate_stride_h, gate_stride_w,
     LEVELS: tl.constexpr, NARROW: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
@@ -321,7 +325,7 @@ def _backward_mean(
     tl.store(partial + (image * tiles + tile) * channels + c, tl.sum(grad * gate[:, None], 0) * factor, mask=exist)
 
 
-@triton.jit(do_not_specialize=["positions", "width"])
+@triton.jit(do_not_specialize=["positions", "width", *GATE_STRIDES])
 def _backward_gates(
     grad_out, gates, levels, mean, from_mean, grad_level, grad_gates, positions, width, channels, factor, level_stride,
     gate_stride_b, gate_stride_h, gate_stride_w,
@@ -391,7 +395,7 @@ def _write_gradients(
         tl.store(grad_x + (left + i).to(INDEX) * channels, grad.to(grad_x.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["first", "height", "width", "rows"])
+@triton.jit(do_not_specialize=["first", "height", "width", "rows", *GATE_STRIDES])
 def _backward_level(
     grad_level, weights, z, grad_out, gates, grad_x, first, height, width, channels, rows, factor,
     gate_stride_b, gate_stride_h, gate_stride_w,
@@ -470,7 +474,7 @@ def _correlate(sums, window, row, KERNEL: tl.constexpr, COLS: tl.constexpr):
     return new
 
 
-@triton.jit(do_not_specialize=["batch", "images", "height", "width", "rows"])
+@triton.jit(do_not_specialize=["batch", "images", "height", "width", "rows", *STRIDES])
 def _backward_weight(
     grad_level, x, partial, batch, images, height, width, channels, rows, stride_b, stride_h, stride_w,
     IS_FIRST: tl.constexpr, KERNEL: tl.constexpr, NARROW: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr,
