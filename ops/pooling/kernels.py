@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops.launch import Table
 from densezoo.ops.registration import define
 from torch import Tensor
 
@@ -348,6 +349,7 @@ LAUNCH = {
     "spread": _Launch(512, 28, 4),
     "branch": _Launch(1024, 16, 4),
 }
+LAUNCH = Table("pool_mix", LAUNCH)
 # Channels of a tile at most, and programs that fill a large GPU.
 CHANNELS, PROGRAMS = 64, 1024
 
