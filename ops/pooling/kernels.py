@@ -431,18 +431,19 @@ def _sum_of(partial: Tensor) -> Tensor:
 
 
 def _pool_mix(
-    x: Tensor, scale: Tensor, drop: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float,
+    x: Tensor, scale: Tensor, drop: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, width: int,
     sum_dtype: torch.dtype, norm_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the sum, its norm, and the mean and 1 / deviation of x and of the sum, (B, 4)."""
+    """Return the sum and its norm, (B, H * W, dim) as x, and the mean and 1 / deviation of x and of the sum, (B, 4)."""
     x = x.contiguous()
-    batch, height, width, channels = x.shape
-    size, launch = height * width * channels, LAUNCH["statistics"]
+    batch, positions, channels = x.shape
+    size, launch = positions * channels, LAUNCH["statistics"]
     out = torch.empty(x.shape, dtype=sum_dtype, device=x.device)
     norm = torch.empty(x.shape, dtype=norm_dtype, device=x.device)
     statistics = torch.empty(batch, 4, dtype=torch.float32, device=x.device)
     if not x.numel():
         return out, norm, statistics
+    height = positions // width
     # At most 256 pieces an image, for each program after this one merges them.
     tiles = max(launch.length, triton.cdiv(size, 256 * launch.elements))
     chunk = tiles * launch.elements
@@ -456,27 +457,28 @@ def _pool_mix(
         PIECES=_block(pieces), **mix.constants,
     )  # fmt: skip
     _apply[apply.programs,](
-        out, weight, bias, sums, statistics, norm, height * width, mix.pieces, apply.ranks, apply.step, eps,
+        out, weight, bias, sums, statistics, norm, positions, mix.pieces, apply.ranks, apply.step, eps,
         PIECES=_block(mix.pieces), **apply.constants,
     )  # fmt: skip
     return out, norm, statistics
 
 
-def _fake(x, scale, drop, weight, bias, eps, sum_dtype, norm_dtype):
+def _fake(x, scale, drop, weight, bias, eps, width, sum_dtype, norm_dtype):
     out, norm = (torch.empty(x.shape, dtype=dtype, device=x.device) for dtype in (sum_dtype, norm_dtype))
     return out, norm, torch.empty((x.shape[0], 4), dtype=torch.float32, device=x.device)
 
 
 def _pool_mix_backward(
     grad_out: Tensor, grad_norm: Tensor, x: Tensor, out: Tensor, scale: Tensor, drop: Tensor | None, weight: Tensor,
-    statistics: Tensor,
+    statistics: Tensor, width: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of x, of scale, and in one tensor of the norm's weight and bias."""
     x, grad_out, grad_norm = x.contiguous(), grad_out.contiguous(), grad_norm.contiguous()
-    batch, height, width, channels = x.shape
+    batch, positions, channels = x.shape
     grad_x = torch.empty_like(x)
     if not x.numel():
         return grad_x, torch.zeros_like(scale), scale.new_zeros(2, channels)
+    height = positions // width
     reduce, join, spread = (_tiles(name, batch, height, width, channels) for name in ("norm_sums", "join", "spread"))
     partial = torch.empty(batch * reduce.ranks, 2, channels, dtype=torch.float32, device=x.device)
     grad_scale = torch.empty(batch * join.ranks, channels, dtype=torch.float32, device=x.device)
@@ -484,7 +486,7 @@ def _pool_mix_backward(
     slopes = scalars[batch * reduce.pieces * 2 :]
     grad = torch.empty_like(out)
     _norm_sums[reduce.programs,](
-        grad_norm, out, weight, statistics, partial, scalars, height * width, reduce.ranks, reduce.step,
+        grad_norm, out, weight, statistics, partial, scalars, positions, reduce.ranks, reduce.step,
         **reduce.constants,
     )  # fmt: skip
     _join[join.programs,](
@@ -498,7 +500,7 @@ def _pool_mix_backward(
     return grad_x, _sum_of(grad_scale), _sum_of(partial)
 
 
-def _fake_backward(grad_out, grad_norm, x, out, scale, drop, weight, statistics):
+def _fake_backward(grad_out, grad_norm, x, out, scale, drop, weight, statistics, width):
     return (
         torch.empty(x.shape, dtype=x.dtype, device=x.device),
         torch.empty_like(scale),
@@ -509,15 +511,13 @@ def _fake_backward(grad_out, grad_norm, x, out, scale, drop, weight, statistics)
 def _add_branch_backward(grad: Tensor, drop: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the gradients of the branch, in its dtype, and of its bias."""
     grad = grad.contiguous()
-    batch, height, width, channels = grad.shape
+    batch, positions, channels = grad.shape
     grad_branch = torch.empty(grad.shape, dtype=dtype, device=grad.device)
     if not grad.numel():
         return grad_branch, torch.zeros(channels, dtype=torch.float32, device=grad.device)
-    tiles = _tiles("branch", batch, height, width, channels)
+    tiles = _tiles("branch", batch, 1, positions, channels)
     partial = torch.empty(batch * tiles.ranks, channels, dtype=torch.float32, device=grad.device)
-    _branch[tiles.programs,](
-        grad, drop, grad_branch, partial, height * width, tiles.ranks, tiles.step, **tiles.constants
-    )
+    _branch[tiles.programs,](grad, drop, grad_branch, partial, positions, tiles.ranks, tiles.step, **tiles.constants)
     return grad_branch, _sum_of(partial)
 
 
@@ -535,20 +535,20 @@ _branch_backward = define("add_branch_backward", _add_branch_backward, _fake_add
 
 class _PoolMix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scale, bias, drop, next_weight, next_bias, eps, sum_dtype, norm_dtype):
-        out, norm, statistics = _forward(x, scale, drop, next_weight, next_bias, eps, sum_dtype, norm_dtype)
+    def forward(ctx, x, scale, bias, drop, next_weight, next_bias, eps, width, sum_dtype, norm_dtype):
+        out, norm, statistics = _forward(x, scale, drop, next_weight, next_bias, eps, width, sum_dtype, norm_dtype)
         ctx.save_for_backward(x, out, scale, bias, drop, next_weight, statistics)
-        ctx.has_next_bias = next_bias is not None
+        ctx.has_next_bias, ctx.width = next_bias is not None, width
         return out, norm
 
     @staticmethod
     def backward(ctx, grad_out, grad_norm):
         x, out, scale, bias, drop, weight, statistics = ctx.saved_tensors
-        grad_x, grad_scale, sums = _backward(grad_out, grad_norm, x, out, scale, drop, weight, statistics)
+        grad_x, grad_scale, sums = _backward(grad_out, grad_norm, x, out, scale, drop, weight, statistics, ctx.width)
         # In torch 2.11 a `to` of the same dtype loses the gradient of a compiled function.
         sums = sums if sums.dtype == weight.dtype else sums.to(weight.dtype)
         grad_bias = None if bias is None else torch.zeros_like(bias)
-        return grad_x, grad_scale, grad_bias, None, sums[0], sums[1] if ctx.has_next_bias else None, None, None, None
+        return grad_x, grad_scale, grad_bias, None, sums[0], sums[1] if ctx.has_next_bias else None, *4 * (None,)
 
 
 def pool_mix_triton(
@@ -562,7 +562,12 @@ def pool_mix_triton(
     norm_dtype = torch.get_autocast_dtype(device) if is_autocast else sum_dtype
     # In float32: layer scales are below what float16 holds.
     scale = weight.float() if layer_scale is None else layer_scale.float() * weight.float()
-    return _PoolMix.apply(x, scale, bias, drop, next_weight, next_bias, eps, sum_dtype, norm_dtype)
+    size = x.shape[1:3]
+    # A compiler that lays out convolutions channels last moves all maps of four axes that a backward needs, these too.
+    outs = _PoolMix.apply(
+        x.flatten(1, 2), scale, bias, drop, next_weight, next_bias, eps, size[1], sum_dtype, norm_dtype
+    )
+    return outs[0].unflatten(1, size), outs[1].unflatten(1, size)
 
 
 class _AddBranch(torch.autograd.Function):
@@ -571,7 +576,7 @@ class _AddBranch(torch.autograd.Function):
         ctx.save_for_backward(drop)
         ctx.dtypes = x.dtype, branch.dtype, bias.dtype
         branch = branch + bias
-        return x + (branch if drop is None else branch * drop)
+        return x + (branch if drop is None else branch * drop.flatten(1, 2))
 
     @staticmethod
     def backward(ctx, grad):
@@ -585,4 +590,5 @@ class _AddBranch(torch.autograd.Function):
 
 def add_branch_triton(x: Tensor, branch: Tensor, bias: Tensor, drop: Tensor | None) -> Tensor:
     """Compute `densezoo.ops.pooling.add_branch` with the kernel; arguments checked."""
-    return _AddBranch.apply(x, branch, bias, drop)
+    out = _AddBranch.apply(x.flatten(1, 2), branch.flatten(1, 2), bias, drop)
+    return out.unflatten(1, x.shape[1:3])

@@ -111,11 +111,11 @@ def test_operator_contract(device):
     leaves, drop = draw((2, 5, 6, 16), torch.float32, device)
     x, weight, _, next_weight, next_bias, _ = (t.detach() for t in leaves)
     ops = torch.ops.densezoo
-    args = (x, weight, drop, next_weight, next_bias, EPS, torch.float32, torch.bfloat16)
+    args = (x.flatten(1, 2), weight, drop, next_weight, next_bias, EPS, 6, torch.float32, torch.bfloat16)
     torch.library.opcheck(ops.pool_mix.default, args)
     out, norm, statistics = ops.pool_mix(*args)
     grads = torch.randn_like(out), torch.randn_like(norm)
-    args = (*grads, x, out, weight, drop, next_weight, statistics)
+    args = (*grads, args[0], out, weight, drop, next_weight, statistics, 6)
     torch.library.opcheck(ops.pool_mix_backward.default, args)
     first, again = (ops.pool_mix_backward(*args) for _ in range(2))
     assert all(map(torch.equal, first, again))
@@ -200,3 +200,14 @@ def test_takes_the_reference_where_the_kernels_cannot_run():
     set_backend("triton")
     with pytest.raises(RuntimeError, match="float64"):
         pool_mix(*leaves[:-1], layer_scale=leaves[-1], drop=drop)
+
+
+def test_saves_no_maps_of_four_axes():
+    """A compiler that lays out convolutions channels last would transpose those that it keeps for the backward."""
+    leaves, _ = draw((2, 5, 6, 16), torch.float32)
+    saved = []
+    set_backend("triton")
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        out, norm = pool_mix(*leaves[:-1], layer_scale=leaves[-1])
+        add_branch(out, norm, leaves[1])
+    assert (2, 30, 16) in saved and all(len(shape) < 4 for shape in saved)
