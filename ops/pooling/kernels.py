@@ -19,7 +19,9 @@ Backward, of the norm's gradient and the sum's:
 3. `_spread` gives it to x: through pooling, whose adjoint weighs neighbours by their own counts, and through r.
 
 `_branch` is the backward of x + drop * (branch + bias): the branch's gradient in its own dtype, and the bias's.
-Sums over programs are stored as partial ones and added in the same order every time.
+Under autocast, x and the sum in float32 and the norm in 16 bits, the forward moves 4 + 8 + 6 bytes an element and the
+backward 6 + 18 + 12, and `_branch` 6. Sums over programs are stored as partial ones, which `_add_rows` adds in the same
+order every time.
 """
 
 from functools import cache
