@@ -6,7 +6,7 @@ there remains w * r * (pool(x) - x): a factor a[image, channel] = layer_scale * 
 1. `_statistics` reads x for the moments of each image: a program takes a piece of an image, and whoever needs the
    moments merges the pieces'.
 2. `_mix` writes x + a * (pool(x) - x) and the sums that its own moments take. A program owns COLUMNS x BLOCK channels
-   of ROWS rows and goes down them: of each row it adds a position's neighbours at the left and right, and keeps the
+   of `rows` rows and goes down them: of each row it adds a position's neighbours at the left and right, and keeps the
    sums of three rows in registers.
 3. `_apply` norms what `_mix` wrote.
 
@@ -354,7 +354,7 @@ class _Launch(NamedTuple):
     warps: int
 
 
-# Measured on an H200.
+# Measured on an H200; the last entry is a guess.
 LAUNCH = {
     "statistics": _Launch(4096, 1, 4),
     "mix": _Launch(512, 28, 4),
