@@ -6,7 +6,7 @@ from densezoo.ops.channel import channel_attention
 from densezoo.ops.deformable import ms_deform_attn
 from densezoo.ops.focal import focal_modulation
 from densezoo.ops.linear import focused_linear_attention
-from densezoo.ops.neighborhood import na2d
+from densezoo.ops.neighborhood import na2d, na2d_qkv
 from densezoo.ops.norm import layer_norm
 from densezoo.ops.quadtree import quadtree_attention
 from densezoo.ops.window import window_attention
@@ -20,6 +20,7 @@ __all__ = [
     "layer_norm",
     "ms_deform_attn",
     "na2d",
+    "na2d_qkv",
     "quadtree_attention",
     "set_backend",
     "window_attention",
