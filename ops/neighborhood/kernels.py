@@ -15,7 +15,8 @@ with the tensor cores and masks what lies outside of each query's window. The sc
   border are seen from further away, those in the middle of a short axis from both of its ends: there tiles start PAD
   positions before the map, so that none holds keys of both halves.
 
-Gradients of query, key and value are three tensors, or where the inputs came as one tensor, one like it. Positions outside of the map or the group are clamped to its last member and masked, so that loads need no bounds.
+Gradients of query, key and value are three tensors, or where the inputs came as one tensor, one like it (GRADS is 3).
+Positions outside of the map or the group are clamped to its last member and masked, so that loads need no bounds.
 Scores are kept in base 2, scaled by log2(e).
 """
 

@@ -77,7 +77,8 @@ def sum_results(norm, dtypes, device="cpu", shape=(3, 5, 24)):
     leaves = [t.to(device, dtype).requires_grad_() for t, dtype in zip((x, branch), dtypes, strict=True) if dtype]
     leaves += [t.to(device).requires_grad_() for t in torch.rand(2, shape[-1], generator=generator)]
     outs = norm(leaves[0], leaves[1] if dtypes[1] else None, *leaves[-2:])
-    return [*outs, *torch.autograd.grad(outs, leaves, [g.to(device, o.dtype) for g, o in zip(grads, outs, strict=True)])]
+    grads = [g.to(device, o.dtype) for g, o in zip(grads, outs, strict=True)]
+    return [*outs, *torch.autograd.grad(outs, leaves, grads)]
 
 
 @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
