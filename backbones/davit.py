@@ -21,7 +21,7 @@ from densezoo.backbones.staged import (
     pretrained_filter,
     rename_keys,
 )
-from densezoo.ops import channel_attention, window_attention
+from densezoo.ops import channel_attention_qkv, window_attention
 from densezoo.ops.norm import LayerNorm, PreNorm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp
@@ -79,11 +79,11 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a map of the shape of `x`."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         if self.florence:
-            x = channel_attention(q, k, v, scale=(x.shape[1] * x.shape[2]) ** -0.5)
+            x = channel_attention_qkv(qkv, scale=(x.shape[1] * x.shape[2]) ** -0.5)
         else:
-            x = channel_attention(k, v, q)
+            x = channel_attention_qkv(qkv, roles=(1, 2, 0))
         return self.proj(x.flatten(3))
 
 

@@ -2,7 +2,7 @@
 
 from densezoo.ops.agent import agent_attention
 from densezoo.ops.backend import get_backend, set_backend
-from densezoo.ops.channel import channel_attention
+from densezoo.ops.channel import channel_attention, channel_attention_qkv
 from densezoo.ops.deformable import ms_deform_attn
 from densezoo.ops.focal import focal_modulation
 from densezoo.ops.linear import focused_linear_attention
@@ -14,6 +14,7 @@ from densezoo.ops.window import window_attention
 __all__ = [
     "agent_attention",
     "channel_attention",
+    "channel_attention_qkv",
     "focal_modulation",
     "focused_linear_attention",
     "get_backend",
