@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from densezoo.backbones.staged import Blocks, StagedBackbone, crop_map, init_weights, pad_map, pretrained_filter
 from densezoo.ops import na2d_qkv
 from densezoo.ops.backend import is_exporting
-from densezoo.ops.norm import PreNorm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -62,7 +61,7 @@ class Block(nn.Module):
         mlp_ratio: float,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
-        norm_layer: Callable[[int], PreNorm] = PreNorm,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
     ):
         super().__init__()
         self.norm1 = norm_layer(dim)
@@ -76,10 +75,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a map of the shape of `x`."""
-        x, y = self.norm1.add(x)
-        y = self.attn(y)
-        x, y = self.norm2.add(x, self.drop_path(y if self.gamma1 is None else self.gamma1 * y))
-        y = self.mlp(y)
+        y = self.attn(self.norm1(x))
+        x = x + self.drop_path(y if self.gamma1 is None else self.gamma1 * y)
+        y = self.mlp(self.norm2(x))
         return x + self.drop_path(y if self.gamma2 is None else self.gamma2 * y)
 
 

@@ -1,11 +1,8 @@
-"""The backward of layer normalisation, alone or of a sum that is also used elsewhere, as a Triton kernel.
+"""The backward of layer normalisation as a Triton kernel.
 
 A program owns every `programs`-th tile of ROWS rows and all channels of them: it reads the output's gradient and the
 input once, reduces each row for the input's gradient, and adds up, in registers, what its rows give to the gradients of
 weight and bias. Those partial sums, two rows of channels a program, are added by torch, always in the same order.
-
-Where the norm's input is used elsewhere, the gradient from there is added on the way; where it is the sum of a stream
-and a branch of another dtype, the gradient is written in both.
 """
 
 from functools import cache
@@ -20,8 +17,8 @@ from torch import Tensor
 
 @triton.jit
 def _backward(
-    grad_out, grad_sum, x, weight, mean, rstd, grad_x, grad_branch, partial, rows,
-    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HAS_SUM: tl.constexpr, HAS_BRANCH: tl.constexpr,
+    grad_out, x, weight, mean, rstd, grad_x, partial, rows,
+    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
     channel = tl.arange(0, BLOCK)
@@ -44,12 +41,7 @@ def _backward(
         g *= w
         shift = tl.sum(g, 1)[:, None] / CHANNELS
         slope = tl.sum(g * normed, 1)[:, None] / CHANNELS
-        g = (g - shift - normed * slope) * r
-        if HAS_SUM:
-            g += tl.load(grad_sum + place, mask, 0.0).to(tl.float32)
-        tl.store(grad_x + place, g.to(grad_x.dtype.element_ty), mask)
-        if HAS_BRANCH:
-            tl.store(grad_branch + place, g.to(grad_branch.dtype.element_ty), mask)
+        tl.store(grad_x + place, ((g - shift - normed * slope) * r).to(grad_x.dtype.element_ty), mask)
     sums = partial + program * 2 * CHANNELS + channel
     tl.store(sums, tl.sum(grad_weight, 0), exists)
     tl.store(sums + CHANNELS, tl.sum(grad_bias, 0), exists)
@@ -73,38 +65,22 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def _add_norm_backward(
-    grad_out: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradient of x, its like in `dtype` (none where that is x's), and in one those of weight and bias."""
-    launch, channels = LAUNCH["backward"], x.shape[-1]
-    x, grad_out = x.contiguous(), grad_out.contiguous()
-    grad_sum = None if grad_sum is None else grad_sum.contiguous()
-    has_branch = dtype != x.dtype
-    rows, block = x.numel() // channels, triton.next_power_of_2(channels)
-    tile = max(1, launch.elements // block)
-    programs = max(1, min(triton.cdiv(rows, tile), launch.programs * _multiprocessors(x.device)))
-    grad_x, grad_branch = x.new_empty(x.shape), x.new_empty(x.shape if has_branch else 0, dtype=dtype)
-    partial = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
-    _backward[programs,](
-        grad_out, grad_out if grad_sum is None else grad_sum, x, weight, mean, rstd, grad_x, grad_branch, partial, rows,
-        channels, block, tile, grad_sum is not None, has_branch, num_warps=launch.warps, num_stages=launch.stages,
-    )  # fmt: skip
-    return grad_x, grad_branch, partial.sum(0)
-
-
 def _layer_norm_backward(
     grad_out: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient of x, and in one tensor those of weight and bias."""
-    grad_x, _, sums = _add_norm_backward(grad_out, None, x, weight, mean, rstd, x.dtype)
-    return grad_x, sums
-
-
-def _fake_add(grad_out, grad_sum, x, weight, mean, rstd, dtype):
-    grad_branch = x.new_empty(x.shape if dtype != x.dtype else 0, dtype=dtype)
-    return x.new_empty(x.shape), grad_branch, x.new_empty((2, x.shape[-1]), dtype=torch.float32)
+    launch, channels = LAUNCH["backward"], x.shape[-1]
+    x, grad_out = x.contiguous(), grad_out.contiguous()
+    rows, block = x.numel() // channels, triton.next_power_of_2(channels)
+    tile = max(1, launch.elements // block)
+    programs = max(1, min(triton.cdiv(rows, tile), launch.programs * _multiprocessors(x.device)))
+    grad_x = x.new_empty(x.shape)
+    partial = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
+    _backward[programs,](
+        grad_out, x, weight, mean, rstd, grad_x, partial, rows, channels, block, tile,
+        num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return grad_x, partial.sum(0)
 
 
 def _fake(grad_out, x, weight, mean, rstd):
@@ -112,4 +88,3 @@ def _fake(grad_out, x, weight, mean, rstd):
 
 
 layer_norm_backward = define("layer_norm_backward", _layer_norm_backward, _fake)
-add_norm_backward = define("add_norm_backward", _add_norm_backward, _fake_add)

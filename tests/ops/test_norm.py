@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from densezoo.ops import get_backend, layer_norm, set_backend
-from densezoo.ops.norm import LayerNorm, PreNorm, add_norm
+from densezoo.ops.norm import LayerNorm, PreNorm
 from torch._dynamo.testing import CompileCounterWithBackend
 
 cuda = torch.cuda.is_available()
@@ -58,63 +58,6 @@ def test_kernel_interpreted(shape):
 @pytest.mark.parametrize("shape", SHAPES + GPU_SHAPES, ids=str)
 def test_kernel(shape, dtype, allowed):
     check_kernel(shape, dtype, allowed, "cuda")
-
-
-# Of the stream, and of the branch.
-DTYPES = [
-    (torch.float32, torch.float32),
-    (torch.float32, torch.float16),
-    (torch.float16, torch.float32),
-    (torch.float16, torch.bfloat16),
-    (torch.float32, None),
-]
-
-
-def sum_results(norm, dtypes, device="cpu", shape=(3, 5, 24)):
-    """Return the sum, its norm, and the gradients of all inputs where both are used."""
-    generator = torch.Generator().manual_seed(0)
-    x, branch, *grads = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(4))
-    leaves = [t.to(device, dtype).requires_grad_() for t, dtype in zip((x, branch), dtypes, strict=True) if dtype]
-    leaves += [t.to(device).requires_grad_() for t in torch.rand(2, shape[-1], generator=generator)]
-    outs = norm(leaves[0], leaves[1] if dtypes[1] else None, *leaves[-2:])
-    grads = [g.to(device, o.dtype) for g, o in zip(grads, outs, strict=True)]
-    return [*outs, *torch.autograd.grad(outs, leaves, grads)]
-
-
-@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-def test_sums(dtypes, device, is_compiled):
-    if device == "cpu" and cuda:
-        pytest.skip("the kernel runs on the GPU")
-    torch._dynamo.reset()
-    set_backend("reference")
-    expected = sum_results(add_norm, dtypes, device)
-    set_backend("triton")
-    run = torch.compile(add_norm, backend="aot_eager", fullgraph=True) if is_compiled else add_norm
-    for got, want in zip(sum_results(run, dtypes, device), expected, strict=True):
-        assert got.dtype == want.dtype and got.shape == want.shape
-        assert error(got, want) < (1e-2 if torch.bfloat16 in dtypes else 1e-3 if torch.float16 in dtypes else 1e-5)
-
-
-@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
-def test_a_branch_under_autocast(is_compiled):
-    """The norm has the dtype of the projection after it, the gradient of the branch that of the branch."""
-    norm, x = PreNorm(32), torch.randn(2, 3, 32, requires_grad=True)
-    branch = torch.randn(2, 3, 32, dtype=torch.float16, requires_grad=True)
-    add = torch.compile(norm.add, backend="aot_eager", fullgraph=True) if is_compiled else norm.add
-    results = []
-    for backend in ("reference", "triton"):
-        torch._dynamo.reset()
-        set_backend(backend)
-        with torch.autocast("cpu", torch.float16):
-            total, y = add(x, branch)
-        assert total.dtype == torch.float32 and y.dtype == torch.float16
-        loss = (total * torch.arange(32)).sum() + (y.float() ** 2 * torch.arange(32)).sum()
-        results.append([total, y, *torch.autograd.grad(loss, [x, branch, norm.weight, norm.bias])])
-    for got, want in zip(*results, strict=True):
-        assert got.dtype == want.dtype
-        assert error(got, want) < 1e-3
 
 
 @pytest.mark.gpu
