@@ -550,7 +550,6 @@ LAUNCH = Table("na2d", LAUNCH)
 LAUNCH_MANY = _Launch((2, 8), 64, 1, 1, 2, 3)
 # Entries of the bias' gradient that a program sums.
 COLUMNS = 64
-HOISTED = 2
 
 
 def _most_queries(size: int, dilation: int, tile: int, kernel_size: int, stride: int, is_causal: bool, pad: int) -> int:
@@ -604,7 +603,7 @@ def _tiling(
     images = 1 << (max(1, min(launch.batch, batch * tiles // launch.programs)).bit_length() - 1)
     constants = {
         "TILE_H": launch.tile[0], "TILE_W": launch.tile[1], "ROWS": rows, "COLS": cols, "CHUNKS": chunks, "LAST": last,
-        "HOIST": chunks <= HOISTED, "BATCH": images,
+        "HOIST": chunks <= 2, "BATCH": images,
         "num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.registers,
     }  # fmt: skip
     return _Tiling(tiles, triton.cdiv(batch, images), constants)
