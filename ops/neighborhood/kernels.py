@@ -722,9 +722,10 @@ def _backward(
         backward_query(constants["CHUNKS"], False, True, constants | one_chunk)
 
     tiles, groups, constants = problem.backward_key
-    sums = triton.cdiv(partial[0].numel(), COLUMNS) if has_rpb else 0
+    sums = triton.cdiv(heads * entries[0] * entries[1], COLUMNS) if has_rpb else 0
     grad_rpb = torch.empty(partial.shape[1:], dtype=rpb.dtype, device=rpb.device) if has_rpb else partial
-    _backward_key[(sums + tiles, groups)](
+    # Of no images too, the sums are written.
+    _backward_key[(sums + tiles, max(groups, 1))](
         query, key, value, table, lse, grad_out, delta, grad_k, grad_v, partial, grad_rpb, rows, *sizes,
         **problem.constants, **constants, GRADS=packed, SUMS=sums, COLUMNS=COLUMNS,
     )  # fmt: skip

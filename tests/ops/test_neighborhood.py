@@ -192,6 +192,16 @@ def test_packed_kernels_interpreted(setting, biased):
     assert max(map(error, got, stacked(expected))) < 1e-6
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_no_images(device):
+    if device == "cpu" and cuda:
+        pytest.skip("the kernels run on the GPU")
+    set_backend("triton")
+    tensors = inputs((0, 8, 8, 1, 8, 3, 1, 1, False), device=device)
+    *grads, grad_rpb = gradients(run((0, 8, 8, 1, 8, 3, 1, 1, False)), tensors)
+    assert all(g.shape == (0, 8, 8, 1, 8) for g in grads) and not grad_rpb.any()
+
+
 @pytest.mark.skipif(cuda, reason="the kernels run on the GPU, in the tests below")
 def test_operator_contract_interpreted():
     check_operator_contract("cpu")
