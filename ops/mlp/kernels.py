@@ -50,7 +50,7 @@ def _slope(z, NARROW: tl.constexpr, TANH: tl.constexpr):
 
 @triton.jit
 def _tile(tile, rows, HIDDEN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """A tile's first row, its rows and columns, and the same of those that exist for those that do not."""
+    """A tile's first row, its rows, which of them exist, its columns, and rows and columns to read."""
     blocks: tl.constexpr = (HIDDEN + COLS - 1) // COLS
     first = tile // blocks * ROWS
     row, col = tl.arange(0, ROWS), tile % blocks * COLS + tl.arange(0, COLS)
@@ -58,7 +58,7 @@ def _tile(tile, rows, HIDDEN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constex
     inner_row = tl.minimum(row, rows - 1 - first)
     inner_col = col if HIDDEN % COLS == 0 else tl.minimum(col, HIDDEN - 1)
     # There may be more than 2^31 elements.
-    return first.to(tl.int64), row, col, inner_row, inner_col
+    return first.to(tl.int64), row, (row < rows - first)[:, None], col, inner_row, inner_col
 
 
 @triton.jit
@@ -98,13 +98,11 @@ def _forward(
 ):  # fmt: skip
     tiles = tl.cdiv(rows, ROWS) * ((HIDDEN + COLS - 1) // COLS)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=AHEAD):
-        first, row, col, inner_row, inner_col = _tile(tile, rows, HIDDEN, ROWS, COLS)
+        first, row, exist, col, inner_row, inner_col = _tile(tile, rows, HIDDEN, ROWS, COLS)
         z = _product(x + first * DIM, weight, 1, DIM, inner_row, inner_col, DIM, ROWS, COLS, DEPTH, PRECISION)
         z += tl.load(bias + inner_col).to(tl.float32)[None, :]
         place = row[:, None] * HIDDEN + col[None, :]
-        mask = (row < rows - first)[:, None]
-        if HIDDEN % COLS != 0:
-            mask = mask & (col < HIDDEN)[None, :]
+        mask = exist if HIDDEN % COLS == 0 else exist & (col < HIDDEN)[None, :]
         if SAVE:
             tl.store(pre + first * HIDDEN + place, z.to(pre.dtype.element_ty), mask)
         tl.store(act + first * HIDDEN + place, (z * _below(z, NARROW, TANH)).to(act.dtype.element_ty), mask)
@@ -118,9 +116,8 @@ def _backward(
 ):  # fmt: skip
     tiles = tl.cdiv(rows, ROWS) * ((HIDDEN + COLS - 1) // COLS)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=AHEAD):
-        first, row, col, inner_row, inner_col = _tile(tile, rows, HIDDEN, ROWS, COLS)
+        first, row, exist, col, inner_row, inner_col = _tile(tile, rows, HIDDEN, ROWS, COLS)
         place = row[:, None] * HIDDEN + col[None, :]
-        exist = (row < rows - first)[:, None]
         mask = exist if HIDDEN % COLS == 0 else exist & (col < HIDDEN)[None, :]
         # On its way while the product is computed.
         z = tl.load(pre + first * HIDDEN + place, mask, 0.0)
