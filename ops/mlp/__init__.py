@@ -70,7 +70,7 @@ def _unsupported(dtype: torch.dtype) -> str | None:
 
 
 def _mlp_triton(x: Tensor, *args) -> Tensor:
-    from densezoo.ops.mlp.kernels import mlp_activated
+    from densezoo.ops.mlp.kernels import mlp_activated, mlp_whole
 
     *parameters, approximate = args
     dtype = _product_dtype(x)
@@ -79,7 +79,10 @@ def _mlp_triton(x: Tensor, *args) -> Tensor:
         out = _FusedGelu.apply(*tensors, approximate)
     else:
         rows, weight1, bias1, weight2, bias2 = tensors
-        out = F.linear(mlp_activated(rows, weight1, bias1, approximate), weight2, bias2)
+        if dtype.itemsize == 2 and max(rows.shape[1], weight2.shape[0]) <= 128:
+            out = mlp_whole(rows, weight1, bias1, weight2, bias2, approximate)
+        else:
+            out = F.linear(mlp_activated(rows, weight1, bias1, approximate), weight2, bias2)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 

@@ -3,10 +3,12 @@
 The GELU costs no pass over memory: it is applied to tiles of a matrix product before they are written.
 
 - `_forward` computes pre = x @ weight1^T + bias1 and act = GELU(pre); of the former a copy is kept for the backward.
+- `_whole` computes the second layer too, where nothing is kept and the first and last widths are small: the hidden
+  channels of a program's rows are made COLS at a time, and never leave the chip.
 - `_backward` computes grad_pre = (grad_out @ weight2) * GELU'(pre), and what each tile adds to the gradient of bias1,
   partial sums that torch adds up.
 
-A program owns every `programs`-th tile of ROWS rows and COLS hidden channels; neighbouring tiles share their rows, so
+A program of the others owns every `programs`-th tile of ROWS rows and COLS hidden channels; neighbouring tiles share their rows, so
 that these come from memory once, and the weights stay in the L2 cache.
 """
 
@@ -109,6 +111,37 @@ def _forward(
 
 
 @triton.jit(do_not_specialize=["rows"])
+def _whole(
+    x, weight1, bias1, weight2, bias2, out, rows, DIM: tl.constexpr, HIDDEN: tl.constexpr, OUT: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, NARROW: tl.constexpr,
+    TANH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    row, depth, width = tl.arange(0, ROWS), tl.arange(0, DEPTH), tl.arange(0, WIDTH)
+    first = tl.program_id(0) * ROWS
+    exist = (row < rows - first)[:, None]
+    first = first.to(tl.int64)
+    at_x = x + first * DIM + row[:, None] * DIM + depth[None, :]
+    x_tile = tl.load(at_x, exist if DIM == DEPTH else exist & (depth < DIM)[None, :], 0.0)
+    acc = tl.zeros((ROWS, WIDTH), tl.float32)
+    for start in range(0, HIDDEN, COLS):
+        col = start + tl.arange(0, COLS)
+        at_1, at_2 = weight1 + col[None, :] * DIM + depth[:, None], weight2 + width[None, :] * HIDDEN + col[:, None]
+        if DIM == DEPTH and OUT == WIDTH and HIDDEN % COLS == 0:
+            weight1_tile, weight2_tile, offset = tl.load(at_1), tl.load(at_2), tl.load(bias1 + col)
+        else:
+            inner = col < HIDDEN
+            weight1_tile = tl.load(at_1, (depth < DIM)[:, None] & inner[None, :], 0.0)
+            weight2_tile = tl.load(at_2, inner[:, None] & (width < OUT)[None, :], 0.0)
+            offset = tl.load(bias1 + col, inner, 0.0)
+        z = tl.dot(x_tile, weight1_tile, input_precision=PRECISION) + offset.to(tl.float32)[None, :]
+        act = (z * _below(z, NARROW, TANH)).to(x.dtype.element_ty)
+        acc = tl.dot(act, weight2_tile, acc, input_precision=PRECISION)
+    acc += tl.load(bias2 + width, width < OUT, 0.0).to(tl.float32)[None, :]
+    at_out = out + first * OUT + row[:, None] * OUT + width[None, :]
+    tl.store(at_out, acc.to(out.dtype.element_ty), exist if OUT == WIDTH else exist & (width < OUT)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows"])
 def _backward(
     grad_out, weight, pre, grad_pre, partial, rows, DIM: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr,
     COLS: tl.constexpr, DEPTH: tl.constexpr, AHEAD: tl.constexpr, NARROW: tl.constexpr, TANH: tl.constexpr,
@@ -145,9 +178,15 @@ class _Launch(NamedTuple):
     registers: int | None = None
 
 
+# By kernel and the most channels that it sums over.
 LAUNCH = {
-    "forward": _Launch(128, 128, 64, 8, 3, 0),
-    "backward": _Launch(128, 128, 64, 8, 3, 0),
+    ("forward", 64): _Launch(64, 64, 64, 4, 2, 0),
+    ("forward", 4096): _Launch(128, 128, 64, 8, 3, 0, 128),
+    ("backward", 64): _Launch(64, 64, 64, 4, 3, 3),
+    ("backward", 128): _Launch(64, 64, 128, 4, 2, 0),
+    ("backward", 4096): _Launch(128, 128, 64, 8, 3, 0),
+    ("whole", 64): _Launch(128, 64, 64, 8, 3, 0),
+    ("whole", 128): _Launch(128, 64, 128, 8, 2, 0),
 }
 LAUNCH = Table("mlp", LAUNCH)
 # The interpreter takes no instructions of the GPU's own.
@@ -159,29 +198,34 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+def _block(channels: int) -> int:
+    """Return how many channels a tile has that holds all of them."""
+    return max(16, triton.next_power_of_2(channels))
+
+
 @lru_cache(maxsize=1024)
 def _plan(name: str, dim: int, hidden: int, dtype: torch.dtype, approximate: str, allows_tf32: bool) -> tuple:
     """Return a kernel's launch settings and constants."""
-    launch = LAUNCH[name]
+    launch = LAUNCH[name, min((most for kernel, most in LAUNCH if kernel == name and dim <= most), default=4096)]
     if dtype == torch.float32:
         # Numbers twice as wide: half as many channels.
         launch = launch._replace(cols=launch.cols // 2, depth=min(launch.depth, 32))
-    cols = max(16, min(launch.cols, triton.next_power_of_2(hidden)))
-    depth = max(16, min(launch.depth, triton.next_power_of_2(dim)))
+    cols, depth = min(launch.cols, _block(hidden)), min(launch.depth, _block(dim))
     constants = {
         "DIM": dim,
         "HIDDEN": hidden,
         "ROWS": launch.rows,
         "COLS": cols,
         "DEPTH": depth,
-        # Where a tile takes one step, it is the next tile's that is on its way.
-        "AHEAD": launch.stages if dim <= depth and launch.programs else 1,
         "NARROW": HAS_PTX and dtype == torch.bfloat16,
         "TANH": approximate == "tanh",
         "PRECISION": "tf32" if dtype == torch.float32 and allows_tf32 else "ieee",
         "num_warps": launch.warps,
         "num_stages": launch.stages,
     }
+    if name != "whole":
+        # Where a tile takes one step, it is the next tile's that is on its way.
+        constants["AHEAD"] = launch.stages if dim <= depth and launch.programs else 1
     if launch.registers:
         constants["maxnreg"] = launch.registers
     return launch.rows, triton.cdiv(hidden, cols), launch.programs, constants
@@ -246,6 +290,24 @@ def _activated(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> Ten
     return act
 
 
+def _through(
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, approximate: str
+) -> Tensor:
+    """Return the whole MLP of (rows, dim), (hidden, dim), (hidden,), (out, hidden) and (out,)."""
+    x, *parameters = (t.contiguous() for t in (x, weight1, bias1, weight2, bias2))
+    width, hidden = weight2.shape
+    out = x.new_empty(x.shape[0], width)
+    if x.shape[0]:
+        _, constants, height = _launch("whole", max(x.shape[1], width), hidden, x, approximate)
+        block = {"DEPTH": _block(x.shape[1]), "WIDTH": _block(width), "DIM": x.shape[1], "OUT": width}
+        try:
+            _whole[height,](x, *parameters, out, x.shape[0], **(constants | block))
+        except OutOfResources as error:
+            fall_back("mlp", str(error))
+            out = F.linear(_activated(x, *parameters[:2], approximate), *parameters[2:])
+    return out
+
+
 def _fake_hidden(x, weight, bias, approximate):
     return tuple(x.new_empty(x.shape[0], weight.shape[0]) for _ in range(2))
 
@@ -258,9 +320,14 @@ def _fake_activated(x, weight, bias, approximate):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
+def _fake_through(x, weight1, bias1, weight2, bias2, approximate):
+    return x.new_empty(x.shape[0], weight2.shape[0])
+
+
 mlp_hidden = define("mlp_hidden", _hidden, _fake_hidden)
 mlp_hidden_backward = define("mlp_hidden_backward", _hidden_backward, _fake_hidden_backward)
 mlp_activated = define("mlp_activated", _activated, _fake_activated)
+mlp_whole = define("mlp_whole", _through, _fake_through)
 
 
 @register_flop_formula([torch.ops.densezoo.mlp_hidden, torch.ops.densezoo.mlp_activated])
@@ -271,3 +338,8 @@ def _(x, weight, *args, **kwargs) -> int:
 @register_flop_formula(torch.ops.densezoo.mlp_hidden_backward)
 def _(grad_out, weight, *args, **kwargs) -> int:
     return 2 * grad_out[0] * weight[0] * weight[1]
+
+
+@register_flop_formula(torch.ops.densezoo.mlp_whole)
+def _(x, weight1, bias1, weight2, *args, **kwargs) -> int:
+    return 2 * x[0] * weight1[0] * (x[1] + weight2[0])
