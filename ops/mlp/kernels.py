@@ -5,8 +5,8 @@ The GELU costs no pass over memory: it is applied to tiles of a matrix product b
 - `_forward` computes pre = x @ weight1^T + bias1 and act = GELU(pre); of the former a copy is kept for the backward.
 - `_whole` computes the second layer too, where nothing is kept and the first and last widths are small: the hidden
   channels of a program's rows are made COLS at a time, and never leave the chip.
-- `_backward` computes grad_pre = (grad_out @ weight2) * GELU'(pre), and what each tile adds to the gradient of bias1,
-  partial sums that torch adds up.
+- `_backward` computes grad_pre = (grad_out @ weight2) * GELU'(pre), and what each program adds to the gradient of
+  bias1, partial sums that torch adds up.
 
 A program of the others owns every `programs`-th tile of ROWS rows and COLS hidden channels; neighbouring tiles share their rows, so
 that these come from memory once, and the weights stay in the L2 cache.
@@ -147,8 +147,10 @@ def _backward(
     COLS: tl.constexpr, DEPTH: tl.constexpr, AHEAD: tl.constexpr, NARROW: tl.constexpr, TANH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(rows, ROWS) * ((HIDDEN + COLS - 1) // COLS)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=AHEAD):
+    blocks: tl.constexpr = (HIDDEN + COLS - 1) // COLS
+    sums = tl.zeros((COLS,), tl.float32)
+    # The programs are a multiple of the blocks, so that all tiles of one have the same columns.
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS) * blocks, tl.num_programs(0), num_stages=AHEAD):
         first, row, exist, col, inner_row, inner_col = _tile(tile, rows, HIDDEN, ROWS, COLS)
         place = row[:, None] * HIDDEN + col[None, :]
         mask = exist if HIDDEN % COLS == 0 else exist & (col < HIDDEN)[None, :]
@@ -159,8 +161,9 @@ def _backward(
         )  # fmt: skip
         grad *= _slope(z.to(tl.float32), NARROW, TANH)
         tl.store(grad_pre + first * HIDDEN + place, grad.to(grad_pre.dtype.element_ty), mask)
-        sums = tl.sum(tl.where(exist, grad, 0.0), 0)
-        tl.store(partial + (first // ROWS) * HIDDEN + col, sums, col < HIDDEN)
+        sums += tl.sum(tl.where(exist, grad, 0.0), 0)
+    col = tl.program_id(0) % blocks * COLS + tl.arange(0, COLS)
+    tl.store(partial + tl.program_id(0) // blocks * HIDDEN + col, sums, col < HIDDEN)
 
 
 class _Launch(NamedTuple):
@@ -231,14 +234,14 @@ def _plan(name: str, dim: int, hidden: int, dtype: torch.dtype, approximate: str
     return launch.rows, triton.cdiv(hidden, cols), launch.programs, constants
 
 
-def _launch(name: str, dim: int, hidden: int, example: Tensor, approximate: str) -> tuple[tuple[int], dict, int]:
-    """Return the grid and the constants of the kernel called `name`, and how many tiles high the product is."""
+def _launch(name: str, dim: int, hidden: int, example: Tensor, approximate: str) -> tuple[int, int, dict]:
+    """Return how many programs of the kernel called `name` share the rows, how many the columns, and its constants."""
     allows_tf32 = torch.backends.cuda.matmul.allow_tf32
     rows, blocks, programs, constants = _plan(name, dim, hidden, example.dtype, approximate, allows_tf32)
     height = triton.cdiv(example.shape[0], rows)
-    tiles = height * blocks
-    grid = min(tiles, programs * _multiprocessors(example.device)) if programs else tiles
-    return (grid,), constants, height
+    if programs:
+        height = min(height, max(1, programs * _multiprocessors(example.device) // blocks))
+    return height, blocks, constants
 
 
 def _hidden(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
@@ -246,9 +249,9 @@ def _hidden(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> tuple[
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     pre, act = (x.new_empty(x.shape[0], weight.shape[0]) for _ in range(2))
     if x.shape[0]:
-        grid, constants, _ = _launch("forward", x.shape[1], weight.shape[0], x, approximate)
+        height, blocks, constants = _launch("forward", x.shape[1], weight.shape[0], x, approximate)
         try:
-            _forward[grid](x, weight, bias, pre, act, x.shape[0], SAVE=True, **constants)
+            _forward[height * blocks,](x, weight, bias, pre, act, x.shape[0], SAVE=True, **constants)
         except OutOfResources as error:
             fall_back("mlp", str(error))
             pre = F.linear(x, weight, bias)
@@ -260,12 +263,12 @@ def _hidden_backward(grad_out: Tensor, weight: Tensor, pre: Tensor, approximate:
     """Return the gradient of `pre`, and in float32 the sum of its rows, of (rows, dim) and (dim, hidden)."""
     grad_out, weight, pre = grad_out.contiguous(), weight.contiguous(), pre.contiguous()
     hidden = weight.shape[1]
-    grid, constants, height = _launch("backward", grad_out.shape[1], hidden, grad_out, approximate)
+    height, blocks, constants = _launch("backward", grad_out.shape[1], hidden, grad_out, approximate)
     grad_pre = torch.empty_like(pre)
     partial = torch.empty(height, hidden, dtype=torch.float32, device=pre.device)
     if height:
         try:
-            _backward[grid](grad_out, weight, pre, grad_pre, partial, pre.shape[0], **constants)
+            _backward[height * blocks,](grad_out, weight, pre, grad_pre, partial, pre.shape[0], **constants)
         except OutOfResources as error:
             fall_back("mlp", str(error))
             grad_pre = torch.ops.aten.gelu_backward(grad_out @ weight, pre, approximate=approximate)
@@ -281,24 +284,22 @@ def _activated(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> Ten
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     act = x.new_empty(x.shape[0], weight.shape[0])
     if x.shape[0]:
-        grid, constants, _ = _launch("forward", x.shape[1], weight.shape[0], x, approximate)
+        height, blocks, constants = _launch("forward", x.shape[1], weight.shape[0], x, approximate)
         try:
-            _forward[grid](x, weight, bias, act, act, x.shape[0], SAVE=False, **constants)
+            _forward[height * blocks,](x, weight, bias, act, act, x.shape[0], SAVE=False, **constants)
         except OutOfResources as error:
             fall_back("mlp", str(error))
             act = F.gelu(F.linear(x, weight, bias), approximate=approximate)
     return act
 
 
-def _through(
-    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, approximate: str
-) -> Tensor:
+def _through(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, approximate: str) -> Tensor:
     """Return the whole MLP of (rows, dim), (hidden, dim), (hidden,), (out, hidden) and (out,)."""
     x, *parameters = (t.contiguous() for t in (x, weight1, bias1, weight2, bias2))
     width, hidden = weight2.shape
     out = x.new_empty(x.shape[0], width)
     if x.shape[0]:
-        _, constants, height = _launch("whole", max(x.shape[1], width), hidden, x, approximate)
+        height, _, constants = _launch("whole", max(x.shape[1], width), hidden, x, approximate)
         block = {"DEPTH": _block(x.shape[1]), "WIDTH": _block(width), "DIM": x.shape[1], "OUT": width}
         try:
             _whole[height,](x, *parameters, out, x.shape[0], **(constants | block))
