@@ -7,7 +7,7 @@ import torch
 from _benchmark_cases import Case, reference_ways, worst_error
 from _benchmark_local import na2d_cases, window_attention_cases
 from _benchmark_sparse import ms_deform_attn_cases, quadtree_attention_cases
-from densezoo.ops import agent_attention, channel_attention, focal_modulation, focused_linear_attention, mlp
+from densezoo.ops import agent_attention, channel_attention, focal_modulation, focused_linear_attention
 from densezoo.ops.agent.reference import agent_attention_reference
 from densezoo.ops.channel.reference import channel_attention_reference
 from densezoo.ops.focal.reference import focal_modulation_reference
@@ -99,25 +99,6 @@ def agent_attention_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
         yield Case(f"agent_attention 128, {tokens}, {heads}x{dim}, {agents} agents", inputs, ways, check)
 
 
-def mlp_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
-    """The MLP: the stages of NAT-T and DaViT-T at 224, and DaViT-T's first at 800x1216."""
-    shapes = [(128, 56, 56, 64, 3), (128, 28, 28, 128, 3), (128, 14, 14, 256, 3), (128, 7, 7, 512, 3)]
-    shapes += [(128, 56, 56, 96, 4), (128, 28, 28, 192, 4), (128, 14, 14, 384, 4), (128, 7, 7, 768, 4)]
-    for batch, height, width, dim, ratio in [*shapes, (2, 200, 304, 96, 4)]:
-        hidden = ratio * dim
-        drawn = [(batch, height, width, dim), (hidden, dim), (hidden,), (dim, hidden), (dim,)]
-        inputs = [torch.randn(shape, device=device, dtype=dtype) for shape in drawn]
-        inputs[1], inputs[3] = inputs[1] / dim**0.5, inputs[3] / hidden**0.5
-
-        def reference(x, weight1, bias1, weight2, bias2):
-            hidden = torch.nn.functional.gelu(torch.nn.functional.linear(x, weight1, bias1))
-            return torch.nn.functional.linear(hidden, weight2, bias2)
-
-        ways = {"densezoo": mlp, **reference_ways(reference)}
-        check = partial(worst_error, mlp, [inputs[0][:2], *inputs[1:]])
-        yield Case(f"mlp {batch}, {height}x{width}x{dim}, hidden {hidden}", tuple(inputs), ways, check)
-
-
 OPERATORS: dict[str, Callable[[torch.dtype, str], Iterator[Case]]] = {
     "na2d": na2d_cases,
     "window_attention": window_attention_cases,
@@ -125,7 +106,6 @@ OPERATORS: dict[str, Callable[[torch.dtype, str], Iterator[Case]]] = {
     "focal_modulation": focal_modulation_cases,
     "focused_linear_attention": focused_linear_attention_cases,
     "agent_attention": agent_attention_cases,
-    "mlp": mlp_cases,
     "quadtree_attention": quadtree_attention_cases,
     "ms_deform_attn": ms_deform_attn_cases,
 }

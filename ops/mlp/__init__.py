@@ -1,9 +1,11 @@
-"""The MLP of transformer blocks: Linear, GELU, Linear, on a GPU in 16 bits without a pass over memory for the GELU."""
+"""The MLP of transformer blocks: Linear, GELU, Linear, in inference without a pass over memory for the GELU."""
+
+from collections.abc import Callable
 
 import timm.layers
 import torch
 import torch.nn.functional as F
-from densezoo.ops.backend import get_backend, takes_triton
+from densezoo.ops.backend import takes_triton
 from torch import Tensor, nn
 
 __all__ = ["Mlp", "mlp"]
@@ -14,12 +16,12 @@ def mlp(
 ) -> Tensor:
     """Apply a Linear, GELU (arXiv 1606.08415) and a second Linear to the last axis.
 
-    The first product and the GELU are one kernel, and so are the second's gradient, the GELU's and the first bias's.
-    They are taken on a GPU in float16 and bfloat16, or where the backend is set to `triton`; elsewhere it is the three
-    operators of torch. In bfloat16 either GELU is right to 6e-4 times the number that it is applied to.
+    Without gradients, on a GPU, in 16 bits, and up to 128 channels of input and output, all of it is one kernel; of
+    wider MLPs in bfloat16 the first product applies the GELU. In bfloat16 either kind of GELU is then right to 6e-4
+    times the number that it is applied to. Elsewhere it is the three operators of torch.
 
     Args:
-        x: (..., C), float16, bfloat16, float32 or float64; under autocast all arguments are taken in its dtype.
+        x: (..., C), any floating dtype; under autocast all arguments are taken in its dtype.
         weight1: (hidden, C).
         bias1: (hidden,).
         weight2: (D, hidden).
@@ -31,7 +33,7 @@ def mlp(
 
     Raises:
         ValueError: `approximate` is neither, or an argument's shape is wrong; the message names it.
-        RuntimeError: The backend is set to `triton` and the kernels cannot run on these inputs.
+        RuntimeError: The backend is set to `triton`, and a kernel that applies cannot run.
     """
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate: got {approximate!r}, expected 'none' or 'tanh'")
@@ -40,17 +42,22 @@ def mlp(
     for (name, shape), tensor in zip(expected.items(), (weight1, bias1, weight2, bias2), strict=True):
         if tensor.shape != shape:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {shape} for x of {tuple(x.shape)}")
-    if takes_kernels(x):
-        return _mlp_triton(x, weight1, bias1, weight2, bias2, approximate)
+    if _takes_kernels(x, out):
+        return _mlp_fused(x, weight1, bias1, weight2, bias2, approximate)
     return F.linear(F.gelu(F.linear(x, weight1, bias1), approximate=approximate), weight2, bias2)
 
 
-def takes_kernels(x: Tensor) -> bool:
-    """Return whether `mlp` runs its kernels on `x`, in the backend in force."""
-    dtype = _product_dtype(x)
-    # cuBLAS is better at products in float32.
-    is_asked_for = get_backend() == "triton" or (x.is_cuda and dtype in (torch.float16, torch.bfloat16))
-    return is_asked_for and takes_triton("mlp", x, _unsupported(dtype))
+def _takes_kernels(x: Tensor, out: int) -> bool:
+    """Return whether an MLP takes its kernels from `x` to a width of `out`, in the backend in force."""
+    if torch.is_grad_enabled():
+        return False
+    dtype, is_narrow = _product_dtype(x), _is_narrow(x, out)
+    applies = dtype == torch.bfloat16 or (dtype == torch.float16 and is_narrow)
+    return applies and takes_triton("mlp", x, None)
+
+
+def _is_narrow(x: Tensor, out: int) -> bool:
+    return max(x.shape[-1], out) <= 128
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
@@ -62,76 +69,42 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _unsupported(dtype: torch.dtype) -> str | None:
-    """Return why the kernels cannot take inputs of this dtype, or None where they can."""
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"dtype {dtype} (kernels: float16, bfloat16, float32)"
-    return None
-
-
-def _mlp_triton(x: Tensor, *args) -> Tensor:
-    from densezoo.ops.mlp.kernels import mlp_activated, mlp_whole
+def _mlp_fused(x: Tensor, *args) -> Tensor:
+    from densezoo.ops.mlp.kernels import mlp_hidden, mlp_narrow
 
     *parameters, approximate = args
     dtype = _product_dtype(x)
-    tensors = (t if t.dtype == dtype else t.to(dtype) for t in (x.reshape(-1, x.shape[-1]), *parameters))
-    if torch.is_grad_enabled():
-        out = _FusedGelu.apply(*tensors, approximate)
+    tensors = (x.reshape(-1, x.shape[-1]), *parameters)
+    rows, weight1, bias1, weight2, bias2 = (t if t.dtype == dtype else t.to(dtype) for t in tensors)
+    if _is_narrow(x, weight2.shape[0]):
+        out = mlp_narrow(rows, weight1, bias1, weight2, bias2, approximate)
     else:
-        rows, weight1, bias1, weight2, bias2 = tensors
-        if dtype.itemsize == 2 and max(rows.shape[1], weight2.shape[0]) <= 128:
-            out = mlp_whole(rows, weight1, bias1, weight2, bias2, approximate)
-        else:
-            out = F.linear(mlp_activated(rows, weight1, bias1, approximate), weight2, bias2)
+        out = F.linear(mlp_hidden(rows, weight1, bias1), weight2, bias2)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
-class _FusedGelu(torch.autograd.Function):
-    """The kernels between products of standard operators, which the compiler sees through."""
-
-    @staticmethod
-    def forward(ctx, x, weight1, bias1, weight2, bias2, approximate: str) -> Tensor:
-        from densezoo.ops.mlp.kernels import mlp_hidden
-
-        pre, act = mlp_hidden(x, weight1, bias1, approximate)
-        ctx.save_for_backward(x, weight1, weight2, pre, act)
-        ctx.approximate = approximate
-        return torch.addmm(bias2, act, weight2.t())
-
-    @staticmethod
-    def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        from densezoo.ops.mlp.kernels import mlp_hidden_backward
-
-        x, weight1, weight2, pre, act = ctx.saved_tensors
-        grad_pre, grad_bias1 = mlp_hidden_backward(grad_out, weight2, pre, ctx.approximate)
-        if grad_bias1.dtype != x.dtype:
-            grad_bias1 = grad_bias1.to(x.dtype)
-        grad_weight1, grad_weight2 = torch.mm(grad_pre.t(), x), torch.mm(grad_out.t(), act)
-        return torch.mm(grad_pre, weight1), grad_weight1, grad_bias1, grad_weight2, grad_out.sum(0), None
-
-
 class Mlp(timm.layers.Mlp):
-    """timm's MLP, by `mlp` where it is the plain one.
+    """timm's MLP, by `mlp` where that has kernels.
 
     Args:
         dim: Width of the input and of the output.
         hidden: Width between.
-        act_layer: The activation; other ones than GELU are timm's, as are layers that were replaced or have hooks.
+        act_layer: The activation. With another one than GELU, and where layers were replaced or have hooks, each layer
+            is called, as in timm.
     """
 
-    def __init__(self, dim: int, hidden: int, act_layer=nn.GELU):
+    def __init__(self, dim: int, hidden: int, act_layer: Callable[[], nn.Module] = nn.GELU):
         super().__init__(dim, hidden, act_layer=act_layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """Take (..., dim) to the same shape."""
         fc1, act, fc2 = self.fc1, self.act, self.fc2
         is_plain = _is_plain(fc1, nn.Linear) and _is_plain(act, nn.GELU) and _is_plain(fc2, nn.Linear)
-        if is_plain and takes_kernels(x):
+        if is_plain and _takes_kernels(x, fc2.out_features):
             return mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, approximate=act.approximate)
         return super().forward(x)
 
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Return whether a module does what its class does and nothing more."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return type(module) is kind and not any(hooks)
+    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
