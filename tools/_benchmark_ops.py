@@ -7,7 +7,7 @@ import torch
 from _benchmark_cases import Case, reference_ways, worst_error
 from _benchmark_local import na2d_cases, window_attention_cases
 from _benchmark_sparse import ms_deform_attn_cases, quadtree_attention_cases
-from densezoo.ops import agent_attention, channel_attention, focal_modulation, focused_linear_attention
+from densezoo.ops import agent_attention, channel_attention, focal_modulation, focused_linear_attention, layer_norm
 from densezoo.ops.agent.reference import agent_attention_reference
 from densezoo.ops.channel.reference import channel_attention_reference
 from densezoo.ops.focal.reference import focal_modulation_reference
@@ -99,6 +99,21 @@ def agent_attention_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
         yield Case(f"agent_attention 128, {tokens}, {heads}x{dim}, {agents} agents", inputs, ways, check)
 
 
+def layer_norm_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """Layer norm: DaViT-T's stages at 224, and the first at 800x1216; the kernel is the backward of compiled graphs."""
+    shapes = [(128, 56, 56, 96), (128, 28, 28, 192), (128, 14, 14, 384), (128, 7, 7, 768), (2, 200, 304, 96)]
+    for batch, height, width, dim in shapes:
+        x = torch.randn(batch, height, width, dim, device=device, dtype=dtype)
+        inputs = (x, torch.rand(dim, device=device) + 0.5, torch.randn(dim, device=device))
+
+        def reference(x, weight, bias):
+            return torch.nn.functional.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype))
+
+        ways = {"densezoo": torch.compile(layer_norm, dynamic=False), **reference_ways(reference)}
+        check = partial(worst_error, layer_norm, [x[:1], *inputs[1:]])
+        yield Case(f"layer_norm {batch}, {height}x{width}x{dim}", inputs, ways, check)
+
+
 OPERATORS: dict[str, Callable[[torch.dtype, str], Iterator[Case]]] = {
     "na2d": na2d_cases,
     "window_attention": window_attention_cases,
@@ -108,4 +123,5 @@ OPERATORS: dict[str, Callable[[torch.dtype, str], Iterator[Case]]] = {
     "agent_attention": agent_attention_cases,
     "quadtree_attention": quadtree_attention_cases,
     "ms_deform_attn": ms_deform_attn_cases,
+    "layer_norm": layer_norm_cases,
 }

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from densezoo.ops.backend import fall_back
 from densezoo.ops.gelu import normal
+from densezoo.ops.launch import Table
 from densezoo.ops.registration import define
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -75,7 +76,7 @@ class _Launch(NamedTuple):
 
 
 # By the most channels of input and output; measured on an H200.
-LAUNCH = {64: _Launch(64, 64, 4, 3, None), 128: _Launch(128, 64, 8, 2, 128)}
+LAUNCH = Table("mlp", {64: _Launch(64, 64, 4, 3, None), 128: _Launch(128, 64, 8, 2, 128)})
 # The interpreter takes no instructions of the GPU's own.
 HAS_PTX = torch.version.hip is None and not triton.knobs.runtime.interpret
 
