@@ -30,8 +30,9 @@ from densezoo.backbones.staged import (
 from densezoo.backbones.swin import Swin, resize_bias_table
 from densezoo.ops import agent_attention
 from densezoo.ops.backend import is_exporting
+from densezoo.ops.mlp import Mlp
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import Mlp, global_pool_nlc
+from timm.layers import global_pool_nlc
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn

@@ -6,8 +6,9 @@ import torch
 from densezoo.backbones.nat import spread_drop_path
 from densezoo.backbones.staged import Blocks, StagedBackbone, check_per_stage, init_weights, square_side
 from densezoo.ops import window_attention
+from densezoo.ops.mlp import Mlp
 from densezoo.ops.norm import LayerNorm, PreNorm
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 

@@ -24,7 +24,7 @@ from densezoo.backbones.pvt import NORM_EPS, PVT, Block
 from densezoo.backbones.staged import Blocks, StagedBackbone, init_weights, resize_tokens, square_side
 from densezoo.backbones.swin import Swin, resize_bias_table
 from densezoo.ops import focused_linear_attention
-from timm.layers import Mlp
+from densezoo.ops.mlp import Mlp
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import timm.layers
 import torch
 import torch.nn.functional as F
 from densezoo.backbones.nat import resize_bias, spread_drop_path
@@ -29,9 +30,10 @@ from densezoo.backbones.staged import (
 )
 from densezoo.ops import window_attention
 from densezoo.ops.backend import is_exporting
+from densezoo.ops.mlp import Mlp
 from densezoo.ops.norm import PreNorm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, LayerScale, Mlp, SqueezeExcite
+from timm.layers import DropPath, LayerScale, SqueezeExcite
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -191,7 +193,7 @@ class RelPosMlp(nn.Module):
     def __init__(self, window_size: int, num_heads: int):
         super().__init__()
         self.window_size = window_size
-        self.mlp = Mlp(2, 512, num_heads, act_layer=nn.ReLU, drop=(0.125, 0.0))
+        self.mlp = timm.layers.Mlp(2, 512, num_heads, act_layer=nn.ReLU, drop=(0.125, 0.0))
 
     def forward(self) -> Tensor:
         """Return a table (num_heads, 2 * window_size - 1, 2 * window_size - 1), which goes by key - query."""

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from densezoo.backbones.staged import Blocks, StagedBackbone, crop_map, init_weights, pad_map, pretrained_filter
 from densezoo.ops import na2d_qkv
 from densezoo.ops.backend import is_exporting
+from densezoo.ops.mlp import Mlp
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 

@@ -15,8 +15,9 @@ from densezoo.backbones.staged import (
     resize_tokens,
     square_side,
 )
+from densezoo.ops.mlp import Mlp
 from densezoo.ops.norm import LayerNorm, PreNorm
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 NORM_EPS = 1e-6

@@ -6,6 +6,7 @@ from densezoo.ops.channel import channel_attention, channel_attention_qkv
 from densezoo.ops.deformable import ms_deform_attn
 from densezoo.ops.focal import focal_modulation
 from densezoo.ops.linear import focused_linear_attention
+from densezoo.ops.mlp import mlp
 from densezoo.ops.neighborhood import na2d, na2d_qkv
 from densezoo.ops.norm import layer_norm
 from densezoo.ops.quadtree import quadtree_attention
@@ -19,6 +20,7 @@ __all__ = [
     "focused_linear_attention",
     "get_backend",
     "layer_norm",
+    "mlp",
     "ms_deform_attn",
     "na2d",
     "na2d_qkv",
