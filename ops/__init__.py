@@ -4,6 +4,7 @@ from densezoo.ops.agent import agent_attention
 from densezoo.ops.backend import get_backend, set_backend
 from densezoo.ops.channel import channel_attention
 from densezoo.ops.deformable import ms_deform_attn
+from densezoo.ops.depthwise import depthwise_conv
 from densezoo.ops.focal import focal_modulation
 from densezoo.ops.linear import focused_linear_attention
 from densezoo.ops.neighborhood import na2d
@@ -14,6 +15,7 @@ from densezoo.ops.window import window_attention
 __all__ = [
     "agent_attention",
     "channel_attention",
+    "depthwise_conv",
     "focal_modulation",
     "focused_linear_attention",
     "get_backend",

@@ -11,7 +11,13 @@ SIZES = (3, 5, 7)
 
 
 def depthwise_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: bool = False, gelu: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    window_size: tuple[int | None, int | None] = (None, None),
+    residual: bool = False,
+    gelu: bool = False,
 ) -> Tensor:
     """Convolve each channel of a map with its own kernel, at stride 1, zero-padded to the map's size.
 
@@ -23,6 +29,8 @@ def depthwise_conv(
         x: (B, H, W, C), float16, bfloat16, float32 or float64, any strides.
         weight: (C, 1, size, size), with an odd size, of `x`'s dtype unless autocast is on.
         bias: (C,), as `weight`.
+        window_size: Rows and columns of the windows that the map is cut into; a convolution sees zeros beyond its own.
+            None for the whole side. The last window is narrower where they do not divide the map.
         residual: Whether to add `x`.
         gelu: Whether to apply the exact GELU (arXiv 1606.08415) at last.
 
@@ -36,17 +44,17 @@ def depthwise_conv(
     """
     # Of tensors without data autocast knows nothing.
     is_autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
-    _check(x, weight, bias, is_autocast)
+    _check(x, weight, bias, window_size, is_autocast)
     if takes_triton("depthwise_conv", x, _unsupported(x, weight)):
         from densezoo.ops.depthwise.kernels import depthwise_conv_triton
 
         if is_autocast and not residual:
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return depthwise_conv_triton(x, weight, bias, residual, gelu)
-    return depthwise_conv_reference(x, weight, bias, residual, gelu)
+        return depthwise_conv_triton(x, weight, bias, window_size, residual, gelu)
+    return depthwise_conv_reference(x, weight, bias, window_size, residual, gelu)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, is_autocast: bool) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, window_size: tuple, is_autocast: bool) -> None:
     if x.dim() != 4:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B, H, W, C)")
     if not x.is_floating_point():
@@ -59,6 +67,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, is_autocast: bool) ->
         raise ValueError(f"weight: got size {weight.shape[3]}, expected an odd one")
     if bias is not None and bias.shape != x.shape[3:]:
         raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({x.shape[3]},)")
+    if len(window_size) != 2 or any(side is not None and side < 1 for side in window_size):
+        raise ValueError(f"window_size: got {window_size!r}, expected (rows, columns) from 1, or None for a whole side")
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None and (t.device != x.device or not (is_autocast or t.dtype == x.dtype)):
             raise ValueError(
@@ -83,17 +93,24 @@ class DepthwiseConv(nn.Conv2d):
         dim: Channels.
         kernel_size: Odd; the map is padded to keep its size.
         bias: Whether there is one.
+        window_size: As that of `depthwise_conv`.
         residual: Whether to add the map.
         gelu: Whether to apply GELU at last.
     """
 
     def __init__(
-        self, dim: int, kernel_size: int = 3, bias: bool = True, *, residual: bool = False, gelu: bool = False
+        self,
+        dim: int,
+        kernel_size: int = 3,
+        bias: bool = True,
+        *,
+        window_size: tuple[int | None, int | None] = (None, None),
+        residual: bool = False,
+        gelu: bool = False,
     ):
         super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=bias)
-        self.residual = residual
-        self.gelu = gelu
+        self.options = {"window_size": window_size, "residual": residual, "gelu": gelu}
 
     def forward(self, input: Tensor) -> Tensor:
         """Return a map of the shape of `input`."""
-        return depthwise_conv(input, self.weight, self.bias, residual=self.residual, gelu=self.gelu)
+        return depthwise_conv(input, self.weight, self.bias, **self.options)

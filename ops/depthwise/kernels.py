@@ -1,9 +1,9 @@
 """Depthwise convolutions over channels-last maps in Triton, forward and backward.
 
-A program owns CHANNELS channels of PARTS strips: COLS columns and a piece of `rows` rows of an image each. It walks down
-the rows with all taps in registers. A row is loaded and widened once for all the products that it takes part in, while
-the next is on its way: sums of KERNEL rows are under way at a time, of which the topmost is complete when a row has been
-read.
+A program owns CHANNELS channels of PARTS strips: COLS columns and a piece of `rows` rows of a window each, the map
+where none is given. It walks down the rows with all taps in registers. A row is loaded and widened once for all the
+products that it takes part in, while the next is on its way, and one further down to the L2 cache. Sums of KERNEL rows
+are under way at a time, of which the topmost is complete when a row has been read.
 
 - `_forward` begins each sum with the bias. A residual is 1 more on the tap of the centre. GELU, where asked for, is
   applied as a row is written, and what precedes it is written too where a backward will need it.
@@ -13,6 +13,7 @@ read.
   added up by `_sum_tables`, always in the same order.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from densezoo.ops.depthwise.reference import depthwise_conv_reference
-from densezoo.ops.focal.kernels import _gelu, _gelu_slope, _normal
+from densezoo.ops.focal.kernels import _gelu, _gelu_slope, _normal, _wide
 from densezoo.ops.launch import Table
 from densezoo.ops.registration import register
 from torch import Tensor
@@ -28,15 +29,31 @@ from torch.utils.flop_counter import register_flop_formula
 
 
 @triton.jit
-def _strips(batch, width, channels, COLS: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
-    """A program's images, first columns and channels as (PARTS, CHANNELS), and which of them exist."""
+def _strips(
+    batch, width, window_width, channels, COLS: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr
+):  # fmt: skip
+    """A program's images, first columns and their windows' bounds, channels, and which of them exist."""
     blocks = tl.cdiv(channels, CHANNELS)
-    strips = tl.cdiv(width, COLS)
+    strips = tl.cdiv(window_width, COLS)
+    across = tl.cdiv(width, window_width) * strips
     tile = (tl.program_id(0) // blocks * PARTS + tl.arange(0, PARTS))[:, None]
     c = (tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+    exist = (tile < batch * across) & (c < channels)
     # Those that do not exist stand for the last one, for addresses to be valid.
-    last = tl.minimum(tile, batch * strips - 1)
-    return (last // strips).to(tl.int64), last % strips * COLS, c, (tile < batch * strips) & (c < channels)
+    tile = tl.minimum(tile, batch * across - 1)
+    begin = tile % across // strips * window_width
+    end = tl.minimum(begin + window_width, width)
+    return (tile // across).to(tl.int64), begin + tile % strips * COLS, begin, end, c, exist
+
+
+@triton.jit
+def _piece(height, window_height, rows):
+    """First and last row of a program, and of their window."""
+    pieces = tl.cdiv(window_height, rows)
+    begin = tl.program_id(1) // pieces * window_height
+    end = tl.minimum(begin + window_height, height)
+    top = tl.minimum(begin + tl.program_id(1) % pieces * rows, end)
+    return top, tl.minimum(top + rows, end), begin, end
 
 
 @triton.jit
@@ -52,19 +69,19 @@ def _taps(weight, c, exist, KERNEL: tl.constexpr, RESIDUAL: tl.constexpr, TURNED
 
 @triton.jit
 def _row(
-    x, row, top, bottom, left, width, exist, stride_h, STRIDE_W: tl.constexpr, FIRST: tl.constexpr,
+    x, row, top, bottom, left, begin, end, exist, stride_h, STRIDE_W: tl.constexpr, FIRST: tl.constexpr,
     COLS: tl.constexpr, FITS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Numbers of a row from column `left` + FIRST to as far beyond the strip; zero outside of the map and the rows."""
+    """Numbers of a row from column `left` + FIRST to as far beyond the strip; zero outside of window and rows."""
     here = exist & (row >= top) & (row < bottom)
     x += tl.cast(row, INDEX) * stride_h
     numbers = ()
     for i in tl.static_range(FIRST, COLS - FIRST):
         mask = here
         if i < 0:
-            mask = here & (left + i >= 0)
+            mask = here & (left + i >= begin)
         elif i >= COLS or not FITS:
-            mask = here & (left + i < width)
+            mask = here & (left + i < end)
         numbers = numbers + (tl.load(x + i * STRIDE_W, mask=mask, other=0.0),)
     return numbers
 
@@ -87,10 +104,10 @@ def _fetch(
 
 
 @triton.jit
-def _widen(numbers, COUNT: tl.constexpr):
+def _widen(numbers, COUNT: tl.constexpr, NARROW: tl.constexpr):
     new = ()
     for i in tl.static_range(COUNT):
-        new = new + (numbers[i].to(tl.float32),)
+        new = new + (_wide(numbers[i], NARROW),)
     return new
 
 
@@ -141,29 +158,28 @@ def _repeat(value, COUNT: tl.constexpr):
 
 @triton.jit
 def _write(
-    values, out, row, top, bottom, left, width, channels: tl.constexpr, exist, stride, GELU: tl.constexpr,
+    values, out, row, top, bottom, left, end, channels: tl.constexpr, exist, stride, GELU: tl.constexpr,
     NARROW: tl.constexpr, COLS: tl.constexpr, FITS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     here = exist & (row >= top) & (row < bottom)
     out += tl.cast(row, INDEX) * stride
     for i in tl.static_range(COLS):
-        mask = here if FITS else here & (left + i < width)
+        mask = here if FITS else here & (left + i < end)
         value = _gelu(values[i], NARROW) if GELU else values[i]
         tl.store(out + i * channels, value.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["batch", "height", "width", "rows"])
+@triton.jit(do_not_specialize=["batch", "height", "width", "window_height", "window_width", "rows"])
 def _forward(
-    x, weight, bias, out, before, batch, height, width, rows, stride_b, stride_h, channels: tl.constexpr,
-    STRIDE_W: tl.constexpr, KERNEL: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GELU: tl.constexpr,
-    SAVE: tl.constexpr, NARROW: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
-    FITS: tl.constexpr, INDEX: tl.constexpr, AHEAD: tl.constexpr,
+    x, weight, bias, out, before, batch, height, width, window_height, window_width, rows, stride_b, stride_h,
+    channels: tl.constexpr, STRIDE_W: tl.constexpr, KERNEL: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr, GELU: tl.constexpr, SAVE: tl.constexpr, NARROW: tl.constexpr, COLS: tl.constexpr,
+    PARTS: tl.constexpr, CHANNELS: tl.constexpr, FITS: tl.constexpr, INDEX: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    image, left, c, exist = _strips(batch, width, channels, COLS, PARTS, CHANNELS)
+    image, left, begin, end, c, exist = _strips(batch, width, window_width, channels, COLS, PARTS, CHANNELS)
     REACH: tl.constexpr = KERNEL // 2
     WIDE: tl.constexpr = COLS + 2 * REACH
-    top = tl.program_id(1) * rows
-    bottom = tl.minimum(top + rows, height)
+    top, bottom, start, stop = _piece(height, window_height, rows)
     stride = width * channels
     base = x + image * stride_b + (left.to(INDEX) * STRIDE_W + c)
     own = image * height * stride + (left.to(INDEX) * channels + c)
@@ -175,23 +191,23 @@ def _forward(
     if BIAS:
         first += tl.load(bias + c, mask=exist, other=0.0).to(tl.float32)
     sums = _repeat(first, KERNEL * COLS)
-    start = tl.maximum(top - REACH, 0)
-    end = tl.minimum(bottom + REACH, height)
+    start = tl.maximum(top - REACH, start)
+    stop = tl.minimum(bottom + REACH, stop)
     # The next row is under way while this one is worked on.
-    ahead = _row(base, start, 0, end, left, width, exist, stride_h, STRIDE_W, -REACH, COLS, FITS, INDEX)
+    ahead = _row(base, start, start, stop, left, begin, end, exist, stride_h, STRIDE_W, -REACH, COLS, FITS, INDEX)
     for y in range(start, bottom + REACH):
         _fetch(
             x, image, y, left, c, height, width, channels, stride_b, stride_h, STRIDE_W, COLS, CHANNELS, INDEX, AHEAD
         )  # fmt: skip
-        new = _row(base, y + 1, 0, end, left, width, exist, stride_h, STRIDE_W, -REACH, COLS, FITS, INDEX)
-        sums = _spread(sums, _widen(ahead, WIDE), taps, KERNEL, COLS)
+        new = _row(base, y + 1, start, stop, left, begin, end, exist, stride_h, STRIDE_W, -REACH, COLS, FITS, INDEX)
+        sums = _spread(sums, _widen(ahead, WIDE, NARROW), taps, KERNEL, COLS)
         row = y - REACH
         if SAVE:
             _write(
-                sums, before, row, top, bottom, left, width, channels, exist, stride, False, NARROW, COLS, FITS, INDEX
+                sums, before, row, top, bottom, left, end, channels, exist, stride, False, NARROW, COLS, FITS, INDEX
             )  # fmt: skip
         _write(
-            sums, out, row, top, bottom, left, width, channels, exist, stride, GELU, NARROW, COLS, FITS, INDEX
+            sums, out, row, top, bottom, left, end, channels, exist, stride, GELU, NARROW, COLS, FITS, INDEX
         )  # fmt: skip
         sums = _move_on(sums, _repeat(first, COLS), KERNEL, COLS)
         ahead = new
@@ -199,13 +215,13 @@ def _forward(
 
 @triton.jit
 def _gradients(
-    grad, before, row, end, left, width, exist, stride, channels: tl.constexpr, REACH: tl.constexpr,
+    grad, before, row, start, stop, left, begin, end, exist, stride, channels: tl.constexpr, REACH: tl.constexpr,
     GELU: tl.constexpr, COLS: tl.constexpr, FITS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """A row of the output's gradient, followed by what precedes the GELU where there is one."""
-    numbers = _row(grad, row, 0, end, left, width, exist, stride, channels, -REACH, COLS, FITS, INDEX)
+    numbers = _row(grad, row, start, stop, left, begin, end, exist, stride, channels, -REACH, COLS, FITS, INDEX)
     if GELU:
-        numbers += _row(before, row, 0, end, left, width, exist, stride, channels, -REACH, COLS, FITS, INDEX)
+        numbers += _row(before, row, start, stop, left, begin, end, exist, stride, channels, -REACH, COLS, FITS, INDEX)
     return numbers
 
 
@@ -214,26 +230,25 @@ def _through_gelu(numbers, COUNT: tl.constexpr, GELU: tl.constexpr, NARROW: tl.c
     """Widen a row of gradients, and take it through the GELU."""
     new = ()
     for i in tl.static_range(COUNT):
-        value = numbers[i].to(tl.float32)
+        value = _wide(numbers[i], NARROW)
         if GELU:
-            z = numbers[COUNT + i].to(tl.float32)
+            z = _wide(numbers[COUNT + i], NARROW)
             value *= _gelu_slope(z, _normal(z, NARROW))
         new = new + (value,)
     return new
 
 
-@triton.jit(do_not_specialize=["batch", "height", "width", "rows"])
+@triton.jit(do_not_specialize=["batch", "height", "width", "window_height", "window_width", "rows"])
 def _backward(
-    grad_out, x, weight, before, grad_x, partial, batch, height, width, rows, stride_b, stride_h,
-    channels: tl.constexpr, STRIDE_W: tl.constexpr, KERNEL: tl.constexpr, RESIDUAL: tl.constexpr, GELU: tl.constexpr,
-    NARROW: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr, FITS: tl.constexpr,
-    INDEX: tl.constexpr, AHEAD: tl.constexpr,
+    grad_out, x, weight, before, grad_x, partial, batch, height, width, window_height, window_width, rows,
+    stride_b, stride_h, channels: tl.constexpr, STRIDE_W: tl.constexpr, KERNEL: tl.constexpr,
+    RESIDUAL: tl.constexpr, GELU: tl.constexpr, NARROW: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr,
+    CHANNELS: tl.constexpr, FITS: tl.constexpr, INDEX: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    image, left, c, exist = _strips(batch, width, channels, COLS, PARTS, CHANNELS)
+    image, left, begin, end, c, exist = _strips(batch, width, window_width, channels, COLS, PARTS, CHANNELS)
     REACH: tl.constexpr = KERNEL // 2
     WIDE: tl.constexpr = COLS + 2 * REACH
-    top = tl.program_id(1) * rows
-    bottom = tl.minimum(top + rows, height)
+    top, bottom, start, stop = _piece(height, window_height, rows)
     stride = width * channels
     source = x + image * stride_b + (left.to(INDEX) * STRIDE_W + c)
     own = image * height * stride + (left.to(INDEX) * channels + c)
@@ -244,17 +259,20 @@ def _backward(
     taps = _taps(weight, c, exist, KERNEL, RESIDUAL, True)
     zero = tl.zeros((PARTS, CHANNELS), tl.float32)
     sums, products, total = _repeat(zero, KERNEL * COLS), _repeat(zero, KERNEL * KERNEL), zero
-    start = tl.maximum(top - REACH, 0)
-    end = tl.minimum(bottom + REACH, height)
+    start = tl.maximum(top - REACH, start)
+    stop = tl.minimum(bottom + REACH, stop)
     # Rows of the input that the first row of gradients joins; the last of them comes in the loop.
     window = _repeat(zero, COLS)
     for i in tl.static_range(1, KERNEL):
+        row = start + (i - 1 - REACH)
         numbers = _row(
-            source, start + (i - 1 - REACH), top, bottom, left, width, exist, stride_h, STRIDE_W, 0, COLS, FITS, INDEX
-        )
-        window += _widen(numbers, COLS)
-    joined = _row(source, start + REACH, top, bottom, left, width, exist, stride_h, STRIDE_W, 0, COLS, FITS, INDEX)
-    ahead = _gradients(grad, before, start, end, left, width, exist, stride, channels, REACH, GELU, COLS, FITS, INDEX)
+            source, row, top, bottom, left, begin, end, exist, stride_h, STRIDE_W, 0, COLS, FITS, INDEX
+        )  # fmt: skip
+        window += _widen(numbers, COLS, NARROW)
+    joined = _row(source, start + REACH, top, bottom, left, begin, end, exist, stride_h, STRIDE_W, 0, COLS, FITS, INDEX)
+    ahead = _gradients(
+        grad, before, start, start, stop, left, begin, end, exist, stride, channels, REACH, GELU, COLS, FITS, INDEX
+    )  # fmt: skip
     for y in range(start, bottom + REACH):
         _fetch(
             grad_out, image, y, left, c, height, width, channels, height * stride.to(tl.int64), stride, channels, COLS,
@@ -264,18 +282,18 @@ def _backward(
             x, image, y + REACH, left, c, height, width, channels, stride_b, stride_h, STRIDE_W, COLS, CHANNELS, INDEX,
             AHEAD,
         )  # fmt: skip
-        window = _move_on(window, _widen(joined, COLS), KERNEL, COLS)
+        window = _move_on(window, _widen(joined, COLS, NARROW), KERNEL, COLS)
         row = _through_gelu(ahead, WIDE, GELU, NARROW)
         # The next rows are under way while these are worked on.
         joined = _row(
-            source, y + (1 + REACH), top, bottom, left, width, exist, stride_h, STRIDE_W, 0, COLS, FITS, INDEX
+            source, y + (1 + REACH), top, bottom, left, begin, end, exist, stride_h, STRIDE_W, 0, COLS, FITS, INDEX
         )  # fmt: skip
         ahead = _gradients(
-            grad, before, y + 1, end, left, width, exist, stride, channels, REACH, GELU, COLS, FITS, INDEX
+            grad, before, y + 1, start, stop, left, begin, end, exist, stride, channels, REACH, GELU, COLS, FITS, INDEX
         )  # fmt: skip
         sums = _spread(sums, row, taps, KERNEL, COLS)
         _write(
-            sums, grad_x, y - REACH, top, bottom, left, width, channels, exist, stride, False, NARROW, COLS, FITS, INDEX
+            sums, grad_x, y - REACH, top, bottom, left, end, channels, exist, stride, False, NARROW, COLS, FITS, INDEX
         )  # fmt: skip
         products = _correlate(products, window, row, KERNEL, COLS)
         across = row[REACH]
@@ -297,7 +315,7 @@ def _sum_tables(
     partial, grad_weight, grad_bias, tables, channels, TAPS: tl.constexpr, BIAS: tl.constexpr, TABLES: tl.constexpr,
     COUNT: tl.constexpr,
 ):  # fmt: skip
-    """Add up the tables, (TAPS + 1, channels) each: TAPS rows for the weight, (channels, TAPS), and one for the bias."""
+    """Add up the tables, (TAPS + 1, channels) each: rows for the weight, (channels, TAPS), and one for the bias."""
     at = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
     size = (TAPS + 1) * channels
     acc = tl.zeros((TABLES, COUNT), tl.float32)
@@ -324,12 +342,12 @@ class _Launch(NamedTuple):
 
 # By kernel size: taps, sums under way and the rows at work fit the registers of a thread.
 LAUNCH = {
-    ("forward", 3): _Launch(7, 2, 4),
-    ("forward", 5): _Launch(7, 1, 4),
-    ("forward", 7): _Launch(4, 1, 4),
-    ("backward", 3): _Launch(7, 2, 4),
-    ("backward", 5): _Launch(4, 1, 4),
-    ("backward", 7): _Launch(2, 1, 4),
+    ("forward", 3): _Launch(7, 1, 4, 3),
+    ("forward", 5): _Launch(7, 1, 4, 3),
+    ("forward", 7): _Launch(4, 1, 4, 3),
+    ("backward", 3): _Launch(7, 1, 4, 3),
+    ("backward", 5): _Launch(4, 1, 4, 3, 128),
+    ("backward", 7): _Launch(2, 1, 4, 3),
 }
 LAUNCH = Table("depthwise_conv", LAUNCH)
 # Tables and their entries at a time, and warps.
@@ -344,18 +362,23 @@ HAS_PTX = torch.version.hip is None and not triton.knobs.runtime.interpret
 class _Problem:
     """How a call is cut into programs; the same for all calls alike."""
 
-    def __init__(self, kind: str, shape: torch.Size, strides: tuple, narrow: bool, kernel: int, launch=None):
+    def __init__(self, kind: str, shape: torch.Size, strides: tuple, narrow: bool, kernel: int, window: tuple):
         batch, height, width, channels = shape
-        launch = launch or LAUNCH[kind, kernel]
+        launch = LAUNCH[kind, kernel]
+        # A window that holds the map is the map.
+        sides = (min(side or size, size) for side, size in zip(window, (height, width), strict=True))
+        self.window = window_height, window_width = tuple(max(1, side) for side in sides)
+        cols = min(launch.cols, window_width)
         # A half block left empty would be wasted.
         block = min(32 if 0 < channels % 64 <= 32 else 64, triton.next_power_of_2(channels))
         parts = max(1, 32 * launch.warps * launch.vector // block)
-        strips = batch * triton.cdiv(width, launch.cols)
-        parts = min(parts, triton.next_power_of_2(strips))
+        strips = batch * triton.cdiv(width, window_width) * triton.cdiv(window_width, cols)
         groups, blocks = triton.cdiv(strips, parts), triton.cdiv(channels, block)
-        pieces = max(1, min(triton.cdiv(WARPS, groups * blocks * launch.warps), height // ROWS))
-        self.rows = triton.cdiv(height, pieces)
-        pieces = triton.cdiv(height, self.rows)
+        windows = triton.cdiv(height, window_height)
+        warps = max(1, groups * blocks * windows * launch.warps)
+        pieces = max(1, min(triton.cdiv(WARPS, warps), window_height // ROWS))
+        self.rows = triton.cdiv(window_height, pieces)
+        pieces = windows * triton.cdiv(window_height, self.rows)
         self.tables = groups * pieces
         self.grid = (groups * blocks, pieces)
         extent = max(
@@ -363,8 +386,8 @@ class _Problem:
             for each in (strides[1:], (width * channels, channels, 1))
         )
         self.constants = {
-            "channels": channels, "STRIDE_W": strides[2], "KERNEL": kernel, "NARROW": narrow, "COLS": launch.cols,
-            "PARTS": parts, "CHANNELS": block, "FITS": width % launch.cols == 0,
+            "channels": channels, "STRIDE_W": strides[2], "KERNEL": kernel, "NARROW": narrow, "COLS": cols,
+            "PARTS": parts, "CHANNELS": block, "FITS": width % window_width == 0 and window_width % cols == 0,
             # 32-bit offsets within an image halve the registers of addresses; images themselves are 64 bits apart.
             "INDEX": tl.int32 if extent < 2**30 else tl.int64,
             "AHEAD": launch.ahead if HAS_PTX else 0, "num_warps": launch.warps, "num_stages": 1,
@@ -380,49 +403,49 @@ def _dense(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _plan(kind: str, x: Tensor, weight: Tensor) -> _Problem:
+def _plan(kind: str, x: Tensor, weight: Tensor, window: list[int]) -> _Problem:
     narrow = HAS_PTX and x.dtype == torch.bfloat16
-    return _problem(kind, x.shape, x.stride(), narrow, weight.shape[-1])
+    return _problem(kind, x.shape, x.stride(), narrow, weight.shape[-1], tuple(window))
 
 
 def _depthwise_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, gelu: bool, saves: bool
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: list[int], residual: bool, gelu: bool,
+    saves: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     x, weight = _dense(x), weight.contiguous()
     out = x.new_empty(x.shape)
     before = x.new_empty(x.shape if gelu and saves else (0,))
-    plan, (batch, height, width, _) = _plan("forward", x, weight), x.shape
+    plan, (batch, height, width, _) = _plan("forward", x, weight, window), x.shape
     if out.numel():
         _forward[plan.grid](
-            x, weight, weight if bias is None else bias, out, before, batch, height, width, plan.rows, *x.stride()[:2],
-            BIAS=bias is not None, RESIDUAL=residual, GELU=gelu, SAVE=gelu and saves, **plan.constants,
+            x, weight, weight if bias is None else bias, out, before, batch, height, width, *plan.window, plan.rows,
+            *x.stride()[:2], BIAS=bias is not None, RESIDUAL=residual, GELU=gelu, SAVE=gelu and saves, **plan.constants,
         )  # fmt: skip
     return out, before
 
 
 def _depthwise_conv_backward(
     grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, before: Tensor,
-    residual: bool, gelu: bool, saves: bool,
+    window: list[int], residual: bool, gelu: bool, saves: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     x, weight, grad_out = _dense(x), weight.contiguous(), grad_out.contiguous()
-    grad_x, grad_weight = x.new_empty(x.shape), torch.empty_like(weight)
-    grad_bias = weight.new_empty(0) if bias is None else torch.empty_like(bias)
-    plan, (batch, height, width, channels) = _plan("backward", x, weight), x.shape
+    grad_x, grad_weight, grad_bias = _fake_backward(grad_out, x, weight, bias)
+    plan, (batch, height, width, channels) = _plan("backward", x, weight, window), x.shape
     taps = weight[0].numel()
     partial = torch.empty((plan.tables, taps + 1, channels), dtype=torch.float32, device=x.device)
     if x.numel():
         _backward[plan.grid](
-            grad_out, x, weight, before, grad_x, partial, batch, height, width, plan.rows, *x.stride()[:2],
-            RESIDUAL=residual, GELU=gelu, **plan.constants,
+            grad_out, x, weight, before, grad_x, partial, batch, height, width, *plan.window, plan.rows,
+            *x.stride()[:2], RESIDUAL=residual, GELU=gelu, **plan.constants,
         )  # fmt: skip
-    _sum_tables[triton.cdiv(partial[0].numel(), SUM[1]),](
-        partial, grad_weight, grad_bias, plan.tables if x.numel() else 0, channels, taps, bias is not None, *SUM[:2],
+    _sum_tables[triton.cdiv((taps + 1) * channels, SUM[1]),](
+        partial, grad_weight, grad_bias, plan.tables, channels, taps, bias is not None, *SUM[:2],
         num_warps=SUM[2],
     )  # fmt: skip
     return grad_x, grad_weight, grad_bias
 
 
-def _fake(x, weight, bias, residual, gelu, saves):
+def _fake(x, weight, bias, window, residual, gelu, saves):
     return x.new_empty(x.shape), x.new_empty(x.shape if gelu and saves else (0,))
 
 
@@ -431,10 +454,10 @@ def _fake_backward(grad_out, x, weight, bias, *others):
     return x.new_empty(x.shape), weight.new_empty(weight.shape), grad_bias
 
 
-def _reference(x, weight, bias, residual, gelu, saves):
+def _reference(x, weight, bias, window, residual, gelu, saves):
     dtype = x.dtype if x.dtype == torch.float64 else torch.float32
     tensors = (t if t is None else t.to(dtype) for t in (x, weight, bias))
-    return depthwise_conv_reference(*tensors, residual, gelu).to(x.dtype)
+    return depthwise_conv_reference(*tensors, [side or None for side in window], residual, gelu).to(x.dtype)
 
 
 _call = register(
@@ -454,9 +477,9 @@ def _(grad_out, x, weight, *args, **kwargs) -> int:
     return 4 * x.numel() * weight[2:].numel()
 
 
-def depthwise_conv_triton(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, gelu: bool) -> Tensor:
+def depthwise_conv_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: Sequence[int | None], residual: bool, gelu: bool
+) -> Tensor:
     """Compute `densezoo.ops.depthwise_conv` with the kernels; arguments checked."""
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias)
-    )
-    return _call(x, weight, bias, residual, gelu, gelu and needs_grad)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    return _call(x, weight, bias, [side or 0 for side in window], residual, gelu, gelu and needs_grad)
