@@ -13,6 +13,7 @@ from densezoo.ops import (
     depthwise_conv,
     focal_modulation,
     focused_linear_attention,
+    layer_norm,
 )
 from densezoo.ops.agent.reference import agent_attention_reference
 from densezoo.ops.channel.reference import channel_attention_reference
@@ -36,7 +37,7 @@ def channel_attention_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
         yield Case(f"channel_attention {batch}, {height}x{width}, {heads}x32", inputs, ways, check)
 
 
-# Shapes, size and options: DaViT-T's encodings and PVTv2's MLPs at 224, FLatten's values, and DaViT-T's first at 800x1216.
+# Shapes, sizes and options: DaViT-T's encodings, PVTv2's MLPs and FLatten's values at 224, DaViT-T's first at 800x1216.
 DEPTHWISE = [
     *(((128, side, side, dim), 3, (True, False)) for side, dim in ((56, 96), (28, 192), (14, 384), (7, 768))),
     *(((128, side, side, dim), 3, (False, True)) for side, dim in ((56, 512), (28, 1024), (14, 1280), (7, 2048))),
@@ -134,6 +135,21 @@ def agent_attention_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
         yield Case(f"agent_attention 128, {tokens}, {heads}x{dim}, {agents} agents", inputs, ways, check)
 
 
+def layer_norm_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """Layer norm: DaViT-T's stages at 224, and the first at 800x1216; the kernel is the backward of compiled graphs."""
+    shapes = [(128, 56, 56, 96), (128, 28, 28, 192), (128, 14, 14, 384), (128, 7, 7, 768), (2, 200, 304, 96)]
+    for batch, height, width, dim in shapes:
+        x = torch.randn(batch, height, width, dim, device=device, dtype=dtype)
+        inputs = (x, torch.rand(dim, device=device) + 0.5, torch.randn(dim, device=device))
+
+        def reference(x, weight, bias):
+            return torch.nn.functional.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype))
+
+        ways = {"densezoo": torch.compile(layer_norm, dynamic=False), **reference_ways(reference)}
+        check = partial(worst_error, layer_norm, [x[:1], *inputs[1:]])
+        yield Case(f"layer_norm {batch}, {height}x{width}x{dim}", inputs, ways, check)
+
+
 OPERATORS: dict[str, Callable[[torch.dtype, str], Iterator[Case]]] = {
     "na2d": na2d_cases,
     "window_attention": window_attention_cases,
@@ -144,4 +160,5 @@ OPERATORS: dict[str, Callable[[torch.dtype, str], Iterator[Case]]] = {
     "agent_attention": agent_attention_cases,
     "quadtree_attention": quadtree_attention_cases,
     "ms_deform_attn": ms_deform_attn_cases,
+    "layer_norm": layer_norm_cases,
 }

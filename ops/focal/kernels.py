@@ -30,9 +30,14 @@ import torch
 import triton
 import triton.language as tl
 from densezoo.ops.focal.reference import focal_modulation_reference
+from densezoo.ops.launch import Table
 from densezoo.ops.registration import register
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+# Not told apart by whether 16 divides them, which would only mean more kernels to compile: threads read single numbers.
+STRIDES = ["stride_b", "stride_h", "stride_w"]
+GATE_STRIDES = ["gate_stride_b", "gate_stride_h", "gate_stride_w"]
 
 
 @triton.jit
@@ -208,7 +213,7 @@ def _write_level(
     return total
 
 
-@triton.jit(do_not_specialize=["first", "height", "width", "rows"])
+@triton.jit(do_not_specialize=["first", "height", "width", "rows", *STRIDES])
 def _level(
     x, weights, level, partial, first, height, width, channels, rows, stride_b, stride_h, stride_w,
     KERNEL: tl.constexpr, IS_FIRST: tl.constexpr, IS_LAST: tl.constexpr, NARROW: tl.constexpr, COLS: tl.constexpr,
@@ -280,7 +285,7 @@ def _backward_average(
     tl.store(from_mean + image * channels + c, grad, mask=c < channels)
 
 
-@triton.jit(do_not_specialize=["positions", "width"])
+@triton.jit(do_not_specialize=["positions", "width", *GATE_STRIDES])
 def _combine(
     levels, gates, mean, out, positions, width, channels, factor, level_stride,
     gate_stride_b, gate_stride_h, gate_stride_w,
@@ -302,7 +307,7 @@ def _combine(
     tl.store(out + at, (acc * factor).to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["positions", "width"])
+@triton.jit(do_not_specialize=["positions", "width", *GATE_STRIDES])
 def _backward_mean(
     grad_out, gates, partial, positions, width, channels, factor, gate_stride_b, gate_stride_h, gate_stride_w,
     LEVELS: tl.constexpr, NARROW: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
@@ -320,7 +325,7 @@ def _backward_mean(
     tl.store(partial + (image * tiles + tile) * channels + c, tl.sum(grad * gate[:, None], 0) * factor, mask=exist)
 
 
-@triton.jit(do_not_specialize=["positions", "width"])
+@triton.jit(do_not_specialize=["positions", "width", *GATE_STRIDES])
 def _backward_gates(
     grad_out, gates, levels, mean, from_mean, grad_level, grad_gates, positions, width, channels, factor, level_stride,
     gate_stride_b, gate_stride_h, gate_stride_w,
@@ -390,7 +395,7 @@ def _write_gradients(
         tl.store(grad_x + (left + i).to(INDEX) * channels, grad.to(grad_x.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["first", "height", "width", "rows"])
+@triton.jit(do_not_specialize=["first", "height", "width", "rows", *GATE_STRIDES])
 def _backward_level(
     grad_level, weights, z, grad_out, gates, grad_x, first, height, width, channels, rows, factor,
     gate_stride_b, gate_stride_h, gate_stride_w,
@@ -469,7 +474,7 @@ def _correlate(sums, window, row, KERNEL: tl.constexpr, COLS: tl.constexpr):
     return new
 
 
-@triton.jit(do_not_specialize=["batch", "images", "height", "width", "rows"])
+@triton.jit(do_not_specialize=["batch", "images", "height", "width", "rows", *STRIDES])
 def _backward_weight(
     grad_level, x, partial, batch, images, height, width, channels, rows, stride_b, stride_h, stride_w,
     IS_FIRST: tl.constexpr, KERNEL: tl.constexpr, NARROW: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -536,16 +541,26 @@ class _Walk(NamedTuple):
     registers: int | None = None
 
 
-COMBINE = _Launch(8, 128, 4)
-MEAN = _Launch(128, 64, 4)
-GATES = _Launch(8, 128, 4)
-# Tiles and channels at a time.
-MEANS = _Launch(32, 32, 1)
-TABLE = _Launch(256, 32, 8)
-# By kernel size: taps, sums under way and a row's numbers fit the registers of a thread.
-LEVEL = {3: _Walk(7), 5: _Walk(7, 168), 7: _Walk(7, 168)}
-BACKWARD_LEVEL = {3: _Walk(7), 5: _Walk(4, 128), 7: _Walk(4, 168)}
-BACKWARD_WEIGHT = {3: _Walk(4), 5: _Walk(4, 128), 7: _Walk(2, 128)}
+# Measured on an H200.
+LAUNCH = {
+    "combine": _Launch(8, 128, 4),
+    "mean": _Launch(128, 64, 4),
+    "gates": _Launch(8, 128, 4),
+    # Tiles and channels at a time.
+    "means": _Launch(32, 32, 1),
+    "table": _Launch(256, 32, 8),
+    # By kernel size: taps, sums under way and a row's numbers fit the registers of a thread.
+    ("level", 3): _Walk(7),
+    ("level", 5): _Walk(7, 168),
+    ("level", 7): _Walk(7, 168),
+    ("backward_level", 3): _Walk(7),
+    ("backward_level", 5): _Walk(4, 128),
+    ("backward_level", 7): _Walk(4, 168),
+    ("backward_weight", 3): _Walk(4),
+    ("backward_weight", 5): _Walk(4, 128),
+    ("backward_weight", 7): _Walk(2, 128),
+}
+LAUNCH = Table("focal_modulation", LAUNCH)
 # A warp takes a strip: a channel a thread.
 CHANNELS = 32
 # Rows fetched into the L2 cache before their turn: a program's own loads are too few to hide the way to memory.
@@ -558,9 +573,9 @@ PROGRAMS = 4096
 ROWS = 8
 
 
-def _walk(table: dict, size: int) -> _Walk:
+def _walk(name: str, size: int) -> _Walk:
     """Return the launch settings of a kernel size; few are wider than those of the table, or have no neighbours."""
-    return table.get(size) or _Walk(7 if size < 3 else 2 if size <= 9 else 1)
+    return LAUNCH[name, size] if (name, size) in LAUNCH else _Walk(7 if size < 3 else 2 if size <= 9 else 1)
 
 
 class _Strips(NamedTuple):
@@ -601,17 +616,22 @@ class _Problem:
         )
         self.index = tl.int32 if extent < 2**30 else tl.int64
         self.positions = self.height * self.width
-        self.combine, self.mean, self.gates = self._tiles(COMBINE), self._tiles(MEAN), self._tiles(GATES, True)
-        constants = {"TILES": MEANS.positions, "CHANNELS": MEANS.channels, "num_warps": MEANS.warps}
-        self.means = _Tiles(1, (triton.cdiv(self.channels, MEANS.channels), self.batch), constants)
+        self.combine, self.mean, self.gates = (
+            self._tiles(LAUNCH["combine"]),
+            self._tiles(LAUNCH["mean"]),
+            self._tiles(LAUNCH["gates"], True),
+        )
+        means = LAUNCH["means"]
+        constants = {"TILES": means.positions, "CHANNELS": means.channels, "num_warps": means.warps}
+        self.means = _Tiles(1, (triton.cdiv(self.channels, means.channels), self.batch), constants)
         self.level, self.backward_level, self.backward_weight = [], [], []
         for level, size in enumerate(sizes):
             flags = {"KERNEL": size, "IS_FIRST": level == 0, "IS_LAST": level == self.levels - 1}
-            self.level.append(self._strips(_walk(LEVEL, size), flags))
+            self.level.append(self._strips(_walk("level", size), flags))
             flags = {"KERNEL": size, "LEVEL": level}
-            self.backward_level.append(self._strips(_walk(BACKWARD_LEVEL, size), flags))
+            self.backward_level.append(self._strips(_walk("backward_level", size), flags))
             flags = {"KERNEL": size, "IS_FIRST": level == 0}
-            self.backward_weight.append(self._strips(_walk(BACKWARD_WEIGHT, size), flags))
+            self.backward_weight.append(self._strips(_walk("backward_weight", size), flags))
 
     def _tiles(self, launch: _Launch, takes_all_channels: bool = False) -> _Tiles:
         channels = min(launch.channels, triton.next_power_of_2(self.channels))
@@ -701,7 +721,7 @@ def _focal_modulation_backward(
         *plan.gate_strides, **plan.gates.constants,
     )  # fmt: skip
 
-    grad_weights = torch.empty_like(weights)
+    grad_weights, table = torch.empty_like(weights), LAUNCH["table"]
     for level in reversed(range(len(sizes))):
         x, first, strips = inputs[level], plan.starts[level], plan.backward_weight[level]
         groups, count = triton.cdiv(batch, strips.images), sizes[level] ** 2 * channels
@@ -710,9 +730,9 @@ def _focal_modulation_backward(
             grad_level, x, partial, batch, strips.images, height, width, channels, strips.rows,
             *(plan.dense if level else plan.strides), **strips.constants,
         )  # fmt: skip
-        _sum_rows[triton.cdiv(count, TABLE.channels),](
-            partial, grad_weights, first * channels, len(partial), count, TABLE.positions, TABLE.channels,
-            num_warps=TABLE.warps,
+        _sum_rows[triton.cdiv(count, table.channels),](
+            partial, grad_weights, first * channels, len(partial), count, table.positions, table.channels,
+            num_warps=table.warps,
         )  # fmt: skip
         strips = plan.backward_level[level]
         _backward_level[strips.programs, batch](

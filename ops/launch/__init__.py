@@ -26,6 +26,12 @@ def file_here() -> Path | None:
     return FOLDER / "sm_{}{}.json".format(*torch.cuda.get_device_capability())
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a GPU has; 1 of a CPU, on which the interpreter runs kernels."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def entry_name(key: Hashable) -> str:
     """Return how files name an entry."""
     return " ".join(map(str, key)) if isinstance(key, tuple) else str(key)

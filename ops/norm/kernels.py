@@ -5,12 +5,12 @@ input once, reduces each row for the input's gradient, and adds up, in registers
 weight and bias. Those partial sums, two rows of channels a program, are added by torch, always in the same order.
 """
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops.launch import Table, multiprocessors
 from densezoo.ops.registration import define
 from torch import Tensor
 
@@ -57,12 +57,7 @@ class _Launch(NamedTuple):
 
 
 # Measured on an H200.
-LAUNCH = {"backward": _Launch(1024, 2, 2, 16)}
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+LAUNCH = Table("layer_norm", {"backward": _Launch(1024, 2, 2, 16)})
 
 
 def _layer_norm_backward(
@@ -73,7 +68,7 @@ def _layer_norm_backward(
     x, grad_out = x.contiguous(), grad_out.contiguous()
     rows, block = x.numel() // channels, triton.next_power_of_2(channels)
     tile = max(1, launch.elements // block)
-    programs = max(1, min(triton.cdiv(rows, tile), launch.programs * _multiprocessors(x.device)))
+    programs = max(1, min(triton.cdiv(rows, tile), launch.programs * multiprocessors(x.device)))
     grad_x = x.new_empty(x.shape)
     partial = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
     _backward[programs,](

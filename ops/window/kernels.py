@@ -17,13 +17,13 @@ Positions beyond the window, which fill up its tile, and beyond the map are seen
 they see every key, so that no softmax is empty; their results are dropped. Scores are in base 2, scaled by log2(e).
 """
 
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from densezoo.ops.launch import Table
+from densezoo.ops.launch import Table, multiprocessors
 from densezoo.ops.registration import register
 from densezoo.ops.window.reference import window_attention_reference
 from torch import Tensor
@@ -487,11 +487,6 @@ TILE_BYTES = 2**14
 BINS = 64
 
 
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def _tile(dim: int, dtype: torch.dtype, has_bias: bool, rows: int, cols: int) -> tuple[int, bool]:
     """Return the positions of a tile, and whether it holds a whole window of `rows` x `cols`."""
     most = TILE_BYTES // (_block_dim(dim) * dtype.itemsize)
@@ -561,7 +556,7 @@ class _Problem:
 
     def _groups(self, name: str, owners: int) -> int:
         """Return how many programs share the windows of each owner, so that all have the same number but one."""
-        most = max(1, LAUNCH[name].programs * _multiprocessors(self.device) // owners)
+        most = max(1, LAUNCH[name].programs * multiprocessors(self.device) // owners)
         return -(-self.items // max(1, -(-self.items // most)))
 
 
