@@ -264,9 +264,9 @@ def _backward(
     # Rows of the input that the first row of gradients joins; the last of them comes in the loop.
     window = _repeat(zero, COLS)
     for i in tl.static_range(1, KERNEL):
-        row = start + (i - 1 - REACH)
+        above = start + (i - 1 - REACH)
         numbers = _row(
-            source, row, top, bottom, left, begin, end, exist, stride_h, STRIDE_W, 0, COLS, FITS, INDEX
+            source, above, top, bottom, left, begin, end, exist, stride_h, STRIDE_W, 0, COLS, FITS, INDEX
         )  # fmt: skip
         window += _widen(numbers, COLS, NARROW)
     joined = _row(source, start + REACH, top, bottom, left, begin, end, exist, stride_h, STRIDE_W, 0, COLS, FITS, INDEX)
