@@ -22,6 +22,7 @@ from densezoo.backbones.staged import (
     rename_keys,
 )
 from densezoo.ops import channel_attention_qkv, window_attention
+from densezoo.ops.depthwise import DepthwiseConv
 from densezoo.ops.mlp import Mlp
 from densezoo.ops.norm import LayerNorm, PreNorm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -35,11 +36,11 @@ class PositionEncoding(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.proj = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.proj = DepthwiseConv(dim, residual=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a map of the shape of `x`."""
-        return x + self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.proj(x)
 
 
 class WindowAttention(nn.Module):

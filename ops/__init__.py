@@ -4,6 +4,7 @@ from densezoo.ops.agent import agent_attention
 from densezoo.ops.backend import get_backend, set_backend
 from densezoo.ops.channel import channel_attention, channel_attention_qkv
 from densezoo.ops.deformable import ms_deform_attn
+from densezoo.ops.depthwise import depthwise_conv
 from densezoo.ops.focal import focal_modulation
 from densezoo.ops.linear import focused_linear_attention
 from densezoo.ops.mlp import mlp
@@ -16,6 +17,7 @@ __all__ = [
     "agent_attention",
     "channel_attention",
     "channel_attention_qkv",
+    "depthwise_conv",
     "focal_modulation",
     "focused_linear_attention",
     "get_backend",
