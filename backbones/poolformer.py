@@ -24,7 +24,10 @@ from densezoo.backbones.staged import (
     resize_tokens,
     square_side,
 )
+from densezoo.ops import pool_mix
 from densezoo.ops.backend import is_exporting
+from densezoo.ops.pooling import add_branch
+from densezoo.ops.pooling.reference import map_norm, pool_less_self
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -42,8 +45,7 @@ class GroupNorm1(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a map of the shape of `x`."""
-        x = F.layer_norm(x, x.shape[1:], eps=self.eps) * self.weight
-        return x if self.bias is None else x + self.bias
+        return map_norm(x, self.weight, self.bias, self.eps)
 
 
 class FinalNorm(GroupNorm1):
@@ -78,18 +80,12 @@ class FinalNorm(GroupNorm1):
             self._pool_first = bool(state_dict[f"{prefix}order"])
 
 
-def _sum_of_neighbours(x: Tensor) -> Tensor:
-    padded = F.pad(x.permute(0, 3, 1, 2), (1, 1, 1, 1))
-    return F.avg_pool2d(padded, 3, stride=1, divisor_override=1).permute(0, 2, 3, 1)
-
-
 class Pooling(nn.Module):
     """Mean of the 3x3 neighbours inside a map (B, H, W, dim), less the position itself."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a map of the shape of `x`."""
-        # Padded apart: PyTorch's own padding gives a wrong gradient on a GPU where channels are last (issue 188344).
-        return _sum_of_neighbours(x) / _sum_of_neighbours(torch.ones_like(x[:1, :, :, :1])) - x
+        return pool_less_self(x)
 
 
 class Attention(nn.Module):
@@ -219,14 +215,40 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a map of the shape of `x`."""
-        for norm, layer, layer_scale, res_scale in (
-            (self.norm1, self.token_mixer, self.layer_scale_1, self.res_scale_1),
-            (self.norm2, self.mlp, self.layer_scale_2, self.res_scale_2),
-        ):
-            y = layer(norm(x))
-            y = self.drop_path(y if layer_scale is None else layer_scale * y)
-            x = (x if res_scale is None else res_scale * x) + y
-        return x
+        if type(self.token_mixer) is Pooling and type(self.norm1) is GroupNorm1 and self.res_scale_1 is None:
+            first, second = self.norm1, self.norm2
+            x, y = pool_mix(
+                x, first.weight, first.bias, second.weight, second.bias, first.eps,
+                layer_scale=self.layer_scale_1, drop=self._drop(x),
+            )  # fmt: skip
+        else:
+            x = self._add(x, self.token_mixer(self.norm1(x)), self.layer_scale_1, self.res_scale_1)
+            y = self.norm2(x)
+        if self._folds(y):
+            # The scale of the MLP's last layer gives its gradient without a pass over the map.
+            scale, mlp = self.layer_scale_2, self.mlp
+            y = F.linear(mlp.act(mlp.fc1(y)), scale[:, None] * mlp.fc2.weight)
+            return add_branch(x, y, scale * mlp.fc2.bias, self._drop(x))
+        return self._add(x, self.mlp(y), self.layer_scale_2, self.res_scale_2)
+
+    def _add(self, x: Tensor, y: Tensor, layer_scale: Tensor | None, res_scale: Tensor | None) -> Tensor:
+        y = self.drop_path(y if layer_scale is None else layer_scale * y)
+        return (x if res_scale is None else res_scale * x) + y
+
+    def _drop(self, x: Tensor) -> Tensor | None:
+        """Return what stochastic depth multiplies a branch of `x` by, (B, 1, 1, 1); None for 1."""
+        if not self.training or isinstance(self.drop_path, nn.Identity):
+            return None
+        return self.drop_path(x.new_ones(x.shape[0], 1, 1, 1))
+
+    def _folds(self, x: Tensor) -> bool:
+        """Return whether the MLP of `x` takes the layer scale into its last weight: float16 does not hold it there."""
+        if self.layer_scale_2 is None or self.res_scale_2 is not None or is_exporting():
+            return False
+        device = x.device.type
+        # Of tensors without data autocast knows nothing.
+        is_autocast = device != "meta" and torch.is_autocast_enabled(device)
+        return (torch.get_autocast_dtype(device) if is_autocast else x.dtype) != torch.float16
 
 
 class PatchEmbed(nn.Module):

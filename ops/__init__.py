@@ -10,6 +10,7 @@ from densezoo.ops.linear import focused_linear_attention
 from densezoo.ops.mlp import mlp
 from densezoo.ops.neighborhood import na2d, na2d_qkv
 from densezoo.ops.norm import layer_norm
+from densezoo.ops.pooling import pool_mix
 from densezoo.ops.quadtree import quadtree_attention
 from densezoo.ops.window import window_attention
 
@@ -26,6 +27,7 @@ __all__ = [
     "ms_deform_attn",
     "na2d",
     "na2d_qkv",
+    "pool_mix",
     "quadtree_attention",
     "set_backend",
     "window_attention",

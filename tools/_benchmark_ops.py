@@ -14,12 +14,15 @@ from densezoo.ops import (
     focal_modulation,
     focused_linear_attention,
     layer_norm,
+    pool_mix,
 )
 from densezoo.ops.agent.reference import agent_attention_reference
 from densezoo.ops.channel.reference import channel_attention_reference
 from densezoo.ops.depthwise.reference import depthwise_conv_reference
 from densezoo.ops.focal.reference import focal_modulation_reference
 from densezoo.ops.linear.reference import focused_linear_attention_reference
+from densezoo.ops.pooling import add_branch
+from densezoo.ops.pooling.reference import pool_mix_reference
 
 
 def channel_attention_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
@@ -150,6 +153,26 @@ def layer_norm_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
         yield Case(f"layer_norm {batch}, {height}x{width}x{dim}", inputs, ways, check)
 
 
+def pool_mix_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """A PoolFormer block but its MLP: the stages of PoolFormer-S12 at 224, and the first at 800x1216."""
+    shapes = [(128, 56, 56, 64), (128, 28, 28, 128), (128, 14, 14, 320), (128, 7, 7, 512), (2, 200, 304, 64)]
+    for batch, height, width, dim in shapes:
+        x = torch.randn(batch, height, width, dim, device=device, dtype=dtype)
+        inputs = (x, *(torch.rand(5, dim, device=device, dtype=dtype) + 0.5).unbind())
+
+        def run(x, layer_scale, weight, next_weight, next_bias, bias):
+            mixed, normed = pool_mix(x, weight, None, next_weight, next_bias, layer_scale=layer_scale)
+            return add_branch(mixed, normed, bias)
+
+        def reference(x, layer_scale, weight, next_weight, next_bias, bias):
+            mixed, normed = pool_mix_reference(x, (weight, None, next_weight, next_bias), 1e-5, layer_scale, None)
+            return mixed + (normed + bias)
+
+        ways = {"densezoo": torch.compile(run, dynamic=False), **reference_ways(reference)}
+        check = partial(worst_error, run, [x[:1], *inputs[1:]])
+        yield Case(f"pool_mix {batch}, {height}x{width}x{dim}", inputs, ways, check)
+
+
 OPERATORS: dict[str, Callable[[torch.dtype, str], Iterator[Case]]] = {
     "na2d": na2d_cases,
     "window_attention": window_attention_cases,
@@ -161,4 +184,5 @@ OPERATORS: dict[str, Callable[[torch.dtype, str], Iterator[Case]]] = {
     "quadtree_attention": quadtree_attention_cases,
     "ms_deform_attn": ms_deform_attn_cases,
     "layer_norm": layer_norm_cases,
+    "pool_mix": pool_mix_cases,
 }

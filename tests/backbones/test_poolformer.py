@@ -250,3 +250,24 @@ def test_wrong_arguments_are_named():
     ):
         with pytest.raises(ValueError, match=f"^{named}"):
             build("densezoo_poolformer_s12", **kwargs)
+
+
+@pytest.mark.parametrize("dtype, allowed", [(torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
+@torch.no_grad()
+def test_small_layer_scales_under_autocast(dtype, allowed):
+    """Taken into the weights of the MLP, those of the larger sizes would be less than float16 holds."""
+    block = build("densezoo_poolformer_s12", layer_scale=1e-7).stages[0].blocks[0].float()
+    nn.init.normal_(block.norm2.bias)
+    x = torch.full((1, 4, 4, 8), 1e-6)
+    expected = block(x) - x
+    with torch.autocast("cpu", dtype):
+        got = block(x) - x
+    assert (got - expected).norm() < allowed * expected.norm()
+
+
+def test_stochastic_depth_leaves_whole_branches_out():
+    block = build("densezoo_poolformer_s12", drop_path_rate=0.5).stages[-1].blocks[0].train()
+    randomise(block).train()
+    x = torch.randn(16, 3, 3, 64, dtype=torch.float64)
+    kept = (block(x) != x).flatten(1).any(1)
+    assert 0 < kept.sum() < 16
