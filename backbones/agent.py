@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from densezoo.backbones.cswin import CSwin, convolve
+from densezoo.backbones.cswin import CSwin
 from densezoo.backbones.dinat_s import PatchEmbed
 from densezoo.backbones.nat import spread_drop_path
 from densezoo.backbones.pvt import NORM_EPS, PVT, Block
@@ -30,8 +30,10 @@ from densezoo.backbones.staged import (
 from densezoo.backbones.swin import Swin, resize_bias_table
 from densezoo.ops import agent_attention
 from densezoo.ops.backend import is_exporting
+from densezoo.ops.depthwise import DepthwiseConv
+from densezoo.ops.mlp import Mlp
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import Mlp, global_pool_nlc
+from timm.layers import global_pool_nlc
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -160,12 +162,12 @@ class AgentAttention(AgentBase):
             self.q = nn.Linear(dim, dim)
             self.kv = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.dwc = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.dwc = DepthwiseConv(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a map of the shape of `x`."""
         q, k, v = self.qkv(x).chunk(3, -1) if self.fused else (self.q(x), *self.kv(x).chunk(2, -1))
-        return self.proj(self.attend(q, k, v) + convolve(self.dwc, v))
+        return self.proj(self.attend(q, k, v) + self.dwc(v))
 
 
 class CSwinAgentAttention(AgentBase):
@@ -173,12 +175,12 @@ class CSwinAgentAttention(AgentBase):
 
     def __init__(self, dim: int, num_heads: int, map_size: int, agent_num: int, agent_size: int | None):
         super().__init__(dim, num_heads, map_size, agent_num, agent_size)
-        self.get_v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.get_v = DepthwiseConv(dim)
 
     def forward(self, qkv: Tensor) -> Tensor:
         """Return the map."""
         q, k, v = qkv.chunk(3, -1)
-        return self.attend(q, k, v) + convolve(self.get_v, v)
+        return self.attend(q, k, v) + self.get_v(v)
 
 
 class DeiTAgentAttention(AgentBase):
@@ -193,14 +195,14 @@ class DeiTAgentAttention(AgentBase):
         self.ca_bias = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, num_heads, 1, agent_num), std=0.02))
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.dwc = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.dwc = DepthwiseConv(dim)
 
     def forward(self, x: Tensor, height: int | torch.SymInt, width: int | torch.SymInt) -> Tensor:
         """Return tokens of the shape of `x`."""
         q, k, v = self.qkv(x).chunk(3, -1)
         query_map, value_map = (t[:, 1:].unflatten(1, (height, width)) for t in (q, v))
         x = self.attend_tokens(q, k, v, pool_map(query_map, self.agent_size).flatten(1, 2), height, width)
-        return self.proj(x + F.pad(convolve(self.dwc, value_map).flatten(1, 2), (0, 0, 1, 0)))
+        return self.proj(x + F.pad(self.dwc(value_map).flatten(1, 2), (0, 0, 1, 0)))
 
     def position_biases(self, height: int | torch.SymInt, width: int | torch.SymInt) -> tuple[Tensor, Tensor]:
         """Return the biases (heads, agents, 1 + height * width) and (heads, 1 + height * width, agents)."""

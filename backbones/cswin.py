@@ -6,8 +6,10 @@ import torch
 from densezoo.backbones.nat import spread_drop_path
 from densezoo.backbones.staged import Blocks, StagedBackbone, check_per_stage, init_weights, square_side
 from densezoo.ops import window_attention
+from densezoo.ops.depthwise import DepthwiseConv
+from densezoo.ops.mlp import Mlp
 from densezoo.ops.norm import LayerNorm, PreNorm
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 
@@ -30,30 +32,15 @@ class LePEAttention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"num_heads: got {num_heads}, expected a divisor of dim {dim}")
         self.num_heads = num_heads
-        self.axis = axis
-        self.width = width
-        self.get_v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        # Stripes as rows and columns; None for the whole side.
+        self.window_size = (width if axis == 1 else None, width if axis == 2 else None)
+        self.get_v = DepthwiseConv(dim, window_size=self.window_size)
 
     def forward(self, qkv: Tensor) -> Tensor:
         """Return the map."""
-        window = list(qkv.shape[1:3])
-        value = qkv.chunk(3, -1)[2]
-        if self.axis is None:
-            local = convolve(self.get_v, value)
-        else:
-            window[self.axis - 1] = self.width
-            local = self._convolve_stripes(value)
-        return window_attention(qkv, num_heads=self.num_heads, window_size=tuple(window)) + local
-
-    def _convolve_stripes(self, x: Tensor) -> Tensor:
-        """Convolve each stripe of a map by itself: a line of zeros after each keeps it from the next."""
-        size = x.shape[self.axis]
-        position = torch.arange(size, device=x.device)
-        position = position + position // self.width
-        shape = list(x.shape)
-        shape[self.axis] = size + (size - 1) // self.width
-        x = x.new_zeros(shape).index_copy(self.axis, position, x)
-        return convolve(self.get_v, x).index_select(self.axis, position)
+        window = tuple(side or size for side, size in zip(self.window_size, qkv.shape[1:3], strict=True))
+        y = window_attention(qkv, num_heads=self.num_heads, window_size=window)
+        return y + self.get_v(qkv.chunk(3, -1)[2])
 
 
 def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:

@@ -21,10 +21,12 @@ from densezoo.backbones.staged import (
     pretrained_filter,
     rename_keys,
 )
-from densezoo.ops import channel_attention, window_attention
+from densezoo.ops import channel_attention_qkv, window_attention
+from densezoo.ops.depthwise import DepthwiseConv
+from densezoo.ops.mlp import Mlp
 from densezoo.ops.norm import LayerNorm, PreNorm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -34,11 +36,11 @@ class PositionEncoding(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.proj = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.proj = DepthwiseConv(dim, residual=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a map of the shape of `x`."""
-        return x + self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.proj(x)
 
 
 class WindowAttention(nn.Module):
@@ -79,11 +81,11 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a map of the shape of `x`."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         if self.florence:
-            x = channel_attention(q, k, v, scale=(x.shape[1] * x.shape[2]) ** -0.5)
+            x = channel_attention_qkv(qkv, scale=(x.shape[1] * x.shape[2]) ** -0.5)
         else:
-            x = channel_attention(k, v, q)
+            x = channel_attention_qkv(qkv, roles=(1, 2, 0))
         return self.proj(x.flatten(3))
 
 

@@ -17,14 +17,15 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from densezoo.backbones.agent import create, leaplab_cfg, resize_square
-from densezoo.backbones.cswin import CSwin, convolve
+from densezoo.backbones.cswin import CSwin
 from densezoo.backbones.dinat_s import PatchEmbed
 from densezoo.backbones.nat import spread_drop_path
 from densezoo.backbones.pvt import NORM_EPS, PVT, Block
 from densezoo.backbones.staged import Blocks, StagedBackbone, init_weights, resize_tokens, square_side
 from densezoo.backbones.swin import Swin, resize_bias_table
-from densezoo.ops import focused_linear_attention
-from timm.layers import Mlp
+from densezoo.ops import depthwise_conv, focused_linear_attention
+from densezoo.ops.depthwise import DepthwiseConv
+from densezoo.ops.mlp import Mlp
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -63,7 +64,7 @@ class FocusedBase(nn.Module):
     def convolve_heads(self, x: Tensor) -> Tensor:
         """Convolve each head of a map (B, H, W, dim) with the same filters."""
         weight, bias = self.dwc.weight.repeat(self.num_heads, 1, 1, 1), self.dwc.bias.repeat(self.num_heads)
-        return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=2, groups=len(bias)).permute(0, 2, 3, 1)
+        return depthwise_conv(x, weight, bias)
 
 
 class FocusedLinearAttention(FocusedBase):
@@ -93,12 +94,12 @@ class CSwinFocusedLinearAttention(FocusedBase):
 
     def __init__(self, dim: int, num_heads: int, map_size: int):
         super().__init__(dim, num_heads, map_size)
-        self.get_v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.get_v = DepthwiseConv(dim)
 
     def forward(self, qkv: Tensor) -> Tensor:
         """Return the map."""
         q, k, v = qkv.chunk(3, -1)
-        return self.attend(q, k, v) + convolve(self.get_v, v)
+        return self.attend(q, k, v) + self.get_v(v)
 
 
 class FLattenDeiT(StagedBackbone):

@@ -23,9 +23,10 @@ from densezoo.backbones.staged import (
     rename_keys,
 )
 from densezoo.ops import focal_modulation
+from densezoo.ops.mlp import Mlp
 from densezoo.ops.norm import LayerNorm, PreNorm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 

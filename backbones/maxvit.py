@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import timm.layers
 import torch
 import torch.nn.functional as F
 from densezoo.backbones.nat import resize_bias, spread_drop_path
@@ -29,9 +30,11 @@ from densezoo.backbones.staged import (
 )
 from densezoo.ops import window_attention
 from densezoo.ops.backend import is_exporting
+from densezoo.ops.depthwise import DepthwiseConv
+from densezoo.ops.mlp import Mlp
 from densezoo.ops.norm import PreNorm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, LayerScale, Mlp, SqueezeExcite
+from timm.layers import DropPath, LayerScale, SqueezeExcite
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -108,6 +111,14 @@ def conv3x3(in_chans: int, out_chans: int, stride: int, style: Style, groups: in
     return nn.Conv2d(in_chans, out_chans, 3, stride=stride, padding=1, groups=groups, bias=bias)
 
 
+class MapConv(DepthwiseConv):
+    """DepthwiseConv over (B, dim, H, W), which lies in memory as (B, H, W, dim)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return a map of the shape of `input`."""
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 class HalvingPool(nn.Module):
     """Average the 2x2 patches of (B, C, H, W); a patch that reaches over the border averages what is inside."""
 
@@ -156,7 +167,7 @@ class MBConv(nn.Module):
         self.pre_norm = nn.BatchNorm2d(dim, eps=style.conv_norm_eps)
         self.conv1_1x1 = nn.Conv2d(dim, mid, 1, bias=False)
         self.norm1 = nn.BatchNorm2d(mid, eps=style.conv_norm_eps)
-        self.conv2_kxk = conv3x3(mid, mid, stride, style, groups=mid)
+        self.conv2_kxk = MapConv(mid, bias=False) if stride == 1 else conv3x3(mid, mid, stride, style, groups=mid)
         self.norm2 = nn.BatchNorm2d(mid, eps=style.conv_norm_eps)
         self.act = style.conv_act()
         self.se = SqueezeExcite(mid, rd_channels=mid // 16, act_layer=nn.SiLU)
@@ -191,7 +202,7 @@ class RelPosMlp(nn.Module):
     def __init__(self, window_size: int, num_heads: int):
         super().__init__()
         self.window_size = window_size
-        self.mlp = Mlp(2, 512, num_heads, act_layer=nn.ReLU, drop=(0.125, 0.0))
+        self.mlp = timm.layers.Mlp(2, 512, num_heads, act_layer=nn.ReLU, drop=(0.125, 0.0))
 
     def forward(self) -> Tensor:
         """Return a table (num_heads, 2 * window_size - 1, 2 * window_size - 1), which goes by key - query."""

@@ -11,10 +11,11 @@ from itertools import cycle, islice
 import torch
 import torch.nn.functional as F
 from densezoo.backbones.staged import Blocks, StagedBackbone, crop_map, init_weights, pad_map, pretrained_filter
-from densezoo.ops import na2d
+from densezoo.ops import na2d_qkv
 from densezoo.ops.backend import is_exporting
+from densezoo.ops.mlp import Mlp
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -46,9 +47,8 @@ class NeighborhoodAttention(nn.Module):
         span = self.kernel_size * self.dilation
         at_least = torch.sym_max if is_exporting() else max  # max would fix the exported sizes
         x = pad_map(x, at_least(height, span), at_least(width, span))
-        # Views into one tensor: the operator takes any strides.
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
-        x = na2d(q, k, v, self.kernel_size, dilation=self.dilation, rpb=self.rpb)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        x = na2d_qkv(qkv, self.kernel_size, dilation=self.dilation, rpb=self.rpb)
         return self.proj(crop_map(x.flatten(3), height, width))
 
 

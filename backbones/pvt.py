@@ -15,8 +15,10 @@ from densezoo.backbones.staged import (
     resize_tokens,
     square_side,
 )
+from densezoo.ops.depthwise import DepthwiseConv
+from densezoo.ops.mlp import Mlp
 from densezoo.ops.norm import LayerNorm, PreNorm
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 NORM_EPS = 1e-6
@@ -46,14 +48,12 @@ class ConvMlp(nn.Module):
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
-        self.dwconv = nn.Sequential(OrderedDict(dwconv=nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)))
-        self.act = nn.GELU()
+        self.dwconv = nn.Sequential(OrderedDict(dwconv=DepthwiseConv(hidden, gelu=True)))
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a map of the shape of `x`."""
-        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.fc2(self.act(x))
+        return self.fc2(self.dwconv(self.fc1(x)))
 
 
 class Block(nn.Module):

@@ -53,9 +53,7 @@ class RFP(FPN):
         self.stages = list(stages)
         self.rfp_modules = nn.ModuleList([rfp_backbone])
         self.rfp_aspp = ASPP(out_channels, aspp_out_channels, aspp_dilations)
-        self.rfp_convs = nn.ModuleList(
-            nn.Conv2d(len(aspp_dilations) * aspp_out_channels, width, 1) for width in widths
-        )
+        self.rfp_convs = nn.ModuleList(nn.Conv2d(len(aspp_dilations) * aspp_out_channels, width, 1) for width in widths)
         self.rfp_weight = nn.Conv2d(out_channels, 1, 1)
         self.channels_last = getattr(rfp_backbone, "model", rfp_backbone).output_fmt == "NHWC"
         for conv in (*self.rfp_convs, self.rfp_weight):

@@ -67,7 +67,7 @@ class SAC(nn.Conv2d):
         switch = self.switch(around)
         std, mean = self.statistics()
         weight = self.weight_gamma * (self.weight - mean) / std + self.weight_beta
-        small, large = ((self.offset_s(around), self.offset_l(around)) if self.use_deform else (None, None))
+        small, large = (self.offset_s(around), self.offset_l(around)) if self.use_deform else (None, None)
         out = switch * self.convolve(x, weight, 1, small)
         out = out + (1 - switch) * self.convolve(x, weight + self.weight_diff, 3, large)
         if self.bias is not None:

@@ -55,7 +55,7 @@ def register(
             schemas cannot say.
         fake_forward: The same of fake tensors: empty outputs of the right shapes, dtypes and strides.
         backward: Annotated function of (the gradient of out, tensors..., out, saved..., options...) to one gradient a
-            tensor; any tensor stands for that of a missing one.
+            tensor; any tensor stands for that of a missing one. Of one tensor, to its gradient alone.
         fake_backward: The same of fake tensors.
         reference: Differentiable function of what `forward` takes to the result, for GPUs that lack what kernels need.
 
@@ -83,7 +83,7 @@ def register(
         with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(_AUTOGRAD, False):
             out = reference(*leaves)
         grads = fake_backward(*args)
-        pairs = [(leaf, grad) for leaf, grad in zip(leaves, grads, strict=False) if _is_real(leaf)]
+        pairs = [(leaf, grad) for leaf, grad in zip(leaves, _as_tuple(grads), strict=False) if _is_real(leaf)]
         results = torch.autograd.grad(out, [leaf for leaf, _ in pairs], args[0], materialize_grads=True)
         for (_, grad), result in zip(pairs, results, strict=True):
             grad.copy_(result)
@@ -104,7 +104,7 @@ def register(
 
     def gradients(function: Callable, ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        grads = function(grad_out, *saved, *ctx.options)
+        grads = _as_tuple(function(grad_out, *saved, *ctx.options))
         present = (None if t is None else grad for t, grad in zip(saved[:tensors], grads, strict=True))
         return *present, *(None for _ in ctx.options)
 

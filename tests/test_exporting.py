@@ -59,9 +59,7 @@ SEPC = dict(
     type="densezoo.SEPC", in_channels=[32] * 3, out_channels=32, num_pconvs=1, pconv_deform=True, lcconv_deform=True,
     ibn=True,
 )  # fmt: skip
-STAGED = dict(
-    type="densezoo.SEResNet", arch=dict(depths=(1, 1, 1, 1), bottleneck=False), attention=None, num_classes=0
-)
+STAGED = dict(type="densezoo.SEResNet", arch=dict(depths=(1, 1, 1, 1), bottleneck=False), attention=None, num_classes=0)
 RFP = dict(type="densezoo.RFP", in_channels=[64, 128, 256, 512], out_channels=16, aspp_out_channels=8)
 RCNET = dict(type="densezoo.RCNet", in_channels=[16, 16, 32, 32], out_channels=16, start_level=1, num_outs=5)
 DECODER = {"decode_head.in_channels": [16, 16, 32, 32], "decode_head.channels": 16}
@@ -183,9 +181,7 @@ def measure(model: nn.Module, folder: Path, traced=TRACED, sizes=SIZES) -> dict[
     assert (axes[0], axes[2], axes[3]) == ("batch", "height", "width")
     runs = {
         "program": lambda images: exporting.flat(free(images)),
-        "onnx": lambda images: [
-            torch.from_numpy(np.asarray(x)) for x in session.run(None, {"images": images.numpy()})
-        ],
+        "onnx": lambda images: [torch.from_numpy(np.asarray(x)) for x in session.run(None, {"images": images.numpy()})],
     }
     errors = dict.fromkeys(runs, 0.0)
     for size in sizes:

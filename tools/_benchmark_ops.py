@@ -10,6 +10,7 @@ from _benchmark_sparse import ms_deform_attn_cases, quadtree_attention_cases
 from densezoo.ops import (
     agent_attention,
     channel_attention,
+    depthwise_conv,
     focal_modulation,
     focused_linear_attention,
     layer_norm,
@@ -17,6 +18,7 @@ from densezoo.ops import (
 )
 from densezoo.ops.agent.reference import agent_attention_reference
 from densezoo.ops.channel.reference import channel_attention_reference
+from densezoo.ops.depthwise.reference import depthwise_conv_reference
 from densezoo.ops.focal.reference import focal_modulation_reference
 from densezoo.ops.linear.reference import focused_linear_attention_reference
 from densezoo.ops.pooling import add_branch
@@ -36,6 +38,34 @@ def channel_attention_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
         ways = {"densezoo": channel_attention, **reference_ways(reference)}
         check = partial(worst_error, channel_attention, [t[:1] for t in inputs])
         yield Case(f"channel_attention {batch}, {height}x{width}, {heads}x32", inputs, ways, check)
+
+
+# Shapes, sizes and options: DaViT-T's encodings, PVTv2's MLPs and FLatten's values at 224, DaViT-T's first at 800x1216.
+DEPTHWISE = [
+    *(((128, side, side, dim), 3, (True, False)) for side, dim in ((56, 96), (28, 192), (14, 384), (7, 768))),
+    *(((128, side, side, dim), 3, (False, True)) for side, dim in ((56, 512), (28, 1024), (14, 1280), (7, 2048))),
+    *(((128, side, side, dim), 5, (False, False)) for side, dim in ((56, 64), (28, 128))),
+    ((2, 200, 304, 96), 3, (True, False)),
+]
+
+
+def depthwise_conv_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """Depthwise convolutions with what stands around them: a residual or GELU."""
+    for shape, size, (residual, gelu) in DEPTHWISE:
+        dim = shape[-1]
+        inputs = [torch.randn(s, device=device, dtype=dtype) for s in (shape, (dim, 1, size, size), (dim,))]
+
+        def run(x, weight, bias, residual=residual, gelu=gelu):
+            return depthwise_conv(x, weight, bias, residual=residual, gelu=gelu)
+
+        def reference(x, weight, bias, residual=residual, gelu=gelu):
+            return depthwise_conv_reference(x, weight, bias, (None, None), residual, gelu)
+
+        ways = {"densezoo": run, **reference_ways(reference)}
+        check = partial(worst_error, run, [inputs[0][:1], *inputs[1:]])
+        extra = " + x" if residual else " and GELU" if gelu else ""
+        name = f"depthwise_conv {size}x{size}{extra} {shape[0]}, {shape[1]}x{shape[2]}x{dim}"
+        yield Case(name, inputs, ways, check)
 
 
 def focal_modulation_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
@@ -147,6 +177,7 @@ OPERATORS: dict[str, Callable[[torch.dtype, str], Iterator[Case]]] = {
     "na2d": na2d_cases,
     "window_attention": window_attention_cases,
     "channel_attention": channel_attention_cases,
+    "depthwise_conv": depthwise_conv_cases,
     "focal_modulation": focal_modulation_cases,
     "focused_linear_attention": focused_linear_attention_cases,
     "agent_attention": agent_attention_cases,

@@ -18,9 +18,7 @@ model = dict(
         style="pytorch",
         init_cfg=dict(type="Pretrained", checkpoint="torchvision://resnet50"),
     ),
-    neck=dict(
-        _delete_=True, type="densezoo.RCNet", in_channels=[512, 1024, 2048], out_channels=256, num_outs=5
-    ),
+    neck=dict(_delete_=True, type="densezoo.RCNet", in_channels=[512, 1024, 2048], out_channels=256, num_outs=5),
 )
 
 # for the batch norm, on fewer GPUs

@@ -2,10 +2,10 @@
 
 import torch
 from densezoo.ops.backend import takes_triton
-from densezoo.ops.channel.reference import channel_attention_reference
+from densezoo.ops.channel.reference import channel_attention_qkv_reference, channel_attention_reference
 from torch import Tensor
 
-__all__ = ["channel_attention"]
+__all__ = ["channel_attention", "channel_attention_qkv"]
 
 
 def channel_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None) -> Tensor:
@@ -50,6 +50,40 @@ def channel_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float
 
         return channel_attention_triton(query, key, value, scale)
     return channel_attention_reference(query, key, value, scale)
+
+
+def channel_attention_qkv(
+    qkv: Tensor, *, roles: tuple[int, int, int] = (0, 1, 2), scale: float | None = None
+) -> Tensor:
+    """Compute `channel_attention` of query, key and value as one projection gave them.
+
+    Its backward writes one gradient, in the layout of `qkv`, where those of three views would have to be stacked.
+
+    Args:
+        qkv: (B, H, W, 3, heads, dim), or with any other number of position axes, float16, bfloat16, float32 or float64,
+            any strides.
+        roles: Which of the three acts as query, as key and as value; (1, 2, 0) in the published DaViT.
+        scale: As `channel_attention` has it.
+
+    Returns:
+        (B, H, W, heads, dim), of `qkv`'s dtype.
+
+    Raises:
+        ValueError: An argument's shape, dtype or value is wrong; the message names it.
+        RuntimeError: The backend is set to `triton` and the kernels cannot run on these inputs.
+    """
+    if qkv.dim() < 5 or qkv.shape[-3] != 3:
+        raise ValueError(f"qkv: got shape {tuple(qkv.shape)}, expected (B, positions..., 3, heads, dim)")
+    if not qkv.is_floating_point():
+        raise ValueError(f"qkv: got {qkv.dtype}, expected a floating dtype")
+    if sorted(roles) != [0, 1, 2]:
+        raise ValueError(f"roles: got {roles!r}, expected 0, 1 and 2 in some order")
+    scale = qkv.shape[-1] ** -0.5 if scale is None else 1.0 * scale
+    if takes_triton("channel_attention_qkv", qkv, _unsupported(qkv)):
+        from densezoo.ops.channel.kernels import channel_attention_qkv_triton
+
+        return channel_attention_qkv_triton(qkv, roles, scale)
+    return channel_attention_qkv_reference(qkv, roles, scale)
 
 
 def _unsupported(query: Tensor) -> str | None:

@@ -13,13 +13,14 @@ weights are kept for the backward where they are small beside the query. Elsewhe
 computes them again from what its caches hold.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from densezoo.ops.channel.reference import channel_attention_reference
+from densezoo.ops.channel.reference import channel_attention_qkv_reference, channel_attention_reference
 from densezoo.ops.launch import Table
 from densezoo.ops.registration import register
 from torch import Tensor
@@ -146,13 +147,15 @@ def _backward(
     q, k, v, grad_out, product, weights, grad_q, grad_k, grad_v, tokens, heads, chunk, scale,
     stride_b, stride_t, stride_n,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
-    INDEX: tl.constexpr, SPLIT: tl.constexpr, SAVED: tl.constexpr,
+    INDEX: tl.constexpr, SPLIT: tl.constexpr, SAVED: tl.constexpr, GRADS: tl.constexpr,
 ):  # fmt: skip
     image, head = _heads_of(tl.program_id(0), heads, BLOCK_DIM, BLOCK)
     channels, exist = _channels(head, heads, stride_n, DIM, BLOCK_DIM, BLOCK)
     out_channels, _ = _channels(head, heads, DIM, DIM, BLOCK_DIM, BLOCK)
     entries, entries_exist = _entries(head, heads, DIM, BLOCK_DIM, BLOCK)
     origin, out_origin = image * stride_b, image * tokens * heads * DIM
+    # Where the inputs came as one tensor, so do their gradients.
+    grad_origin, grad_stride = out_origin * GRADS, GRADS * heads * DIM
     first = tl.program_id(1) * chunk
     last = tl.minimum(first + chunk, tokens)
     if SAVED:
@@ -177,15 +180,15 @@ def _backward(
     dtype = v.dtype.element_ty
     grad_scores = (grad_scores / peak).to(dtype)
     _apply(
-        k + origin, grad_scores.T, peak, grad_q + out_origin, stride_t, heads * DIM, channels, out_channels, exist,
+        k + origin, grad_scores.T, peak, grad_q + grad_origin, stride_t, grad_stride, channels, out_channels, exist,
         first, last, TOKENS, PRECISION, INDEX,
     )  # fmt: skip
     _apply(
-        q + origin, grad_scores, peak, grad_k + out_origin, stride_t, heads * DIM, channels, out_channels, exist,
+        q + origin, grad_scores, peak, grad_k + grad_origin, stride_t, grad_stride, channels, out_channels, exist,
         first, last, TOKENS, PRECISION, INDEX,
     )  # fmt: skip
     _apply(
-        grad_out + out_origin, mix.to(dtype), 1.0, grad_v + out_origin, heads * DIM, heads * DIM,
+        grad_out + out_origin, mix.to(dtype), 1.0, grad_v + grad_origin, heads * DIM, grad_stride,
         out_channels, out_channels, exist, first, last, TOKENS, PRECISION, INDEX,
     )  # fmt: skip
 
@@ -238,7 +241,7 @@ class _Problem:
             "BLOCK_DIM": self.block_dim,
             "PRECISION": "tf32" if itemsize == 4 and allows_tf32 else "ieee",
             # 32-bit offsets within an image halve the registers of addresses; images themselves are 64 bits apart.
-            "INDEX": tl.int32 if max(extent, self.out_strides[0]) < 2**31 else tl.int64,
+            "INDEX": tl.int32 if max(extent, 3 * self.out_strides[0]) < 2**31 else tl.int64,
         }
         # Splitting a map pays where its pieces are several blocks long.
         pairs = self.batch * self.heads
@@ -313,18 +316,25 @@ def _channel_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) 
     return out, weights
 
 
-def _channel_attention_backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, weights: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    problem, query, key, value = _prepare(query, key, value)
-    grads = torch.empty_like(out), torch.empty_like(out), torch.empty_like(out)
+def _write_gradients(
+    grads: Sequence[Tensor], packed: int, grad_out: Tensor, inputs: Sequence[Tensor], weights: Tensor, scale: float
+) -> None:
+    """Write the gradients of query, key and value, `packed` of which lie in one tensor."""
+    problem, query, key, value = _prepare(*inputs)
     grad_out = grad_out.contiguous()
     product = _product_of_pieces(problem, grad_out, value, problem.out_strides, problem.strides)
     grid, constants = problem.backward
     _backward[grid](
         query, key, value, grad_out, product, weights, *grads,
-        problem.tokens, problem.heads, problem.chunk, scale, *problem.strides, **constants,
+        problem.tokens, problem.heads, problem.chunk, scale, *problem.strides, **constants, GRADS=packed,
     )  # fmt: skip
+
+
+def _channel_attention_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, weights: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = torch.empty_like(out), torch.empty_like(out), torch.empty_like(out)
+    _write_gradients(grads, 1, grad_out, (query, key, value), weights, scale)
     return grads
 
 
@@ -342,6 +352,38 @@ _call = register(
 )  # fmt: skip
 
 
+def _packed(qkv: Tensor, roles: Sequence[int]) -> list[Tensor]:
+    """Return query, key and value of a packed tensor."""
+    parts = qkv.unbind(-3)
+    return [parts[role] for role in roles]
+
+
+def _channel_attention_qkv(qkv: Tensor, roles: list[int], scale: float) -> tuple[Tensor, Tensor]:
+    return _channel_attention(*_packed(qkv, roles), scale)
+
+
+def _channel_attention_qkv_backward(
+    grad_out: Tensor, qkv: Tensor, out: Tensor, weights: Tensor, roles: list[int], scale: float
+) -> Tensor:
+    grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    _write_gradients(_packed(grad_qkv, roles), 3, grad_out, _packed(qkv, roles), weights, scale)
+    return grad_qkv
+
+
+def _fake_qkv(qkv, roles, scale):
+    return _fake(*qkv.unbind(-3), scale)
+
+
+def _fake_qkv_backward(grad_out, qkv, *others):
+    return qkv.new_empty(qkv.shape)
+
+
+_call_qkv = register(
+    "channel_attention_qkv", _channel_attention_qkv, _fake_qkv, _channel_attention_qkv_backward, _fake_qkv_backward,
+    channel_attention_qkv_reference,
+)  # fmt: skip
+
+
 @register_flop_formula(torch.ops.densezoo.channel_attention)
 def _(query, *args, **kwargs) -> int:
     # The products that make the weights and that apply them, each a multiplication and an addition.
@@ -352,6 +394,21 @@ def _(query, *args, **kwargs) -> int:
 def _(grad_out, query, *args, **kwargs) -> int:
     # Four products: the gradients of query, key, value and weights.
     return 8 * query.numel() * query[-1]
+
+
+@register_flop_formula(torch.ops.densezoo.channel_attention_qkv)
+def _(qkv, *args, **kwargs) -> int:
+    return 4 * qkv.numel() // 3 * qkv[-1]
+
+
+@register_flop_formula(torch.ops.densezoo.channel_attention_qkv_backward)
+def _(grad_out, qkv, *args, **kwargs) -> int:
+    return 8 * qkv.numel() // 3 * qkv[-1]
+
+
+def channel_attention_qkv_triton(qkv: Tensor, roles: Sequence[int], scale: float) -> Tensor:
+    """Compute `densezoo.ops.channel_attention_qkv` with the kernels; arguments checked."""
+    return _call_qkv(qkv, list(roles), scale)
 
 
 def channel_attention_triton(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

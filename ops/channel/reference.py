@@ -1,5 +1,7 @@
 """Channel attention in plain PyTorch: the CPU path, the export path and what the kernels are tested against."""
 
+from collections.abc import Sequence
+
 from densezoo.ops.precision import widen, without_autocast
 from torch import Tensor
 
@@ -12,3 +14,9 @@ def channel_attention_reference(query: Tensor, key: Tensor, value: Tensor, scale
     with without_autocast(query):
         out = (query * scale @ key.mT).softmax(-1) @ value
     return out.permute(0, 3, 1, 2).reshape(shape).to(dtype)
+
+
+def channel_attention_qkv_reference(qkv: Tensor, roles: Sequence[int], scale: float) -> Tensor:
+    """Compute `densezoo.ops.channel_attention_qkv`: `channel_attention_reference` of the views."""
+    parts = qkv.unbind(-3)
+    return channel_attention_reference(*(parts[role] for role in roles), scale)

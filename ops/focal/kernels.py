@@ -30,6 +30,7 @@ import torch
 import triton
 import triton.language as tl
 from densezoo.ops.focal.reference import focal_modulation_reference
+from densezoo.ops.gelu import gelu, gelu_slope, normal
 from densezoo.ops.launch import Table
 from densezoo.ops.registration import register
 from torch import Tensor
@@ -38,45 +39,6 @@ from torch.utils.flop_counter import register_flop_formula
 # Not told apart by whether 16 divides them, which would only mean more kernels to compile: threads read single numbers.
 STRIDES = ["stride_b", "stride_h", "stride_w"]
 GATE_STRIDES = ["gate_stride_b", "gate_stride_h", "gate_stride_w"]
-
-
-@triton.jit
-def _tanh(z):
-    """The GPU's own hyperbolic tangent, right to 5e-4."""
-    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [z], tl.float32, True, 1)
-
-
-@triton.jit
-def _normal(z, NARROW: tl.constexpr):
-    """Cumulative distribution of the normal distribution; z times it is right to 6e-7, to 6e-4 z if NARROW."""
-    s = z * z
-    if NARROW:
-        # For bfloat16: one instruction of the few units for such functions instead of two.
-        below = tl.fma(_tanh(z * tl.fma(s, 0.03470101294052817, 0.8001568115708235)), 0.5, 0.5)
-    else:
-        # 1 / (1 + 2^(z p)), with a polynomial p of z^2 fitted to it: cheaper than erf, and the tails keep their digits.
-        p = -5.209907543800543e-09 * s + 3.850449398212734e-07
-        p = p * s - 1.1452428973382406e-05
-        p = p * s + 1.5939940480161385e-04
-        p = p * s + 9.559295651805719e-05
-        p = p * s - 0.10483858127994435
-        p = p * s - 2.302207203588972
-        # Its square is fewer instructions than a division, which allows for numbers that do not occur.
-        root = tl.rsqrt(1.0 + tl.exp2(z * p))
-        below = root * root
-    return below
-
-
-@triton.jit
-def _gelu(z, NARROW: tl.constexpr):
-    return z * _normal(z, NARROW)
-
-
-@triton.jit
-def _gelu_slope(z, below):
-    """Derivative of the GELU, given the cumulative distribution."""
-    # The density as a power of 2: -log2(e) / 2 and the logarithm of its value at 0.
-    return tl.fma(z, tl.exp2(tl.fma(z * z, -0.7213475204444817, -1.3257480647361593)), below)
 
 
 @triton.jit
@@ -162,7 +124,7 @@ def _widen(numbers, COUNT: tl.constexpr, NARROW: tl.constexpr):
 def _gelu_each(values, COUNT: tl.constexpr, NARROW: tl.constexpr):
     new = ()
     for i in tl.static_range(COUNT):
-        new = new + (_gelu(values[i], NARROW),)
+        new = new + (gelu(values[i], NARROW),)
     return new
 
 
@@ -209,7 +171,7 @@ def _write_level(
         mask = exist & (left + i < width)
         tl.store(level + (left + i).to(INDEX) * channels, sums[i].to(level.dtype.element_ty), mask=mask)
         if IS_LAST:
-            total += tl.where(mask, _gelu(sums[i], NARROW), 0.0)
+            total += tl.where(mask, gelu(sums[i], NARROW), 0.0)
     return total
 
 
@@ -270,7 +232,7 @@ def _mean(partial, average, mean, tiles, positions, channels, TILES: tl.constexp
     image = tl.program_id(1).to(tl.int64)
     value = _sum_tiles(partial, image, tiles, channels, c, c < channels, TILES, CHANNELS) / positions
     tl.store(average + image * channels + c, value, mask=c < channels)
-    tl.store(mean + image * channels + c, _gelu(value, False), mask=c < channels)
+    tl.store(mean + image * channels + c, gelu(value, False), mask=c < channels)
 
 
 @triton.jit(do_not_specialize=["tiles", "positions"])
@@ -281,7 +243,7 @@ def _backward_average(
     image = tl.program_id(1).to(tl.int64)
     value = tl.load(average + image * channels + c, mask=c < channels, other=0.0)
     grad = _sum_tiles(partial, image, tiles, channels, c, c < channels, TILES, CHANNELS) / positions
-    grad *= _gelu_slope(value, _normal(value, False))
+    grad *= gelu_slope(value, normal(value, False))
     tl.store(from_mean + image * channels + c, grad, mask=c < channels)
 
 
@@ -303,7 +265,7 @@ def _combine(
     for level in tl.static_range(LEVELS):
         gate = tl.load(gates + level, mask=here, other=0.0).to(tl.float32)
         value = tl.load(levels + level * level_stride + at, mask=mask, other=0.0).to(tl.float32)
-        acc += gate[:, None] * _gelu(value, NARROW)
+        acc += gate[:, None] * gelu(value, NARROW)
     tl.store(out + at, (acc * factor).to(out.dtype.element_ty), mask=mask)
 
 
@@ -352,10 +314,10 @@ def _backward_gates(
         new = ()
         for level in tl.static_range(LEVELS):
             z = values[level].to(tl.float32)
-            each = _normal(z, NARROW)
+            each = normal(z, NARROW)
             new = new + (sums[level] + tl.sum(grad * (z * each), 1),)
             if level == LEVELS - 1:
-                to_level = tl.fma(grad, gate[:, None], offset[None, :]) * _gelu_slope(z, each)
+                to_level = tl.fma(grad, gate[:, None], offset[None, :]) * gelu_slope(z, each)
                 tl.store(grad_level + at, to_level.to(grad_level.dtype.element_ty), mask=mask)
         sums = new + (sums[LEVELS] + tl.sum(grad * average[None, :], 1),)
     grad_gates += (image * positions + n) * (LEVELS + 1)
@@ -390,7 +352,7 @@ def _write_gradients(
         if LEVEL > 0:
             value, gate = _wide(numbers[i], NARROW), _wide(numbers[2 * COLS + i], NARROW) * factor
             grad = tl.fma(_wide(numbers[COLS + i], NARROW), gate, grad)
-            grad *= _gelu_slope(value, _normal(value, NARROW))
+            grad *= gelu_slope(value, normal(value, NARROW))
         mask = exist & (left + i < width)
         tl.store(grad_x + (left + i).to(INDEX) * channels, grad.to(grad_x.dtype.element_ty), mask=mask)
 

@@ -2,10 +2,10 @@
 
 import torch
 from densezoo.ops.backend import takes_triton
-from densezoo.ops.neighborhood.reference import na2d_reference
+from densezoo.ops.neighborhood.reference import na2d_qkv_reference, na2d_reference
 from torch import Tensor
 
-__all__ = ["na2d"]
+__all__ = ["na2d", "na2d_qkv"]
 
 MAX_KERNEL_SIZE = 13
 
@@ -53,29 +53,6 @@ def na2d(
             `kernel_size * dilation` raise: pad them, as `densezoo.backbones.nat` does.
         RuntimeError: The backend is set to `triton` and the kernels cannot run on these inputs.
     """
-    kernel_size, stride, dilation = (
-        _per_axis(n, v) for n, v in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))
-    )
-    is_causal = _per_axis("is_causal", is_causal, bool)
-    _check(query, key, value, rpb, kernel_size, stride, dilation)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    args = (kernel_size, stride, dilation, is_causal, scale)
-    if takes_triton("na2d", query, _unsupported(query)):
-        from densezoo.ops.neighborhood.kernels import na2d_triton
-
-        return na2d_triton(query, key, value, rpb, *args)
-    return na2d_reference(query, key, value, rpb, *args)
-
-
-def _per_axis(name: str, value, kind: type = int) -> tuple:
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    # A bool is an int to Python, but no size.
-    if len(pair) != 2 or any(not isinstance(v, kind) or (kind is int and isinstance(v, bool)) for v in pair):
-        raise ValueError(f"{name}: got {value!r}, expected {kind.__name__} or (rows, columns) of them")
-    return pair
-
-
-def _check(query, key, value, rpb, kernel_size, stride, dilation) -> None:
     for name, t in (("query", query), ("key", key), ("value", value)):
         if t.dim() != 5 or t.shape != query.shape:
             raise ValueError(
@@ -86,8 +63,78 @@ def _check(query, key, value, rpb, kernel_size, stride, dilation) -> None:
                 f"{name}: got {t.dtype} on {t.device}, expected one floating dtype and one device for query, key and "
                 f"value (query: {query.dtype} on {query.device})"
             )
+    args = _options(query.shape, query.device, rpb, kernel_size, stride, dilation, is_causal, scale)
+    if takes_triton("na2d", query, _unsupported(query)):
+        from densezoo.ops.neighborhood.kernels import na2d_triton
+
+        return na2d_triton(query, key, value, rpb, *args)
+    return na2d_reference(query, key, value, rpb, *args)
+
+
+def na2d_qkv(
+    qkv: Tensor,
+    kernel_size: int | tuple[int, int],
+    *,
+    stride: int | tuple[int, int] = 1,
+    dilation: int | tuple[int, int] = 1,
+    is_causal: bool | tuple[bool, bool] = False,
+    rpb: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Compute `na2d` of query, key and value as one projection gave them.
+
+    The values are those of `na2d(*qkv.unbind(3), ...)`. Its backward writes one gradient, in the layout of `qkv`, where
+    those of three views would have to be stacked.
+
+    Args:
+        qkv: (B, H, W, 3, heads, dim), float16, bfloat16, float32 or float64, any strides: query, key and value.
+        kernel_size: As `na2d` has it, and so has all that follows.
+        stride: Queries that share a window.
+        dilation: Step between neighbours.
+        is_causal: Whether the axis attends to the past only.
+        rpb: Relative position bias (heads, 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1).
+        scale: Multiplies query . key; dim ** -0.5 by default.
+
+    Returns:
+        (B, H, W, heads, dim), of `qkv`'s dtype.
+
+    Raises:
+        ValueError: An argument's shape, dtype, device or value is wrong; the message names it.
+        RuntimeError: The backend is set to `triton` and the kernels cannot run on these inputs.
+    """
+    if qkv.dim() != 6 or qkv.shape[3] != 3:
+        raise ValueError(f"qkv: got shape {tuple(qkv.shape)}, expected (B, H, W, 3, heads, dim)")
+    if not qkv.is_floating_point():
+        raise ValueError(f"qkv: got {qkv.dtype}, expected a floating dtype")
+    args = _options(qkv.shape[:3] + qkv.shape[4:], qkv.device, rpb, kernel_size, stride, dilation, is_causal, scale)
+    if takes_triton("na2d_qkv", qkv, _unsupported(qkv)):
+        from densezoo.ops.neighborhood.kernels import na2d_qkv_triton
+
+        return na2d_qkv_triton(qkv, rpb, *args)
+    return na2d_qkv_reference(qkv, rpb, *args)
+
+
+def _options(shape, device, rpb, kernel_size, stride, dilation, is_causal, scale) -> tuple:
+    """Return the options with one entry per axis, checked, and the scale."""
+    kernel_size, stride, dilation = (
+        _per_axis(n, v) for n, v in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))
+    )
+    is_causal = _per_axis("is_causal", is_causal, bool)
+    _check(shape, device, rpb, kernel_size, stride, dilation)
+    return kernel_size, stride, dilation, is_causal, shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def _per_axis(name: str, value, kind: type = int) -> tuple:
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    # A bool is an int to Python, but no size.
+    if len(pair) != 2 or any(not isinstance(v, kind) or (kind is int and isinstance(v, bool)) for v in pair):
+        raise ValueError(f"{name}: got {value!r}, expected {kind.__name__} or (rows, columns) of them")
+    return pair
+
+
+def _check(shape, device, rpb, kernel_size, stride, dilation) -> None:
     for axis in range(2):
-        k, s, d, size = kernel_size[axis], stride[axis], dilation[axis], query.shape[1 + axis]
+        k, s, d, size = kernel_size[axis], stride[axis], dilation[axis], shape[1 + axis]
         if not 1 <= k <= MAX_KERNEL_SIZE:
             raise ValueError(f"kernel_size: got {kernel_size}, expected 1 to {MAX_KERNEL_SIZE} per axis")
         if not 1 <= s <= k:
@@ -100,11 +147,11 @@ def _check(query, key, value, rpb, kernel_size, stride, dilation) -> None:
                 f"the map to {k * d} (densezoo.backbones.nat.NeighborhoodAttention does) or lower the dilation"
             )
     if rpb is not None:
-        expected = (query.shape[3], 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1)
+        expected = (shape[3], 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1)
         if tuple(rpb.shape) != expected:
             raise ValueError(f"rpb: got shape {tuple(rpb.shape)}, expected (heads, 2k-1, 2k-1) = {expected}")
-        if not rpb.is_floating_point() or rpb.device != query.device:
-            raise ValueError(f"rpb: got {rpb.dtype} on {rpb.device}, expected a floating dtype on {query.device}")
+        if not rpb.is_floating_point() or rpb.device != device:
+            raise ValueError(f"rpb: got {rpb.dtype} on {rpb.device}, expected a floating dtype on {device}")
 
 
 def _unsupported(query: Tensor) -> str | None:

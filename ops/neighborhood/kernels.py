@@ -8,10 +8,14 @@ with the tensor cores and masks what lies outside of each query's window. The sc
   the halo is one chunk or two (HOIST), they are gathered from the table once; the last chunk has LAST rows.
 - `_backward_query`: the same tiles. It writes the gradient of the queries, and sum(out * grad_out) per query for the
   next kernel. The gradient of the bias is summed over the program's images in registers, folded along the diagonals
-  of equal (key - query), and written as one partial table a program; PyTorch sums those: two deterministic stages.
+  of equal (key - query), and written as one partial table a program; the next kernel sums those: two deterministic
+  stages.
 - `_backward_key`: a program owns one key tile, for BATCH images in turn, and visits the chunks of queries that can see
-  it: with HOIST as above, or whatever their number.
+  it: with HOIST as above, or whatever their number. Its first programs sum the partial tables instead. Keys near a
+  border are seen from further away, those in the middle of a short axis from both of its ends: there tiles start PAD
+  positions before the map, so that none holds keys of both halves.
 
+Gradients of query, key and value are three tensors, or where the inputs came as one tensor, one like it (GRADS is 3).
 Positions outside of the map or the group are clamped to its last member and masked, so that loads need no bounds.
 Scores are kept in base 2, scaled by log2(e).
 """
@@ -23,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 from densezoo.ops.launch import Table
-from densezoo.ops.neighborhood.reference import na2d_reference
+from densezoo.ops.neighborhood.reference import na2d_qkv_reference, na2d_reference
 from densezoo.ops.registration import register
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -62,11 +66,11 @@ def _queries_of(first, last, length, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
 
 
 @triton.jit
-def _tile_of(tile, size, DILATION: tl.constexpr, TILE: tl.constexpr):
+def _tile_of(tile, size, DILATION: tl.constexpr, TILE: tl.constexpr, PAD: tl.constexpr = 0):
     """Dilation group, its length and the tile's first rank, from the tile's number on this axis."""
-    tiles = tl.cdiv(tl.cdiv(size, DILATION), TILE)
+    tiles = tl.cdiv(tl.cdiv(size, DILATION) + PAD, TILE)
     group = tile // tiles
-    return group, tl.cdiv(size - group, DILATION), tile % tiles * TILE
+    return group, tl.cdiv(size - group, DILATION), tile % tiles * TILE - PAD
 
 
 @triton.jit
@@ -268,7 +272,7 @@ def _backward_query(
     C_H: tl.constexpr, C_W: tl.constexpr, HAS_RPB: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNKS: tl.constexpr,
     LAST: tl.constexpr, HOIST: tl.constexpr, BATCH: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
-    GRAD_Q: tl.constexpr, GRAD_RPB: tl.constexpr, BINS_H: tl.constexpr, BINS_W: tl.constexpr,
+    GRADS: tl.constexpr, GRAD_Q: tl.constexpr, GRAD_RPB: tl.constexpr, BINS_H: tl.constexpr, BINS_W: tl.constexpr,
 ):  # fmt: skip
     """With GRAD_Q over all chunks from that of program axis 2; with GRAD_RPB too only where they are hoisted."""
     head = tl.program_id(0) % heads
@@ -276,7 +280,14 @@ def _backward_query(
     tiles_w = tl.cdiv(tl.cdiv(width, D_W), TILE_W) * D_W
     group_h, length_h, first_h = _tile_of(tile // tiles_w, height, D_H, TILE_H)
     group_w, length_w, first_w = _tile_of(tile % tiles_w, width, D_W, TILE_W)
+    bins = tl.arange(0, BINS_H * BINS_W)
+    entry = bins // BINS_W * (2 * K_W - 1) + bins % BINS_W
+    is_entry = (bins // BINS_W < 2 * K_H - 1) & (bins % BINS_W < 2 * K_W - 1)
+    program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    partial += program * ((2 * K_H - 1) * (2 * K_W - 1))
     if (first_h >= length_h) | (first_w >= length_w):
+        if GRAD_RPB:
+            tl.store(partial + entry, tl.zeros((BINS_H * BINS_W,), tl.float32), mask=is_entry)
         return
 
     m = tl.arange(0, TILE_H * TILE_W)
@@ -314,10 +325,12 @@ def _backward_query(
     q_rows = _rows(rank_h, rank_w, group_h, group_w, stride_h, stride_w, D_H, D_W, INDEX)
     token = _rows(rank_h, rank_w, group_h, group_w, width, 1, D_H, D_W, INDEX)
     o_rows = (token * heads * DIM)[:, None] + d[None, :]
+    g_rows = (token * GRADS * heads * DIM)[:, None] + d[None, :]
     first_image = tl.program_id(1).to(tl.int64) * BATCH
     for image in range(first_image, tl.minimum(first_image + BATCH, batch)):
         origin = image * stride_b + head * stride_n
         first = image * height * width * heads + head
+        first_grad = (image * height * width * GRADS * heads + head) * DIM
         q_tile = tl.load(q + origin + (q_rows[:, None] + d[None, :]), mask=d_inside[None, :], other=0.0)
         q_tile = (q_tile * (scale * 1.4426950408889634)).to(dtype)
         do_tile = tl.load(grad_out + first * DIM + o_rows, mask=d_inside[None, :], other=0.0)
@@ -353,14 +366,25 @@ def _backward_query(
                 )
         if GRAD_Q:
             acc *= scale
-            tl.store(grad_q + first * DIM + o_rows, acc.to(dtype), mask=inside[:, None] & d_inside[None, :])
+            tl.store(grad_q + first_grad + g_rows, acc.to(dtype), mask=inside[:, None] & d_inside[None, :])
 
     if GRAD_RPB:
         folded = tl.zeros((BINS_H * BINS_W,), tl.float32)
         for c in tl.static_range(CHUNKS):
             folded += _fold(grad_bias[c], rank_h, rank_w, base_h + c * ROWS, base_w, K_H, K_W, COLS, BINS_H, BINS_W)
-        program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-        tl.store(partial + program * (BINS_H * BINS_W) + tl.arange(0, BINS_H * BINS_W), folded)
+        tl.store(partial + entry, folded, mask=is_entry)
+
+
+@triton.jit
+def _sum_partial(partial, grad_rpb, columns, rows, COLUMNS: tl.constexpr):
+    """Write the sum of the rows of partial tables, for the columns of program axis 0."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for first in range(0, rows, 32):
+        row = first + tl.arange(0, 32)
+        mask = (row < rows)[:, None] & (column < columns)[None, :]
+        total += tl.sum(tl.load(partial + (row[:, None] * columns + column[None, :]), mask=mask, other=0.0), 0)
+    tl.store(grad_rpb + column, total.to(grad_rpb.dtype.element_ty), mask=column < columns)
 
 
 @triton.jit
@@ -407,29 +431,36 @@ def _key_chunk(
     return acc_k, acc_v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _backward_key(
-    q, k, v, rpb, lse, grad_out, delta, grad_k, grad_v, batch, height, width, heads, scale,
+    q, k, v, rpb, lse, grad_out, delta, grad_k, grad_v, partial, grad_rpb, rows, batch, height, width, heads, scale,
     stride_b, stride_h, stride_w, stride_n,
     K_H: tl.constexpr, K_W: tl.constexpr, S_H: tl.constexpr, S_W: tl.constexpr, D_H: tl.constexpr, D_W: tl.constexpr,
     C_H: tl.constexpr, C_W: tl.constexpr, HAS_RPB: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNKS: tl.constexpr,
     LAST: tl.constexpr, HOIST: tl.constexpr, BATCH: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, GRADS: tl.constexpr, SUMS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0) % heads
-    tile = tl.program_id(0) // heads
-    tiles_w = tl.cdiv(tl.cdiv(width, D_W), TILE_W) * D_W
-    group_h, length_h, first_h = _tile_of(tile // tiles_w, height, D_H, TILE_H)
-    group_w, length_w, first_w = _tile_of(tile % tiles_w, width, D_W, TILE_W)
+    program = tl.program_id(0) - SUMS
+    if program < 0:
+        if tl.program_id(1) == 0:
+            _sum_partial(partial, grad_rpb, heads * ((2 * K_H - 1) * (2 * K_W - 1)), rows, COLUMNS)
+        return
+    head = program % heads
+    tile = program // heads
+    tiles_w = tl.cdiv(tl.cdiv(width, D_W) + PAD_W, TILE_W) * D_W
+    group_h, length_h, first_h = _tile_of(tile // tiles_w, height, D_H, TILE_H, PAD_H)
+    group_w, length_w, first_w = _tile_of(tile % tiles_w, width, D_W, TILE_W, PAD_W)
     if (first_h >= length_h) | (first_w >= length_w):
         return
 
     m = tl.arange(0, TILE_H * TILE_W)
-    inside = (first_h + m // TILE_W < length_h) & (first_w + m % TILE_W < length_w)
-    key_h = tl.minimum(first_h + m // TILE_W, length_h - 1)
-    key_w = tl.minimum(first_w + m % TILE_W, length_w - 1)
-    low_h, high_h = _queries_of(first_h, tl.minimum(first_h + TILE_H, length_h) - 1, length_h, K_H, S_H, C_H)
-    low_w, high_w = _queries_of(first_w, tl.minimum(first_w + TILE_W, length_w) - 1, length_w, K_W, S_W, C_W)
+    key_h = tl.minimum(tl.maximum(first_h + m // TILE_W, 0), length_h - 1)
+    key_w = tl.minimum(tl.maximum(first_w + m % TILE_W, 0), length_w - 1)
+    inside = (first_h + m // TILE_W == key_h) & (first_w + m % TILE_W == key_w)
+    last_h, last_w = tl.minimum(first_h + TILE_H, length_h) - 1, tl.minimum(first_w + TILE_W, length_w) - 1
+    low_h, high_h = _queries_of(tl.maximum(first_h, 0), last_h, length_h, K_H, S_H, C_H)
+    low_w, high_w = _queries_of(tl.maximum(first_w, 0), last_w, length_w, K_W, S_W, C_W)
     d = tl.arange(0, BLOCK_DIM)
     d_inside = d < DIM
 
@@ -451,12 +482,13 @@ def _backward_key(
     k_rows = _rows(key_h, key_w, group_h, group_w, stride_h, stride_w, D_H, D_W, INDEX)
     k_rows = k_rows[:, None] + d[None, :]
     token = _rows(key_h, key_w, group_h, group_w, width, 1, D_H, D_W, INDEX)
-    g_rows = (token * heads * DIM)[:, None] + d[None, :]
+    g_rows = (token * GRADS * heads * DIM)[:, None] + d[None, :]
     chunks_w = tl.cdiv(high_w - low_w + 1, COLS)
     first_image = tl.program_id(1).to(tl.int64) * BATCH
     for image in range(first_image, tl.minimum(first_image + BATCH, batch)):
         origin = image * stride_b + head * stride_n
         first = image * height * width * heads + head
+        first_grad = (image * height * width * GRADS * heads + head) * DIM
         k_tile = tl.load(k + origin + k_rows, mask=d_inside[None, :], other=0.0)
         k_tile = (k_tile * (scale * 1.4426950408889634)).to(dtype)
         v_tile = tl.load(v + origin + k_rows, mask=d_inside[None, :], other=0.0)
@@ -485,8 +517,8 @@ def _backward_key(
                     stride_h, stride_w, D_H, D_W, DIM, BLOCK_DIM, PRECISION, INDEX,
                 )  # fmt: skip
         acc_k *= scale
-        tl.store(grad_k + first * DIM + g_rows, acc_k.to(dtype), mask=inside[:, None] & d_inside[None, :])
-        tl.store(grad_v + first * DIM + g_rows, acc_v.to(dtype), mask=inside[:, None] & d_inside[None, :])
+        tl.store(grad_k + first_grad + g_rows, acc_k.to(dtype), mask=inside[:, None] & d_inside[None, :])
+        tl.store(grad_v + first_grad + g_rows, acc_v.to(dtype), mask=inside[:, None] & d_inside[None, :])
 
 
 class _Launch(NamedTuple):
@@ -516,14 +548,16 @@ LAUNCH = {
 LAUNCH = Table("na2d", LAUNCH)
 # For keys that more queries see than the chunks of one program hold.
 LAUNCH_MANY = _Launch((2, 8), 64, 1, 1, 2, 3)
+# Entries of the bias' gradient that a program sums.
+COLUMNS = 64
 
 
-def _most_queries(size: int, dilation: int, tile: int, kernel_size: int, stride: int, is_causal: bool) -> int:
+def _most_queries(size: int, dilation: int, tile: int, kernel_size: int, stride: int, is_causal: bool, pad: int) -> int:
     """Return how many ranks the queries that see a tile of keys span on an axis at most; `_queries_of` says which."""
     most = 0
     for length in {size // dilation, triton.cdiv(size, dilation)}:
-        for first in range(0, length, tile):
-            last = min(first + tile, length) - 1
+        for start in range(-pad, length, tile):
+            first, last = max(start, 0), min(start + tile, length) - 1
             if is_causal:
                 low, high = first, last + kernel_size - 1
             else:
@@ -541,12 +575,22 @@ class _Tiling(NamedTuple):
     constants: dict
 
 
-def _tiling(launch: _Launch, sizes: tuple[int, ...], dilation: tuple[int, int], spans: tuple[int, int]) -> _Tiling:
+def _padded(size: int, dilation: int, tile: int, *window: int) -> tuple[int, int]:
+    """Return how far before an axis its first tile of keys starts, and the span of queries that see a tile."""
+    length = triton.cdiv(size, dilation)
+    pads = 0, -length % tile // 2
+    return min(((pad, _most_queries(size, dilation, tile, *window, pad)) for pad in pads), key=lambda pair: pair[::-1])
+
+
+def _tiling(
+    launch: _Launch, sizes: tuple[int, ...], dilation: tuple[int, int], spans: tuple[int, int],
+    pads: tuple[int, int] = (0, 0),
+) -> _Tiling:  # fmt: skip
     """Return the launch for `sizes`: batch, height, width, heads and bytes of a head; a tile sees `spans` positions."""
     batch, height, width, heads, nbytes = sizes
     tiles = heads
-    for size, d, tile in zip((height, width), dilation, launch.tile, strict=True):
-        tiles *= triton.cdiv(triton.cdiv(size, d), tile) * d
+    for size, d, tile, pad in zip((height, width), dilation, launch.tile, pads, strict=True):
+        tiles *= triton.cdiv(triton.cdiv(size, d) + pad, tile) * d
     cols = max(triton.next_power_of_2(spans[1]), 8)
     # A chunk of keys and one of values lie on the chip: fewer rows where the head is wide or the dtype is.
     most = max(min(launch.chunk, 16384 // nbytes) // cols, 16 // cols, 1)
@@ -590,7 +634,7 @@ def _problem(
         "BLOCK_DIM": block_dim,
         "PRECISION": "tf32" if tf32 and dtype == torch.float32 else "ieee",
         # 32-bit offsets within an image halve the registers of addresses; images themselves are 64 bits apart.
-        "INDEX": tl.int32 if max(extent, height * width * heads * dim) < 2**31 else tl.int64,
+        "INDEX": tl.int32 if max(extent, 3 * height * width * heads * dim) < 2**31 else tl.int64,
     }
     lengths = tuple(triton.cdiv(size, d) for size, d in zip((height, width), dilation, strict=True))
     sizes = (batch, height, width, heads, block_dim * dtype.itemsize)
@@ -605,10 +649,13 @@ def _problem(
     forward, backward_query = (_tiling(launch, sizes, dilation, spans(launch)) for launch in by_query)
     launch = LAUNCH["backward_key", form]
     axes = zip((height, width), dilation, launch.tile, kernel_size, stride, is_causal, strict=True)
-    backward_key = _tiling(launch, sizes, dilation, tuple(_most_queries(*axis) for axis in axes))
+    pads, most = zip(*(_padded(*axis) for axis in axes), strict=True)
+    backward_key = _tiling(launch, sizes, dilation, most, pads)
     if not backward_key.constants["HOIST"]:
+        pads = 0, 0
         backward_key = _tiling(LAUNCH_MANY, sizes, dilation, spans(LAUNCH_MANY))
         backward_key.constants["HOIST"] = False
+    backward_key.constants.update(zip(("PAD_H", "PAD_W"), pads, strict=True))
     return _Problem(constants, forward, backward_query, backward_key)
 
 
@@ -641,31 +688,32 @@ def _na2d(
     return out, lse
 
 
-def _na2d_backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, out: Tensor, lse: Tensor,
-    kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[bool], scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    options = (kernel_size, stride, dilation, is_causal)
+def _backward(
+    grads: tuple[Tensor, ...], packed: int, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor,
+    rpb: Tensor | None, out: Tensor, lse: Tensor, options: tuple, scale: float,
+) -> Tensor:  # fmt: skip
+    """Write the gradients of query, key and value, `packed` of which lie in one tensor; return that of the bias."""
     query, key, value, table, strides, problem = _prepare(query, key, value, rpb, options)
+    grad_q, grad_k, grad_v = grads
     grad_out = grad_out.contiguous()
-    grad_q, grad_k, grad_v = (torch.empty_like(out) for _ in range(3))
     delta = torch.empty_like(lse)
     sizes = (*query.shape[:4], scale, *strides)
 
     tiles, groups, constants = problem.backward_query
     heads = query.shape[3]
+    kernel_size = options[0]
     parts = 1 if constants["HOIST"] else constants["CHUNKS"]
-    bins = [triton.next_power_of_2(2 * k - 1) for k in kernel_size]
     has_rpb = rpb is not None
-    # Programs whose group has no such tile write nothing.
-    shape = (parts * groups * (tiles // heads), heads, *bins) if has_rpb else (0,)
-    partial = torch.zeros(shape, dtype=torch.float32, device=query.device)
+    rows = parts * groups * (tiles // heads)
+    entries = [2 * k - 1 for k in kernel_size]
+    partial = torch.empty((rows, heads, *entries) if has_rpb else 0, dtype=torch.float32, device=query.device)
+    bins = [triton.next_power_of_2(n) for n in entries]
 
     def backward_query(chunks: int, grad_q_too: bool, grad_rpb_too: bool, constants: dict) -> None:
         _backward_query[(tiles, groups, chunks)](
             query, key, value, table, out, lse, grad_out, delta, grad_q, partial, *sizes,
             **problem.constants, **constants,
-            GRAD_Q=grad_q_too, GRAD_RPB=grad_rpb_too, BINS_H=bins[0], BINS_W=bins[1],
+            GRADS=packed, GRAD_Q=grad_q_too, GRAD_RPB=grad_rpb_too, BINS_H=bins[0], BINS_W=bins[1],
         )  # fmt: skip
 
     backward_query(1, True, has_rpb and constants["HOIST"], constants)
@@ -674,13 +722,23 @@ def _na2d_backward(
         backward_query(constants["CHUNKS"], False, True, constants | one_chunk)
 
     tiles, groups, constants = problem.backward_key
-    _backward_key[(tiles, groups)](
-        query, key, value, table, lse, grad_out, delta, grad_k, grad_v, *sizes, **problem.constants, **constants
-    )
-    if not has_rpb:
-        return grad_q, grad_k, grad_v, partial
-    entries = tuple(slice(2 * k - 1) for k in kernel_size)
-    return grad_q, grad_k, grad_v, partial.sum(0)[(slice(None), *entries)].to(rpb.dtype).contiguous()
+    sums = triton.cdiv(heads * entries[0] * entries[1], COLUMNS) if has_rpb else 0
+    grad_rpb = torch.empty(partial.shape[1:], dtype=rpb.dtype, device=rpb.device) if has_rpb else partial
+    # Of no images too, the sums are written.
+    _backward_key[(sums + tiles, max(groups, 1))](
+        query, key, value, table, lse, grad_out, delta, grad_k, grad_v, partial, grad_rpb, rows, *sizes,
+        **problem.constants, **constants, GRADS=packed, SUMS=sums, COLUMNS=COLUMNS,
+    )  # fmt: skip
+    return grad_rpb
+
+
+def _na2d_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, out: Tensor, lse: Tensor,
+    kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[bool], scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grads = tuple(torch.empty_like(out) for _ in range(3))
+    options = (kernel_size, stride, dilation, is_causal)
+    return *grads, _backward(grads, 1, grad_out, query, key, value, rpb, out, lse, options, scale)
 
 
 def _fake(query, key, value, rpb, *options):
@@ -688,27 +746,74 @@ def _fake(query, key, value, rpb, *options):
 
 
 def _fake_backward(grad_out, query, key, value, rpb, *others):
-    grad_rpb = query.new_empty(0, dtype=torch.float32) if rpb is None else rpb.new_empty(rpb.shape)
-    return *(query.new_empty(query.shape) for _ in range(3)), grad_rpb
+    return *(query.new_empty(query.shape) for _ in range(3)), _fake_grad_rpb(query, rpb)
+
+
+def _fake_grad_rpb(query, rpb):
+    return query.new_empty(0, dtype=torch.float32) if rpb is None else rpb.new_empty(rpb.shape)
 
 
 _call = register("na2d", _na2d, _fake, _na2d_backward, _fake_backward, na2d_reference)
 
 
+def _na2d_qkv(
+    qkv: Tensor, rpb: Tensor | None,
+    kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[bool], scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _na2d(*qkv.unbind(3), rpb, kernel_size, stride, dilation, is_causal, scale)
+
+
+def _na2d_qkv_backward(
+    grad_out: Tensor, qkv: Tensor, rpb: Tensor | None, out: Tensor, lse: Tensor,
+    kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[bool], scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    options = (kernel_size, stride, dilation, is_causal)
+    return grad_qkv, _backward(grad_qkv.unbind(3), 3, grad_out, *qkv.unbind(3), rpb, out, lse, options, scale)
+
+
+def _fake_qkv(qkv, rpb, *options):
+    return _fake(*qkv.unbind(3), rpb, *options)
+
+
+def _fake_qkv_backward(grad_out, qkv, rpb, *others):
+    return qkv.new_empty(qkv.shape), _fake_grad_rpb(qkv, rpb)
+
+
+_call_qkv = register(
+    "na2d_qkv", _na2d_qkv, _fake_qkv, _na2d_qkv_backward, _fake_qkv_backward, na2d_qkv_reference
+)  # fmt: skip
+
+
 @register_flop_formula(torch.ops.densezoo.na2d)
-def _(query, key, value, rpb, kernel_size, *args, **kwargs) -> int:
+def _flops(query, key, value, rpb, kernel_size, *args, **kwargs) -> int:
     batch, height, width, heads, dim = query
     # The products with the keys and with the values, each a multiplication and an addition.
     return 4 * batch * height * width * heads * dim * kernel_size[0] * kernel_size[1]
 
 
 @register_flop_formula(torch.ops.densezoo.na2d_backward)
-def _(grad_out, query, key, value, rpb, out, lse, kernel_size, *args, **kwargs) -> int:
+def _flops_backward(grad_out, query, key, value, rpb, out, lse, kernel_size, *args, **kwargs) -> int:
     batch, height, width, heads, dim = query
     # Five products: the scores once more, and the gradients of query, key, value and weights.
     return 10 * batch * height * width * heads * dim * kernel_size[0] * kernel_size[1]
 
 
+@register_flop_formula(torch.ops.densezoo.na2d_qkv)
+def _(qkv, rpb, kernel_size, *args, **kwargs) -> int:
+    return _flops((*qkv[:3], *qkv[4:]), None, None, rpb, kernel_size)
+
+
+@register_flop_formula(torch.ops.densezoo.na2d_qkv_backward)
+def _(grad_out, qkv, rpb, out, lse, kernel_size, *args, **kwargs) -> int:
+    return _flops_backward(grad_out, (*qkv[:3], *qkv[4:]), None, None, rpb, out, lse, kernel_size)
+
+
 def na2d_triton(query, key, value, rpb, kernel_size, stride, dilation, is_causal, scale) -> Tensor:
     """Compute `densezoo.ops.na2d` with the kernels; arguments checked, one entry per axis."""
     return _call(query, key, value, rpb, list(kernel_size), list(stride), list(dilation), list(is_causal), scale)
+
+
+def na2d_qkv_triton(qkv, rpb, kernel_size, stride, dilation, is_causal, scale) -> Tensor:
+    """Compute `densezoo.ops.na2d_qkv` with the kernels; arguments checked, one entry per axis."""
+    return _call_qkv(qkv, rpb, list(kernel_size), list(stride), list(dilation), list(is_causal), scale)

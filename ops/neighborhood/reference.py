@@ -116,3 +116,8 @@ def na2d_reference(
     out = out.view(batch, n, m, heads, tile_h, tile_w, dim).permute(0, 1, 4, 2, 5, 3, 6)
     out = _fold(out, batch, n * tile_h, m * tile_w, heads, dim)
     return out.index_select(1, row_place).index_select(2, col_place).to(dtype)
+
+
+def na2d_qkv_reference(qkv: Tensor, rpb: Tensor | None, *args) -> Tensor:
+    """Compute `densezoo.ops.na2d_qkv`: `na2d_reference` of the views."""
+    return na2d_reference(*qkv.unbind(3), rpb, *args)

@@ -143,9 +143,11 @@ def test_short_maps_are_padded_before_the_projections(height, width):
 
 def test_neighborhood_attention_makes_no_copy_of_the_projections(monkeypatch):
     seen = []
-    monkeypatch.setattr(nat, "na2d", lambda q, k, v, *args, **kwargs: seen.extend((q, k, v)) or q)
-    NeighborhoodAttention(16, 2, kernel_size=3)(torch.randn(1, 4, 5, 16))
-    assert len({t.untyped_storage().data_ptr() for t in seen}) == 1 and seen[0].shape == (1, 4, 5, 2, 8)
+    monkeypatch.setattr(nat, "na2d_qkv", lambda qkv, *args, **kwargs: seen.append(qkv) or qkv[:, :, :, 0])
+    attention = NeighborhoodAttention(16, 2, kernel_size=3)
+    attention.qkv.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    attention(torch.randn(1, 4, 5, 16))
+    assert seen[0].data_ptr() == seen[1].data_ptr() and seen[1].shape == (1, 4, 5, 3, 2, 8)
 
 
 @torch.no_grad()

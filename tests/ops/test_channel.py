@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from densezoo.ops import channel_attention, get_backend, set_backend
+from densezoo.ops import channel_attention, channel_attention_qkv, get_backend, set_backend
 from timm.models.davit import ChannelAttention, ChannelAttentionV2
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -38,6 +38,17 @@ def gradients(tensors, seed=1, **kwargs):
     out = channel_attention(*leaves, **kwargs)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.device, out.dtype))]
+
+
+def packed_gradients(tensors, roles, seed=1, **kwargs):
+    """Return the same of the tensors packed in one, unpacked."""
+    parts = [tensors[roles.index(i)] for i in range(3)]
+    leaf = torch.stack(parts, -3).requires_grad_()
+    out = channel_attention_qkv(leaf, roles=roles, **kwargs)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    (grad_qkv,) = torch.autograd.grad(out, leaf, grad.to(out.device, out.dtype))
+    assert grad_qkv.is_contiguous()
+    return [out.detach(), *(grad_qkv.select(-3, role) for role in roles)]
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 7, 3, 8), (1, 1, 1, 1, 4), (2, 9, 2, 6), (1, 2, 3, 4, 2, 5)], ids=str)
@@ -96,10 +107,12 @@ def test_kernels_interpreted(shape, channels, monkeypatch):
     tensors = inputs(*shape, dtype=torch.float32)
     set_backend("triton")
     got = gradients(tensors, scale=0.1)
+    packed = packed_gradients(tensors, (1, 2, 0), scale=0.1)
     kernels._problem.cache_clear()
     set_backend("reference")
     expected = gradients([t.double() for t in tensors], scale=0.1)
     assert max(map(error, got, expected)) < 1e-6
+    assert max(map(error, packed, expected)) < 1e-6
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -119,6 +132,11 @@ def test_operator_contract(device):
             fake = torch.ops.densezoo.channel_attention_backward(*(mode.from_tensor(t) for t in args), 0.3)
         got = torch.ops.densezoo.channel_attention_backward(*args, 0.3)
         assert [t.stride() for t in got] == [t.stride() for t in fake]
+
+        packed = torch.stack(tensors, -3).requires_grad_()
+        torch.library.opcheck(torch.ops.densezoo.channel_attention_qkv, (packed, [0, 1, 2], 0.3))
+        grad = torch.ops.densezoo.channel_attention_qkv_backward(args[0], packed, out, weights, [0, 1, 2], 0.3)
+        assert torch.equal(grad, torch.stack(got, -3))
 
 
 GPU_SHAPES = [(128, 14, 14, 12, 32), (256, 7, 7, 24, 32), (2, 200, 304, 3, 32), (1, 37, 41, 2, 128), (3, 24, 24, 4, 80)]
@@ -141,6 +159,8 @@ def test_kernels(shape, dtype, allowed, nan_filled_memory):
     set_backend("triton")
     got, again = (gradients(tensors, scale=scale) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True)), "two runs differ"
+    packed = packed_gradients(tensors, (2, 0, 1), scale=scale)
+    assert all(torch.equal(a, b) for a, b in zip(packed, got, strict=True)), "the packed form differs"
     set_backend("reference")
     expected = gradients([t.double() for t in tensors], scale=scale)
     assert max(map(error, got, expected)) < allowed
@@ -249,3 +269,16 @@ def test_wrong_arguments_are_named(change, named):
     arguments = {name: torch.zeros(1, 8, 2, 4) for name in ("query", "key", "value")}
     with pytest.raises(ValueError, match=f"^{named}: got"):
         channel_attention(**(arguments | change))
+
+
+def test_packed_names_wrong_arguments():
+    qkv = torch.zeros(1, 8, 3, 2, 4)
+    for change, named in (
+        ({"qkv": qkv[:, :, :2]}, "qkv"),
+        ({"qkv": qkv[:, 0]}, "qkv"),
+        ({"qkv": qkv.long()}, "qkv"),
+        ({"roles": (0, 1, 1)}, "roles"),
+        ({"roles": (0, 1)}, "roles"),
+    ):
+        with pytest.raises(ValueError, match=f"^{named}: got"):
+            channel_attention_qkv(**({"qkv": qkv} | change))

@@ -17,6 +17,8 @@ REASON = "a kernel needs 264192 bytes of shared memory, the GPU has 101376"
 CASES = {
     "window": ("window_attention", [(2, 6, 7, 48), (2, 7, 7)], 0, (2, (4, 4), (1, 2), False, 0.3)),
     "neighborhood": ("na2d", [*3 * [(2, 6, 7, 2, 8)], (2, 5, 5)], 0, ((3, 3), (1, 1), (2, 1), (False, True), 0.3)),
+    "neighborhood qkv": ("na2d_qkv", [(2, 6, 7, 3, 2, 8), (2, 5, 5)], 0, ((3, 3), (1, 1), (2, 1), (False, True), 0.3)),
+    "channel qkv": ("channel_attention_qkv", [(2, 5, 6, 3, 2, 8)], 0, ((1, 2, 0), 0.3)),
     "channel": ("channel_attention", 3 * [(2, 5, 6, 2, 8)], 0, (0.3,)),
     "agent": ("agent_attention", [*3 * [(2, 30, 2, 8)], (2, 9, 2, 8), (2, 9, 30), (2, 30, 9)], 0, (0.3,)),
     "linear": ("focused_linear_attention", [*3 * [(2, 20, 2, 8)], (2, 8), (20, 2, 8)], 0, (3,)),
@@ -32,7 +34,7 @@ class Case:
 
     def __init__(self, module, dtype=torch.float32):
         self.name, shapes, self.listed, self.options = CASES[module]
-        kernels = importlib.import_module(f"densezoo.ops.{module}.kernels")
+        kernels = importlib.import_module(f"densezoo.ops.{module.partition(' ')[0]}.kernels")
         self.function = getattr(kernels, f"{self.name}_triton")
         # A feature's scale, (heads, dim), is positive.
         tensors = (torch.randn(shape) if len(shape) > 2 else torch.rand(shape) + 0.5 for shape in shapes)

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from densezoo.ops import get_backend, na2d, set_backend
+from densezoo.ops import get_backend, na2d, na2d_qkv, set_backend
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -91,6 +91,16 @@ def error(got, expected):
     return value if value == value else float("inf")
 
 
+def run_qkv(setting, biased=True):
+    return lambda qkv, *rpb: na2d_qkv(qkv, rpb=rpb[0] if biased else None, **options(setting))
+
+
+def stacked(results):
+    """Return an output and gradients of query, key, value and more, as `run_qkv` has them."""
+    out, *qkv, rpb = results if len(results) == 5 else (*results, None)
+    return [out, torch.stack(qkv, 3), *([] if rpb is None else [rpb])]
+
+
 def run(setting, biased=True):
     if biased:
         return lambda q, k, v, rpb: na2d(q, k, v, rpb=rpb, **options(setting))
@@ -166,6 +176,32 @@ def test_kernels_interpreted(setting, biased):
     assert max(map(error, got, expected)) < 1e-6
 
 
+@pytest.mark.parametrize(
+    "setting, biased",
+    [*((SETTINGS[i], True) for i in (0, 1, 3, 6)), ((1, 14, 14, 2, 8, 7, 1, 1, False), True), (SETTINGS[2], False)],
+    ids=str,
+)
+@pytest.mark.skipif(cuda, reason="the kernels run on the GPU, in the tests below")
+def test_packed_kernels_interpreted(setting, biased):
+    *qkv, rpb = inputs(setting)
+    tensors = [torch.stack(qkv, 3), *([rpb] if biased else [])]
+    set_backend("triton")
+    got = gradients(run_qkv(setting, biased), tensors)
+    set_backend("reference")
+    expected = gradients(run(setting, biased), [t.double() for t in ([*qkv, rpb] if biased else qkv)])
+    assert max(map(error, got, stacked(expected))) < 1e-6
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_no_images(device):
+    if device == "cpu" and cuda:
+        pytest.skip("the kernels run on the GPU")
+    set_backend("triton")
+    tensors = inputs((0, 8, 8, 1, 8, 3, 1, 1, False), device=device)
+    *grads, grad_rpb = gradients(run((0, 8, 8, 1, 8, 3, 1, 1, False)), tensors)
+    assert all(g.shape == (0, 8, 8, 1, 8) for g in grads) and not grad_rpb.any()
+
+
 @pytest.mark.skipif(cuda, reason="the kernels run on the GPU, in the tests below")
 def test_operator_contract_interpreted():
     check_operator_contract("cpu")
@@ -191,6 +227,12 @@ def check_operator_contract(device):
             fake = [t if t is None else mode.from_tensor(t) for t in args]
             expected = [t.stride() for t in torch.ops.densezoo.na2d_backward(*fake, *options)]
         assert [t.stride() for t in torch.ops.densezoo.na2d_backward(*args, *options)] == expected
+
+        packed = [torch.stack(qkv, 3).requires_grad_(), leaves[-1]]
+        torch.library.opcheck(torch.ops.densezoo.na2d_qkv, (*packed, *options))
+        grad_qkv, _ = torch.ops.densezoo.na2d_qkv_backward(torch.ones_like(out), *packed, out, lse, *options)
+        grads = torch.ops.densezoo.na2d_backward(*args, *options)
+        assert grad_qkv.is_contiguous() and torch.equal(grad_qkv, torch.stack(grads[:3], 3))
 
 
 GPU_SETTINGS = [
@@ -222,6 +264,9 @@ def test_kernels(setting, dtype, allowed, nan_filled_memory):
         assert error(got[0][-1:], out) < allowed
         assert all(t.isfinite().all() for t in got)
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True)), "two runs differ"
+    set_backend("triton")
+    packed = gradients(run_qkv(setting), [torch.stack(tensors[:3], 3), tensors[3]])
+    assert all(torch.equal(a, b) for a, b in zip(packed, stacked(got), strict=True)), "the packed form differs"
 
 
 @pytest.fixture
@@ -269,6 +314,21 @@ def test_compiles_once_for_any_batch(device):
         torch.testing.assert_close(attend(*qkv, rpb), na2d(*qkv, 5, dilation=2, rpb=rpb))
     # One graph for the first batch size, one with the batch size free.
     assert counter.frame_count <= 2
+
+
+@torch.no_grad()
+def test_packed_is_the_same_and_names_wrong_arguments():
+    *qkv, rpb = inputs(SETTINGS[1], torch.float64)
+    packed = torch.stack(qkv, 3)
+    assert torch.equal(run_qkv(SETTINGS[1])(packed, rpb), run(SETTINGS[1])(*qkv, rpb))
+    for wrong, named in (
+        ((packed[:, :, :, :2], 7), "qkv: got shape"),
+        ((packed[:, :, :, 0], 7), "qkv: got shape"),
+        ((packed.long(), 7), "qkv: got torch.int64"),
+        ((packed, 9), "kernel_size [*] dilation: got"),
+    ):
+        with pytest.raises(ValueError, match=f"^{named}"):
+            na2d_qkv(*wrong)
 
 
 def test_exports_with_free_height_and_width():

@@ -9,9 +9,7 @@ model = dict(
         std=[58.395, 57.12, 57.375],
         bgr_to_rgb=True,
         pad_size_divisor=32,
-        batch_augments=[
-            dict(type="BatchSyncRandomResize", random_size_range=(480, 800), size_divisor=32, interval=10)
-        ],
+        batch_augments=[dict(type="BatchSyncRandomResize", random_size_range=(480, 800), size_divisor=32, interval=10)],
     ),
     bbox_head=dict(
         type="YOLOXHead",

@@ -18,9 +18,7 @@ test_cfg = dict(type="TestLoop")
 
 default_hooks = dict(
     logger=dict(type="LoggerHook", interval=50, log_metric_by_epoch=False),
-    checkpoint=dict(
-        type="CheckpointHook", by_epoch=False, interval=5000, max_keep_ckpts=3, save_best="coco/bbox_mAP"
-    ),
+    checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=5000, max_keep_ckpts=3, save_best="coco/bbox_mAP"),
     visualization=dict(type="DetVisualizationHook"),
 )
 log_processor = dict(type="LogProcessor", window_size=50, by_epoch=False)

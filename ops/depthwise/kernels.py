@@ -1,0 +1,485 @@
+"""Depthwise convolutions over channels-last maps in Triton, forward and backward.
+
+A program owns CHANNELS channels of PARTS strips: COLS columns and a piece of `rows` rows of a window each, the map
+where none is given. It walks down the rows with all taps in registers. A row is loaded and widened once for all the
+products that it takes part in, while the next is on its way, and one further down to the L2 cache. Sums of KERNEL rows
+are under way at a time, of which the topmost is complete when a row has been read.
+
+- `_forward` begins each sum with the bias. A residual is 1 more on the tap of the centre. GELU, where asked for, is
+  applied as a row is written, and what precedes it is written too where a backward will need it.
+- `_backward` convolves the rows of the output's gradient with the kernel turned around, in the same manner, and
+  multiplies each by the KERNEL rows of the input that it joins, for the gradient of the kernel. Each tensor is read and
+  written once. A program's sums for the gradients of weight and bias, a table of KERNEL^2 + 1 rows of channels, are
+  added up by `_sum_tables`, always in the same order.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from densezoo.ops.depthwise.reference import depthwise_conv_reference
+from densezoo.ops.focal.kernels import _gelu, _gelu_slope, _normal, _wide
+from densezoo.ops.launch import Table
+from densezoo.ops.registration import register
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+
+@triton.jit
+def _strips(
+    batch, width, window_width, channels, COLS: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr
+):  # fmt: skip
+    """A program's images, first columns and their windows' bounds, channels, and which of them exist."""
+    blocks = tl.cdiv(channels, CHANNELS)
+    strips = tl.cdiv(window_width, COLS)
+    across = tl.cdiv(width, window_width) * strips
+    tile = (tl.program_id(0) // blocks * PARTS + tl.arange(0, PARTS))[:, None]
+    c = (tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+    exist = (tile < batch * across) & (c < channels)
+    # Those that do not exist stand for the last one, for addresses to be valid.
+    tile = tl.minimum(tile, batch * across - 1)
+    begin = tile % across // strips * window_width
+    end = tl.minimum(begin + window_width, width)
+    return (tile // across).to(tl.int64), begin + tile % strips * COLS, begin, end, c, exist
+
+
+@triton.jit
+def _piece(height, window_height, rows):
+    """First and last row of a program, and of their window."""
+    pieces = tl.cdiv(window_height, rows)
+    begin = tl.program_id(1) // pieces * window_height
+    end = tl.minimum(begin + window_height, height)
+    top = tl.minimum(begin + tl.program_id(1) % pieces * rows, end)
+    return top, tl.minimum(top + rows, end), begin, end
+
+
+@triton.jit
+def _taps(weight, c, exist, KERNEL: tl.constexpr, RESIDUAL: tl.constexpr, TURNED: tl.constexpr):
+    """A kernel's taps in order, or turned around."""
+    taps = ()
+    for i in tl.static_range(KERNEL * KERNEL):
+        at = weight + c * (KERNEL * KERNEL) + (KERNEL * KERNEL - 1 - i if TURNED else i)
+        tap = tl.load(at, mask=exist, other=0.0).to(tl.float32)
+        taps = taps + (tap + 1.0 if RESIDUAL and i == KERNEL * KERNEL // 2 else tap,)
+    return taps
+
+
+@triton.jit
+def _row(
+    x, row, top, bottom, left, begin, end, exist, stride_h, STRIDE_W: tl.constexpr, FIRST: tl.constexpr,
+    COLS: tl.constexpr, FITS: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """Numbers of a row from column `left` + FIRST to as far beyond the strip; zero outside of window and rows."""
+    here = exist & (row >= top) & (row < bottom)
+    x += tl.cast(row, INDEX) * stride_h
+    numbers = ()
+    for i in tl.static_range(FIRST, COLS - FIRST):
+        mask = here
+        if i < 0:
+            mask = here & (left + i >= begin)
+        elif i >= COLS or not FITS:
+            mask = here & (left + i < end)
+        numbers = numbers + (tl.load(x + i * STRIDE_W, mask=mask, other=0.0),)
+    return numbers
+
+
+@triton.jit
+def _fetch(
+    x, image, row, left, c, height, width, channels, stride_b, stride_h, STRIDE_W: tl.constexpr, COLS: tl.constexpr,
+    CHANNELS: tl.constexpr, INDEX: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Bring a strip's row AHEAD rows on into the L2 cache, 32 bytes a thread."""
+    SECTOR: tl.constexpr = 256 // x.dtype.element_ty.primitive_bitwidth
+    if AHEAD > 0 and CHANNELS >= 32:
+        row = tl.minimum(row + AHEAD, height - 1)
+        lane = tl.arange(0, CHANNELS)[None, :]
+        column = tl.minimum(left + tl.minimum(lane % SECTOR, COLS - 1), width - 1)
+        channel = tl.minimum(c - lane + lane // SECTOR * SECTOR, channels - 1)
+        at = x + image * stride_b + row.to(INDEX) * stride_h + (column.to(INDEX) * STRIDE_W + channel)
+        asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
+        tl.inline_asm_elementwise(asm, "=r,l", [at.to(tl.int64)], tl.int32, False, 1)
+
+
+@triton.jit
+def _widen(numbers, COUNT: tl.constexpr, NARROW: tl.constexpr):
+    new = ()
+    for i in tl.static_range(COUNT):
+        new = new + (_wide(numbers[i], NARROW),)
+    return new
+
+
+@triton.jit
+def _spread(sums, row, taps, KERNEL: tl.constexpr, COLS: tl.constexpr):
+    """Add a row's products to the sums of the KERNEL rows that it reaches."""
+    new = ()
+    for k in tl.static_range(KERNEL):
+        for x in tl.static_range(COLS):
+            value = sums[k * COLS + x]
+            for j in tl.static_range(KERNEL):
+                value = tl.fma(row[x + j], taps[(KERNEL - 1 - k) * KERNEL + j], value)
+            new = new + (value,)
+    return new
+
+
+@triton.jit
+def _correlate(sums, window, row, KERNEL: tl.constexpr, COLS: tl.constexpr):
+    """Add to each tap's sum the products of the numbers that it joins: KERNEL rows of inputs, one of gradients."""
+    new = ()
+    for k in tl.static_range(KERNEL):
+        for j in tl.static_range(KERNEL):
+            value = sums[k * KERNEL + j]
+            for x in tl.static_range(COLS):
+                value = tl.fma(window[k * COLS + x], row[x + KERNEL - 1 - j], value)
+            new = new + (value,)
+    return new
+
+
+@triton.jit
+def _move_on(rows, row, KERNEL: tl.constexpr, COLS: tl.constexpr):
+    """Drop the first of KERNEL rows and take another as the last."""
+    new = ()
+    for i in tl.static_range(KERNEL * COLS - COLS):
+        new = new + (rows[COLS + i],)
+    for i in tl.static_range(COLS):
+        new = new + (row[i],)
+    return new
+
+
+@triton.jit
+def _repeat(value, COUNT: tl.constexpr):
+    values = ()
+    for _ in tl.static_range(COUNT):
+        values = values + (value,)
+    return values
+
+
+@triton.jit
+def _write(
+    values, out, row, top, bottom, left, end, channels: tl.constexpr, exist, stride, GELU: tl.constexpr,
+    NARROW: tl.constexpr, COLS: tl.constexpr, FITS: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    here = exist & (row >= top) & (row < bottom)
+    out += tl.cast(row, INDEX) * stride
+    for i in tl.static_range(COLS):
+        mask = here if FITS else here & (left + i < end)
+        value = _gelu(values[i], NARROW) if GELU else values[i]
+        tl.store(out + i * channels, value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["batch", "height", "width", "window_height", "window_width", "rows"])
+def _forward(
+    x, weight, bias, out, before, batch, height, width, window_height, window_width, rows, stride_b, stride_h,
+    channels: tl.constexpr, STRIDE_W: tl.constexpr, KERNEL: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr, GELU: tl.constexpr, SAVE: tl.constexpr, NARROW: tl.constexpr, COLS: tl.constexpr,
+    PARTS: tl.constexpr, CHANNELS: tl.constexpr, FITS: tl.constexpr, INDEX: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    image, left, begin, end, c, exist = _strips(batch, width, window_width, channels, COLS, PARTS, CHANNELS)
+    REACH: tl.constexpr = KERNEL // 2
+    WIDE: tl.constexpr = COLS + 2 * REACH
+    top, bottom, start, stop = _piece(height, window_height, rows)
+    stride = width * channels
+    base = x + image * stride_b + (left.to(INDEX) * STRIDE_W + c)
+    own = image * height * stride + (left.to(INDEX) * channels + c)
+    out += own
+    if SAVE:
+        before += own
+    taps = _taps(weight, c, exist, KERNEL, RESIDUAL, False)
+    first = tl.zeros((PARTS, CHANNELS), tl.float32)
+    if BIAS:
+        first += tl.load(bias + c, mask=exist, other=0.0).to(tl.float32)
+    sums = _repeat(first, KERNEL * COLS)
+    start = tl.maximum(top - REACH, start)
+    stop = tl.minimum(bottom + REACH, stop)
+    # The next row is under way while this one is worked on.
+    ahead = _row(base, start, start, stop, left, begin, end, exist, stride_h, STRIDE_W, -REACH, COLS, FITS, INDEX)
+    for y in range(start, bottom + REACH):
+        _fetch(
+            x, image, y, left, c, height, width, channels, stride_b, stride_h, STRIDE_W, COLS, CHANNELS, INDEX, AHEAD
+        )  # fmt: skip
+        new = _row(base, y + 1, start, stop, left, begin, end, exist, stride_h, STRIDE_W, -REACH, COLS, FITS, INDEX)
+        sums = _spread(sums, _widen(ahead, WIDE, NARROW), taps, KERNEL, COLS)
+        row = y - REACH
+        if SAVE:
+            _write(
+                sums, before, row, top, bottom, left, end, channels, exist, stride, False, NARROW, COLS, FITS, INDEX
+            )  # fmt: skip
+        _write(
+            sums, out, row, top, bottom, left, end, channels, exist, stride, GELU, NARROW, COLS, FITS, INDEX
+        )  # fmt: skip
+        sums = _move_on(sums, _repeat(first, COLS), KERNEL, COLS)
+        ahead = new
+
+
+@triton.jit
+def _gradients(
+    grad, before, row, start, stop, left, begin, end, exist, stride, channels: tl.constexpr, REACH: tl.constexpr,
+    GELU: tl.constexpr, COLS: tl.constexpr, FITS: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """A row of the output's gradient, followed by what precedes the GELU where there is one."""
+    numbers = _row(grad, row, start, stop, left, begin, end, exist, stride, channels, -REACH, COLS, FITS, INDEX)
+    if GELU:
+        numbers += _row(before, row, start, stop, left, begin, end, exist, stride, channels, -REACH, COLS, FITS, INDEX)
+    return numbers
+
+
+@triton.jit
+def _through_gelu(numbers, COUNT: tl.constexpr, GELU: tl.constexpr, NARROW: tl.constexpr):
+    """Widen a row of gradients, and take it through the GELU."""
+    new = ()
+    for i in tl.static_range(COUNT):
+        value = _wide(numbers[i], NARROW)
+        if GELU:
+            z = _wide(numbers[COUNT + i], NARROW)
+            value *= _gelu_slope(z, _normal(z, NARROW))
+        new = new + (value,)
+    return new
+
+
+@triton.jit(do_not_specialize=["batch", "height", "width", "window_height", "window_width", "rows"])
+def _backward(
+    grad_out, x, weight, before, grad_x, partial, batch, height, width, window_height, window_width, rows,
+    stride_b, stride_h, channels: tl.constexpr, STRIDE_W: tl.constexpr, KERNEL: tl.constexpr,
+    RESIDUAL: tl.constexpr, GELU: tl.constexpr, NARROW: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr,
+    CHANNELS: tl.constexpr, FITS: tl.constexpr, INDEX: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    image, left, begin, end, c, exist = _strips(batch, width, window_width, channels, COLS, PARTS, CHANNELS)
+    REACH: tl.constexpr = KERNEL // 2
+    WIDE: tl.constexpr = COLS + 2 * REACH
+    top, bottom, start, stop = _piece(height, window_height, rows)
+    stride = width * channels
+    source = x + image * stride_b + (left.to(INDEX) * STRIDE_W + c)
+    own = image * height * stride + (left.to(INDEX) * channels + c)
+    grad = grad_out + own
+    grad_x += own
+    if GELU:
+        before += own
+    taps = _taps(weight, c, exist, KERNEL, RESIDUAL, True)
+    zero = tl.zeros((PARTS, CHANNELS), tl.float32)
+    sums, products, total = _repeat(zero, KERNEL * COLS), _repeat(zero, KERNEL * KERNEL), zero
+    start = tl.maximum(top - REACH, start)
+    stop = tl.minimum(bottom + REACH, stop)
+    # Rows of the input that the first row of gradients joins; the last of them comes in the loop.
+    window = _repeat(zero, COLS)
+    for i in tl.static_range(1, KERNEL):
+        above = start + (i - 1 - REACH)
+        numbers = _row(
+            source, above, top, bottom, left, begin, end, exist, stride_h, STRIDE_W, 0, COLS, FITS, INDEX
+        )  # fmt: skip
+        window += _widen(numbers, COLS, NARROW)
+    joined = _row(source, start + REACH, top, bottom, left, begin, end, exist, stride_h, STRIDE_W, 0, COLS, FITS, INDEX)
+    ahead = _gradients(
+        grad, before, start, start, stop, left, begin, end, exist, stride, channels, REACH, GELU, COLS, FITS, INDEX
+    )  # fmt: skip
+    for y in range(start, bottom + REACH):
+        _fetch(
+            grad_out, image, y, left, c, height, width, channels, height * stride.to(tl.int64), stride, channels, COLS,
+            CHANNELS, INDEX, AHEAD,
+        )  # fmt: skip
+        _fetch(
+            x, image, y + REACH, left, c, height, width, channels, stride_b, stride_h, STRIDE_W, COLS, CHANNELS, INDEX,
+            AHEAD,
+        )  # fmt: skip
+        window = _move_on(window, _widen(joined, COLS, NARROW), KERNEL, COLS)
+        row = _through_gelu(ahead, WIDE, GELU, NARROW)
+        # The next rows are under way while these are worked on.
+        joined = _row(
+            source, y + (1 + REACH), top, bottom, left, begin, end, exist, stride_h, STRIDE_W, 0, COLS, FITS, INDEX
+        )  # fmt: skip
+        ahead = _gradients(
+            grad, before, y + 1, start, stop, left, begin, end, exist, stride, channels, REACH, GELU, COLS, FITS, INDEX
+        )  # fmt: skip
+        sums = _spread(sums, row, taps, KERNEL, COLS)
+        _write(
+            sums, grad_x, y - REACH, top, bottom, left, end, channels, exist, stride, False, NARROW, COLS, FITS, INDEX
+        )  # fmt: skip
+        products = _correlate(products, window, row, KERNEL, COLS)
+        across = row[REACH]
+        for i in tl.static_range(1, COLS):
+            across += row[REACH + i]
+        total += tl.where((y >= top) & (y < bottom), across, 0.0)
+        sums = _move_on(sums, _repeat(zero, COLS), KERNEL, COLS)
+    table = tl.program_id(1) * (tl.num_programs(0) // tl.cdiv(channels, CHANNELS))
+    table += tl.program_id(0) // tl.cdiv(channels, CHANNELS)
+    partial += table.to(tl.int64) * ((KERNEL * KERNEL + 1) * channels) + c
+    some = c < channels
+    for i in tl.static_range(KERNEL * KERNEL):
+        tl.store(partial + i * channels, tl.sum(products[i], 0)[None, :], mask=some)
+    tl.store(partial + KERNEL * KERNEL * channels, tl.sum(total, 0)[None, :], mask=some)
+
+
+@triton.jit(do_not_specialize=["tables"])
+def _sum_tables(
+    partial, grad_weight, grad_bias, tables, channels, TAPS: tl.constexpr, BIAS: tl.constexpr, TABLES: tl.constexpr,
+    COUNT: tl.constexpr,
+):  # fmt: skip
+    """Add up the tables, (TAPS + 1, channels) each: rows for the weight, (channels, TAPS), and one for the bias."""
+    at = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
+    size = (TAPS + 1) * channels
+    acc = tl.zeros((TABLES, COUNT), tl.float32)
+    for start in range(0, tables, TABLES):
+        table = start + tl.arange(0, TABLES)
+        mask = (table < tables)[:, None] & (at < size)[None, :]
+        acc += tl.load(partial + table.to(tl.int64)[:, None] * size + at[None, :], mask=mask, other=0.0)
+    value = tl.sum(acc, 0)
+    tap, c = at // channels, at % channels
+    tl.store(grad_weight + c * TAPS + tap, value.to(grad_weight.dtype.element_ty), mask=tap < TAPS)
+    if BIAS:
+        tl.store(grad_bias + c, value.to(grad_bias.dtype.element_ty), mask=tap == TAPS)
+
+
+class _Launch(NamedTuple):
+    """Columns of a strip, channels of a thread, warps, rows fetched ahead, registers of a thread at most."""
+
+    cols: int
+    vector: int
+    warps: int
+    ahead: int = 0
+    registers: int | None = None
+
+
+# By kernel size: taps, sums under way and the rows at work fit the registers of a thread.
+LAUNCH = {
+    ("forward", 3): _Launch(7, 1, 4, 3),
+    ("forward", 5): _Launch(7, 1, 4, 3),
+    ("forward", 7): _Launch(4, 1, 4, 3),
+    ("backward", 3): _Launch(7, 1, 4, 3),
+    ("backward", 5): _Launch(4, 1, 4, 3, 128),
+    ("backward", 7): _Launch(2, 1, 4, 3),
+}
+LAUNCH = Table("depthwise_conv", LAUNCH)
+# Tables and their entries at a time, and warps.
+SUM = (128, 32, 4)
+# Warps that fill the GPU come before long strips; a piece has these rows at least, as it reads those around it as well.
+WARPS = 6144
+ROWS = 7
+# The interpreter takes no instructions of the GPU's own.
+HAS_PTX = torch.version.hip is None and not triton.knobs.runtime.interpret
+
+
+class _Problem:
+    """How a call is cut into programs; the same for all calls alike."""
+
+    def __init__(self, kind: str, shape: torch.Size, strides: tuple, narrow: bool, kernel: int, window: tuple):
+        batch, height, width, channels = shape
+        launch = LAUNCH[kind, kernel]
+        # A window that holds the map is the map.
+        sides = (min(side or size, size) for side, size in zip(window, (height, width), strict=True))
+        self.window = window_height, window_width = tuple(max(1, side) for side in sides)
+        cols = min(launch.cols, window_width)
+        # A half block left empty would be wasted.
+        block = min(32 if 0 < channels % 64 <= 32 else 64, triton.next_power_of_2(channels))
+        parts = max(1, 32 * launch.warps * launch.vector // block)
+        strips = batch * triton.cdiv(width, window_width) * triton.cdiv(window_width, cols)
+        groups, blocks = triton.cdiv(strips, parts), triton.cdiv(channels, block)
+        windows = triton.cdiv(height, window_height)
+        warps = max(1, groups * blocks * windows * launch.warps)
+        pieces = max(1, min(triton.cdiv(WARPS, warps), window_height // ROWS))
+        self.rows = triton.cdiv(window_height, pieces)
+        pieces = windows * triton.cdiv(window_height, self.rows)
+        self.tables = groups * pieces
+        self.grid = (groups * blocks, pieces)
+        extent = max(
+            sum(side * stride for side, stride in zip(shape[1:], each, strict=True))
+            for each in (strides[1:], (width * channels, channels, 1))
+        )
+        self.constants = {
+            "channels": channels, "STRIDE_W": strides[2], "KERNEL": kernel, "NARROW": narrow, "COLS": cols,
+            "PARTS": parts, "CHANNELS": block, "FITS": width % window_width == 0 and window_width % cols == 0,
+            # 32-bit offsets within an image halve the registers of addresses; images themselves are 64 bits apart.
+            "INDEX": tl.int32 if extent < 2**30 else tl.int64,
+            "AHEAD": launch.ahead if HAS_PTX else 0, "num_warps": launch.warps, "num_stages": 1,
+        }  # fmt: skip
+        if launch.registers:
+            self.constants["maxnreg"] = launch.registers
+
+
+_problem = lru_cache(maxsize=1024)(_Problem)
+
+
+def _dense(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _plan(kind: str, x: Tensor, weight: Tensor, window: list[int]) -> _Problem:
+    narrow = HAS_PTX and x.dtype == torch.bfloat16
+    return _problem(kind, x.shape, x.stride(), narrow, weight.shape[-1], tuple(window))
+
+
+def _depthwise_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: list[int], residual: bool, gelu: bool,
+    saves: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x, weight = _dense(x), weight.contiguous()
+    out = x.new_empty(x.shape)
+    before = x.new_empty(x.shape if gelu and saves else (0,))
+    plan, (batch, height, width, _) = _plan("forward", x, weight, window), x.shape
+    if out.numel():
+        _forward[plan.grid](
+            x, weight, weight if bias is None else bias, out, before, batch, height, width, *plan.window, plan.rows,
+            *x.stride()[:2], BIAS=bias is not None, RESIDUAL=residual, GELU=gelu, SAVE=gelu and saves, **plan.constants,
+        )  # fmt: skip
+    return out, before
+
+
+def _depthwise_conv_backward(
+    grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, before: Tensor,
+    window: list[int], residual: bool, gelu: bool, saves: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x, weight, grad_out = _dense(x), weight.contiguous(), grad_out.contiguous()
+    grad_x, grad_weight, grad_bias = _fake_backward(grad_out, x, weight, bias)
+    plan, (batch, height, width, channels) = _plan("backward", x, weight, window), x.shape
+    taps = weight[0].numel()
+    partial = torch.empty((plan.tables, taps + 1, channels), dtype=torch.float32, device=x.device)
+    if x.numel():
+        _backward[plan.grid](
+            grad_out, x, weight, before, grad_x, partial, batch, height, width, *plan.window, plan.rows,
+            *x.stride()[:2], RESIDUAL=residual, GELU=gelu, **plan.constants,
+        )  # fmt: skip
+    _sum_tables[triton.cdiv((taps + 1) * channels, SUM[1]),](
+        partial, grad_weight, grad_bias, plan.tables, channels, taps, bias is not None, *SUM[:2],
+        num_warps=SUM[2],
+    )  # fmt: skip
+    return grad_x, grad_weight, grad_bias
+
+
+def _fake(x, weight, bias, window, residual, gelu, saves):
+    return x.new_empty(x.shape), x.new_empty(x.shape if gelu and saves else (0,))
+
+
+def _fake_backward(grad_out, x, weight, bias, *others):
+    grad_bias = weight.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), grad_bias
+
+
+def _reference(x, weight, bias, window, residual, gelu, saves):
+    dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+    tensors = (t if t is None else t.to(dtype) for t in (x, weight, bias))
+    return depthwise_conv_reference(*tensors, [side or None for side in window], residual, gelu).to(x.dtype)
+
+
+_call = register(
+    "depthwise_conv", _depthwise_conv, _fake, _depthwise_conv_backward, _fake_backward, _reference
+)  # fmt: skip
+
+
+@register_flop_formula(torch.ops.densezoo.depthwise_conv)
+def _(x, weight, *args, **kwargs) -> int:
+    # A multiplication and an addition a tap.
+    return 2 * x.numel() * weight[2:].numel()
+
+
+@register_flop_formula(torch.ops.densezoo.depthwise_conv_backward)
+def _(grad_out, x, weight, *args, **kwargs) -> int:
+    # Two products a tap: the gradients of the map and of the weight.
+    return 4 * x.numel() * weight[2:].numel()
+
+
+def depthwise_conv_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: Sequence[int | None], residual: bool, gelu: bool
+) -> Tensor:
+    """Compute `densezoo.ops.depthwise_conv` with the kernels; arguments checked."""
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    return _call(x, weight, bias, [side or 0 for side in window], residual, gelu, gelu and needs_grad)

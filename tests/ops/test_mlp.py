@@ -1,0 +1,236 @@
+"""The MLP: its kernels against Linear, GELU and Linear, alone, compiled and under autocast, and when it takes them."""
+
+from functools import partial
+
+import pytest
+import timm.layers
+import torch
+import torch.nn.functional as F
+from densezoo.ops import get_backend, mlp, set_backend
+from densezoo.ops.mlp import Mlp
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+cuda = torch.cuda.is_available()
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+GELUS = ["none", "tanh"]
+# Shape of x, hidden width, output width: whole tiles, edges of rows and of all widths, several steps of the hidden.
+NARROW = [((2, 9, 7, 64), 192, 64), ((300, 33), 70, 20), ((1, 96), 384, 96), ((0, 16), 32, 16), ((140, 128), 300, 64)]
+WIDE = [((3, 5, 160), 300, 160), ((20, 64), 130, 192), ((0, 256), 16, 256)]
+GPU_CASES = [
+    ((128, 28, 28, 128), 384, 128), ((5, 56, 56, 96), 384, 96), ((3, 14, 14, 320), 1280, 320), ((1, 512), 2048, 512),
+    ((256, 7, 7, 768), 3072, 768), ((50, 1000), 333, 10),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def restore_backend():
+    before = get_backend()
+    yield
+    set_backend(before)
+
+
+@pytest.fixture
+def nan_filled_memory():
+    """Fill uninitialised memory with NaN, so that an element which a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def error(got, expected):
+    """Return the relative RMS error; NaN counts as infinite."""
+    if not expected.any():
+        return got.abs().sum().item()
+    value = ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+    return value if value == value else float("inf")
+
+
+def inputs(case, dtype=torch.float64, device="cpu"):
+    """Return x, weights and biases as a network has them."""
+    (*_, dim), hidden, out = case
+    generator = torch.Generator().manual_seed(0)
+    shapes = (case[0], (hidden, dim), (hidden,), (out, hidden), (out,))
+    drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    drawn[1], drawn[3] = drawn[1] / dim**0.5, drawn[3] / hidden**0.5
+    return [t.to(device, dtype) for t in drawn]
+
+
+def plain(x, weight1, bias1, weight2, bias2, approximate="none"):
+    return F.linear(F.gelu(F.linear(x, weight1, bias1), approximate=approximate), weight2, bias2)
+
+
+def check_kernels(case, approximate, dtype, allowed, device):
+    tensors = inputs(case, dtype, device)
+    set_backend("triton")
+    with torch.no_grad():
+        got, again = (mlp(*tensors, approximate=approximate) for _ in range(2))
+    assert torch.equal(got, again), "two runs differ"
+    expected = plain(*(t.double() for t in tensors), approximate)
+    assert got.shape == expected.shape and got.dtype == dtype
+    assert error(got, expected) < allowed
+
+
+@pytest.mark.skipif(cuda, reason="the kernel runs on the GPU, in the tests below")
+@pytest.mark.parametrize("approximate", GELUS)
+@pytest.mark.parametrize("case", NARROW, ids=str)
+def test_kernel_interpreted(case, approximate):
+    check_kernels(case, approximate, torch.float16, 1e-3, "cpu")
+
+
+@pytest.mark.parametrize("approximate", GELUS)
+@pytest.mark.parametrize("case", WIDE, ids=str)
+def test_wide_in_bfloat16(case, approximate):
+    check_kernels(case, approximate, torch.bfloat16, 1e-2, "cuda" if cuda else "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("approximate", GELUS)
+@pytest.mark.parametrize("case", NARROW + WIDE + GPU_CASES, ids=str)
+def test_kernels(case, approximate, dtype, allowed, nan_filled_memory):
+    check_kernels(case, approximate, dtype, allowed, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("value", [-30.0, 30.0, 1e4])
+def test_far_from_zero(value):
+    x = torch.full((4, 64), value, device="cuda", dtype=torch.bfloat16)
+    weight, bias = torch.eye(64, device="cuda", dtype=torch.bfloat16), torch.zeros(64, device="cuda").bfloat16()
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(x, weight, bias, weight, bias), x.clamp(min=0), atol=2e-2, rtol=1e-2)
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_elements():
+    tensors = inputs(((1, 64), 128, 64), torch.bfloat16, "cuda")
+    x = torch.randn(2**31 // 64 + 5000, 64, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        got = mlp(x, *tensors[1:])[-4000:]
+    assert error(got, plain(*(t.double() for t in (x[-4000:], *tensors[1:])))) < 1e-2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("view", ["permuted", "sliced", "weights"])
+@pytest.mark.parametrize("dim, dtype", [(24, torch.float16), (160, torch.bfloat16)])
+def test_strides(view, dim, dtype, device):
+    tensors = inputs(((2, 6, 5, dim), 40, 16), dtype, device)
+    expected = plain(*(t.double() for t in tensors))
+    set_backend("triton")
+    if view == "permuted":
+        tensors[0] = tensors[0].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    elif view == "sliced":
+        tensors[0] = F.pad(tensors[0], (0, 8))[..., :dim]
+    else:
+        tensors[1], tensors[3] = (t.t().contiguous().t() for t in (tensors[1], tensors[3]))
+    with torch.no_grad():
+        assert error(mlp(*tensors), expected) < (2e-3 if dtype == torch.float16 else 1e-2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_operator_contract(device):
+    from densezoo.ops.mlp import kernels  # noqa: F401  (defines the operators)
+
+    tensors = inputs(((30, 24), 40, 16), torch.float16, device)
+    torch.library.opcheck(torch.ops.densezoo.mlp_narrow.default, (*tensors, "none"))
+    torch.library.opcheck(torch.ops.densezoo.mlp_hidden.default, tuple(t.bfloat16() for t in tensors[:3]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dim, dtype", [(32, torch.float16), (144, torch.bfloat16)])
+def test_compiled_inference(device, dim, dtype):
+    """Under autocast, without a break and once for all batches, to the operators that eager code calls."""
+    torch.manual_seed(0)
+    theirs, ours = timm.layers.Mlp(dim, 96).to(device), Mlp(dim, 96).to(device)
+    ours.load_state_dict(theirs.state_dict())
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(ours, backend=counter, fullgraph=True, dynamic=True)
+    set_backend("triton")
+    for batch in (2, 3, 9):
+        x = torch.randn(batch, 5, 7, dim, device=device)
+        with torch.no_grad(), torch.autocast(device, dtype):
+            expected, eager, got = theirs(x), ours(x), compiled(x)
+        assert got.dtype == eager.dtype == expected.dtype == dtype
+        assert torch.equal(got, eager)
+        assert error(got, expected) < (2e-3 if dtype == torch.float16 else 1e-2)
+    assert counter.frame_count == 1
+    names = [str(node.target) for node in counter.graphs[0].graph.nodes]
+    assert sum("densezoo.mlp_" in name for name in names) == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_with_gradients_it_is_torchs(device):
+    tensors = [t.requires_grad_() for t in inputs(((9, 24), 40, 24), torch.float16, device)]
+    set_backend("triton")
+    assert torch.equal(mlp(*tensors), plain(*tensors))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [((8, 14, 14, 64), 192, 64), ((8, 14, 14, 256), 768, 256)], ids=str)
+@torch.no_grad()
+def test_cuda_graphs_capture(case):
+    tensors = inputs(case, torch.bfloat16, "cuda")
+    expected = mlp(*tensors)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        mlp(*tensors)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            out = mlp(*tensors)
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("approximate", GELUS)
+def test_elsewhere_it_is_timms(approximate):
+    torch.manual_seed(0)
+    act = partial(nn.GELU, approximate)
+    theirs, ours = timm.layers.Mlp(24, 50, act_layer=act), Mlp(24, 50, act_layer=act)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 24)
+    assert torch.equal(ours(x), theirs(x))
+    with torch.no_grad():
+        assert torch.equal(mlp(x, *theirs.state_dict().values(), approximate=approximate), theirs(x))
+        assert Mlp(24, 50).to("meta")(torch.empty(2, 24, device="meta")).shape == (2, 24)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@torch.no_grad()
+def test_what_was_put_in_its_layers_runs():
+    """Layers that were replaced or have hooks, and other activations, are called."""
+    set_backend("triton")
+    x = torch.randn(5, 24, dtype=torch.float16, device="cuda" if cuda else "cpu")
+    ours, relu = Mlp(24, 50).to(x), Mlp(24, 50, act_layer=nn.ReLU).to(x)
+    relu.load_state_dict(ours.state_dict())
+    weights = [*ours.state_dict().values()]
+    assert torch.equal(relu(x), F.linear(F.relu(F.linear(x, *weights[:2])), *weights[2:]))
+    seen = []
+    handle = ours.fc1.register_forward_hook(lambda module, args, out: seen.append(out))
+    expected = ours(x)
+    assert torch.equal(seen[0], F.linear(x, *weights[:2]))
+    handle.remove()
+    assert error(ours(x), expected) < 2e-3
+    assert len(seen) == 1
+    replaced = Mlp(24, 50)
+    replaced.fc2 = Doubled(50, 24)
+    replaced.to(x).load_state_dict(ours.state_dict())
+    assert torch.equal(replaced(x), 2 * expected)
+
+
+@pytest.mark.parametrize("name, index, shape", [("weight1", 1, (8, 5)), ("bias1", 2, (3,)), ("weight2", 3, (4, 9))])
+def test_wrong_shapes_are_named(name, index, shape):
+    tensors = inputs(((2, 4), 8, 4))
+    tensors[index] = torch.zeros(shape, dtype=torch.float64)
+    with pytest.raises(ValueError, match=rf"^{name}: got shape"):
+        mlp(*tensors)
+
+
+def test_wrong_gelu():
+    with pytest.raises(ValueError, match="approximate: got 'sigmoid'"):
+        mlp(*inputs(((2, 4), 8, 4)), approximate="sigmoid")
