@@ -21,7 +21,8 @@ import torch
 import triton
 import triton.language as tl
 from densezoo.ops.depthwise.reference import depthwise_conv_reference
-from densezoo.ops.focal.kernels import _gelu, _gelu_slope, _normal, _wide
+from densezoo.ops.focal.kernels import _wide
+from densezoo.ops.gelu import gelu, gelu_slope, normal
 from densezoo.ops.launch import Table
 from densezoo.ops.registration import register
 from torch import Tensor
@@ -165,7 +166,7 @@ def _write(
     out += tl.cast(row, INDEX) * stride
     for i in tl.static_range(COLS):
         mask = here if FITS else here & (left + i < end)
-        value = _gelu(values[i], NARROW) if GELU else values[i]
+        value = gelu(values[i], NARROW) if GELU else values[i]
         tl.store(out + i * channels, value.to(out.dtype.element_ty), mask=mask)
 
 
@@ -233,7 +234,7 @@ def _through_gelu(numbers, COUNT: tl.constexpr, GELU: tl.constexpr, NARROW: tl.c
         value = _wide(numbers[i], NARROW)
         if GELU:
             z = _wide(numbers[COUNT + i], NARROW)
-            value *= _gelu_slope(z, _normal(z, NARROW))
+            value *= gelu_slope(z, normal(z, NARROW))
         new = new + (value,)
     return new
 
@@ -409,10 +410,10 @@ def _plan(kind: str, x: Tensor, weight: Tensor, window: list[int]) -> _Problem:
 
 
 def _depthwise_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, window: list[int], residual: bool, gelu: bool,
+    x: Tensor, weight: Tensor, bias: Tensor | None, sides: list[int], window: list[int], residual: bool, gelu: bool,
     saves: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    x, weight = _dense(x), weight.contiguous()
+    x, weight = _dense(x).unflatten(1, sides), weight.contiguous()
     out = x.new_empty(x.shape)
     before = x.new_empty(x.shape if gelu and saves else (0,))
     plan, (batch, height, width, _) = _plan("forward", x, weight, window), x.shape
@@ -421,15 +422,16 @@ def _depthwise_conv(
             x, weight, weight if bias is None else bias, out, before, batch, height, width, *plan.window, plan.rows,
             *x.stride()[:2], BIAS=bias is not None, RESIDUAL=residual, GELU=gelu, SAVE=gelu and saves, **plan.constants,
         )  # fmt: skip
-    return out, before
+    return out.flatten(1, 2), before.flatten(1, 2) if gelu and saves else before
 
 
 def _depthwise_conv_backward(
-    grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, before: Tensor,
+    grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, before: Tensor, sides: list[int],
     window: list[int], residual: bool, gelu: bool, saves: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     x, weight, grad_out = _dense(x), weight.contiguous(), grad_out.contiguous()
     grad_x, grad_weight, grad_bias = _fake_backward(grad_out, x, weight, bias)
+    x = x.unflatten(1, sides)
     plan, (batch, height, width, channels) = _plan("backward", x, weight, window), x.shape
     taps = weight[0].numel()
     partial = torch.empty((plan.tables, taps + 1, channels), dtype=torch.float32, device=x.device)
@@ -445,7 +447,7 @@ def _depthwise_conv_backward(
     return grad_x, grad_weight, grad_bias
 
 
-def _fake(x, weight, bias, window, residual, gelu, saves):
+def _fake(x, weight, bias, sides, window, residual, gelu, saves):
     return x.new_empty(x.shape), x.new_empty(x.shape if gelu and saves else (0,))
 
 
@@ -454,10 +456,11 @@ def _fake_backward(grad_out, x, weight, bias, *others):
     return x.new_empty(x.shape), weight.new_empty(weight.shape), grad_bias
 
 
-def _reference(x, weight, bias, window, residual, gelu, saves):
+def _reference(x, weight, bias, sides, window, residual, gelu, saves):
     dtype = x.dtype if x.dtype == torch.float64 else torch.float32
-    tensors = (t if t is None else t.to(dtype) for t in (x, weight, bias))
-    return depthwise_conv_reference(*tensors, [side or None for side in window], residual, gelu).to(x.dtype)
+    tensors = (t if t is None else t.to(dtype) for t in (x.unflatten(1, sides), weight, bias))
+    out = depthwise_conv_reference(*tensors, [side or None for side in window], residual, gelu)
+    return out.flatten(1, 2).to(x.dtype)
 
 
 _call = register(
@@ -482,4 +485,7 @@ def depthwise_conv_triton(
 ) -> Tensor:
     """Compute `densezoo.ops.depthwise_conv` with the kernels; arguments checked."""
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    return _call(x, weight, bias, [side or 0 for side in window], residual, gelu, gelu and needs_grad)
+    sides, window = x.shape[1:3], [side or 0 for side in window]
+    # torch.compile would store what has four axes for the backward as it likes convolutions to, rows innermost.
+    out = _call(x.flatten(1, 2), weight, bias, list(sides), window, residual, gelu, gelu and needs_grad)
+    return out.unflatten(1, sides)

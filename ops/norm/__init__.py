@@ -34,7 +34,8 @@ def layer_norm(
     is_asked_for = get_backend() == "triton" or (torch.compiler.is_compiling() and torch.is_grad_enabled())
     if is_asked_for and takes_triton("layer_norm", x, _unsupported(x)):
         default = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
-        return _OnePassBackward.apply(x, weight, bias, eps, dtype or default)
+        # torch.compile would store what has four axes for the backward as it likes convolutions to, rows innermost.
+        return _OnePassBackward.apply(x.reshape(-1, x.shape[-1]), weight, bias, eps, dtype or default).view(x.shape)
     out = F.layer_norm(x, weight.shape, weight, bias, eps)
     return out if dtype is None else out.to(dtype)
 

@@ -133,16 +133,17 @@ def test_operator_contract(device):
         pytest.skip("the kernels run on the GPU")
     for bias, window, options in ((True, [0, 0], (True, False, False)), (False, [2, 0], (False, True, True))):
         tensors = inputs(1, 3, 5, 8, dtype=torch.float32, device=device)
+        tensors, options = (tensors[0].flatten(1, 2), *tensors[1:]), ([3, 5], window, *options)
         leaves = [t.detach().requires_grad_() for t in tensors]
         leaves, tensors = ((*ts[:2], ts[2] if bias else None) for ts in (leaves, tensors))
-        torch.library.opcheck(torch.ops.densezoo.depthwise_conv, (*leaves, window, *options))
-        out, before = (t.detach() for t in torch.ops.densezoo.depthwise_conv(*leaves, window, *options))
+        torch.library.opcheck(torch.ops.densezoo.depthwise_conv, (*leaves, *options))
+        out, before = (t.detach() for t in torch.ops.densezoo.depthwise_conv(*leaves, *options))
         args = (torch.ones_like(out), *tensors, out, before)
         # opcheck leaves out what the compiler asserts: strides.
         with FakeTensorMode() as mode:
             fakes = (t if t is None else mode.from_tensor(t) for t in args)
-            fake = torch.ops.densezoo.depthwise_conv_backward(*fakes, window, *options)
-        got = torch.ops.densezoo.depthwise_conv_backward(*args, window, *options)
+            fake = torch.ops.densezoo.depthwise_conv_backward(*fakes, *options)
+        got = torch.ops.densezoo.depthwise_conv_backward(*args, *options)
         assert [t.stride() for t in got] == [t.stride() for t in fake]
 
 
