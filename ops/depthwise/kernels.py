@@ -44,7 +44,9 @@ def _strips(
     tile = tl.minimum(tile, batch * across - 1)
     begin = tile % across // strips * window_width
     end = tl.minimum(begin + window_width, width)
-    return (tile // across).to(tl.int64), begin + tile % strips * COLS, begin, end, c, exist
+    left = begin + tile % strips * COLS
+    # Of a last window that is narrower than the others there are fewer strips.
+    return (tile // across).to(tl.int64), left, begin, end, c, exist & (left < end)
 
 
 @triton.jit
