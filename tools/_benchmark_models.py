@@ -9,6 +9,7 @@ from triton.testing import do_bench
 
 import densezoo  # noqa: F401  (registers the models)
 
+SWIN = "swin_tiny_patch4_window7_224"
 # What a user would take instead of each: timm's version, or the network that it modifies. timm has neither CSwin nor
 # the first PVT: their descendants stand beside Swin and the second PVT.
 RIVALS = {
@@ -17,20 +18,20 @@ RIVALS = {
     "densezoo_focalnet_tiny_srf": "focalnet_tiny_srf",
     "densezoo_focalnet_tiny_lrf": "focalnet_tiny_lrf",
     "densezoo_poolformer_s12": "poolformer_s12",
-    "nat_tiny": "swin_tiny_patch4_window7_224",
-    "dinat_tiny": "swin_tiny_patch4_window7_224",
-    "dinat_s_tiny": "swin_tiny_patch4_window7_224",
+    "nat_tiny": SWIN,
+    "dinat_tiny": SWIN,
+    "dinat_s_tiny": SWIN,
     "quadtree_b2": "pvt_v2_b2",
     "agent_deit_tiny": "deit_tiny_patch16_224",
     "agent_pvt_tiny": "pvt_v2_b1",
-    "agent_swin_tiny": "swin_tiny_patch4_window7_224",
-    "agent_cswin_tiny": "swin_tiny_patch4_window7_224",
+    "agent_swin_tiny": SWIN,
+    "agent_cswin_tiny": SWIN,
     "flatten_pvt_tiny": "pvt_v2_b1",
-    "flatten_swin_tiny": "swin_tiny_patch4_window7_224",
-    "flatten_cswin_tiny": "swin_tiny_patch4_window7_224",
+    "flatten_swin_tiny": SWIN,
+    "flatten_cswin_tiny": SWIN,
     "flatten_pvt_v2_b1": "pvt_v2_b1",
 }
-MODELS = (*dict.fromkeys(("swin_tiny_patch4_window7_224", "convnext_tiny", *RIVALS.values(), *RIVALS)),)
+MODELS = (*dict.fromkeys((SWIN, "convnext_tiny", *RIVALS.values(), *RIVALS)),)
 
 
 def per_second(step: Callable[[], object], images: int) -> float:

@@ -5,24 +5,14 @@ from functools import partial
 
 import torch
 from _benchmark_cases import Case, reference_ways, worst_error
+from _benchmark_layers import depthwise_conv_cases, layer_norm_cases, pool_mix_cases
 from _benchmark_local import na2d_cases, window_attention_cases
 from _benchmark_sparse import ms_deform_attn_cases, quadtree_attention_cases
-from densezoo.ops import (
-    agent_attention,
-    channel_attention,
-    depthwise_conv,
-    focal_modulation,
-    focused_linear_attention,
-    layer_norm,
-    pool_mix,
-)
+from densezoo.ops import agent_attention, channel_attention, focal_modulation, focused_linear_attention
 from densezoo.ops.agent.reference import agent_attention_reference
 from densezoo.ops.channel.reference import channel_attention_reference
-from densezoo.ops.depthwise.reference import depthwise_conv_reference
 from densezoo.ops.focal.reference import focal_modulation_reference
 from densezoo.ops.linear.reference import focused_linear_attention_reference
-from densezoo.ops.pooling import add_branch
-from densezoo.ops.pooling.reference import pool_mix_reference
 
 
 def channel_attention_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
@@ -38,34 +28,6 @@ def channel_attention_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
         ways = {"densezoo": channel_attention, **reference_ways(reference)}
         check = partial(worst_error, channel_attention, [t[:1] for t in inputs])
         yield Case(f"channel_attention {batch}, {height}x{width}, {heads}x32", inputs, ways, check)
-
-
-# Shapes, sizes and options: DaViT-T's encodings, PVTv2's MLPs and FLatten's values at 224, DaViT-T's first at 800x1216.
-DEPTHWISE = [
-    *(((128, side, side, dim), 3, (True, False)) for side, dim in ((56, 96), (28, 192), (14, 384), (7, 768))),
-    *(((128, side, side, dim), 3, (False, True)) for side, dim in ((56, 512), (28, 1024), (14, 1280), (7, 2048))),
-    *(((128, side, side, dim), 5, (False, False)) for side, dim in ((56, 64), (28, 128))),
-    ((2, 200, 304, 96), 3, (True, False)),
-]
-
-
-def depthwise_conv_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
-    """Depthwise convolutions with what stands around them: a residual or GELU."""
-    for shape, size, (residual, gelu) in DEPTHWISE:
-        dim = shape[-1]
-        inputs = [torch.randn(s, device=device, dtype=dtype) for s in (shape, (dim, 1, size, size), (dim,))]
-
-        def run(x, weight, bias, residual=residual, gelu=gelu):
-            return depthwise_conv(x, weight, bias, residual=residual, gelu=gelu)
-
-        def reference(x, weight, bias, residual=residual, gelu=gelu):
-            return depthwise_conv_reference(x, weight, bias, (None, None), residual, gelu)
-
-        ways = {"densezoo": run, **reference_ways(reference)}
-        check = partial(worst_error, run, [inputs[0][:1], *inputs[1:]])
-        extra = " + x" if residual else " and GELU" if gelu else ""
-        name = f"depthwise_conv {size}x{size}{extra} {shape[0]}, {shape[1]}x{shape[2]}x{dim}"
-        yield Case(name, inputs, ways, check)
 
 
 def focal_modulation_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
@@ -136,41 +98,6 @@ def agent_attention_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
         ways = {"densezoo": run, **reference_ways(reference), "compiled SDPA": torch.compile(sdpa, dynamic=False)}
         check = partial(worst_error, run, [t[:2] if t.dim() == 4 else t for t in inputs])
         yield Case(f"agent_attention 128, {tokens}, {heads}x{dim}, {agents} agents", inputs, ways, check)
-
-
-def layer_norm_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
-    """Layer norm: DaViT-T's stages at 224, and the first at 800x1216; the kernel is the backward of compiled graphs."""
-    shapes = [(128, 56, 56, 96), (128, 28, 28, 192), (128, 14, 14, 384), (128, 7, 7, 768), (2, 200, 304, 96)]
-    for batch, height, width, dim in shapes:
-        x = torch.randn(batch, height, width, dim, device=device, dtype=dtype)
-        inputs = (x, torch.rand(dim, device=device) + 0.5, torch.randn(dim, device=device))
-
-        def reference(x, weight, bias):
-            return torch.nn.functional.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype))
-
-        ways = {"densezoo": torch.compile(layer_norm, dynamic=False), **reference_ways(reference)}
-        check = partial(worst_error, layer_norm, [x[:1], *inputs[1:]])
-        yield Case(f"layer_norm {batch}, {height}x{width}x{dim}", inputs, ways, check)
-
-
-def pool_mix_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
-    """A PoolFormer block but its MLP: the stages of PoolFormer-S12 at 224, and the first at 800x1216."""
-    shapes = [(128, 56, 56, 64), (128, 28, 28, 128), (128, 14, 14, 320), (128, 7, 7, 512), (2, 200, 304, 64)]
-    for batch, height, width, dim in shapes:
-        x = torch.randn(batch, height, width, dim, device=device, dtype=dtype)
-        inputs = (x, *(torch.rand(5, dim, device=device, dtype=dtype) + 0.5).unbind())
-
-        def run(x, layer_scale, weight, next_weight, next_bias, bias):
-            mixed, normed = pool_mix(x, weight, None, next_weight, next_bias, layer_scale=layer_scale)
-            return add_branch(mixed, normed, bias)
-
-        def reference(x, layer_scale, weight, next_weight, next_bias, bias):
-            mixed, normed = pool_mix_reference(x, (weight, None, next_weight, next_bias), 1e-5, layer_scale, None)
-            return mixed + (normed + bias)
-
-        ways = {"densezoo": torch.compile(run, dynamic=False), **reference_ways(reference)}
-        check = partial(worst_error, run, [x[:1], *inputs[1:]])
-        yield Case(f"pool_mix {batch}, {height}x{width}x{dim}", inputs, ways, check)
 
 
 OPERATORS: dict[str, Callable[[torch.dtype, str], Iterator[Case]]] = {

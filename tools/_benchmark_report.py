@@ -4,7 +4,7 @@ import json
 import statistics
 from pathlib import Path
 
-from _benchmark_models import RIVALS
+from _benchmark_models import RIVALS, SWIN
 from _benchmark_plots import plot_latency, plot_models, plot_operators
 from _facts import CARDS
 from _files import replacing
@@ -42,14 +42,17 @@ def operator_table(rows: list[dict]) -> str:
     return markdown(header, table)
 
 
-def model_table(rows: list[dict]) -> str:
-    """Return the models: images per second, peak memory, and the ratio to what a user would take instead."""
+def model_table(rows: list[dict], dense: bool = False) -> str:
+    """Return the models: images per second, peak memory, and the ratio to what a user would take instead.
+
+    Of dense backbones that is Swin, the detectors' usual one.
+    """
     columns = [f"{way} {what}" for way in ("eager", "compiled") for what in ("inference", "training", "peak MiB")]
     ratios = ("compiled inference", "compiled training")
     by_name = {row["model"]: row for row in rows}
     table = []
     for row in rows:
-        rival = by_name.get(RIVALS.get(row["model"]), {})
+        rival = by_name.get(SWIN if dense and row["model"] != SWIN else RIVALS.get(row["model"]), {})
         cells = [row["model"], *(f"{row[c]:.0f}" if c in row else "" for c in columns), rival.get("model", "")]
         table.append(cells + [f"{row[c] / rival[c]:.2f}x" if c in row and c in rival else "" for c in ratios])
     return markdown(["model", *columns, "beside", *ratios], table)
@@ -62,14 +65,19 @@ def latency_table(rows: list[dict]) -> str:
     return markdown(["model", *(f"{size}x{size}" for size in sizes)], table)
 
 
+def is_dense(run: dict) -> bool:
+    """Return whether a run of models was one of dense backbones."""
+    return "--dense" in run["command"].split()
+
+
 def report(runs: list[dict]) -> str:
     """Return the tables of runs, with where and how they were measured."""
     parts = []
     for run in runs:
         parts.append(f"{run['machine']}, {run['date']}\n\n`{run['command']}`")
         if run["what"] in ("models", "latency"):
-            table = model_table if run["what"] == "models" else latency_table
-            parts.append(table(run["rows"]))
+            is_models = run["what"] == "models"
+            parts.append(model_table(run["rows"], is_dense(run)) if is_models else latency_table(run["rows"]))
             continue
         by_operator = {}
         for row in run["rows"]:
@@ -85,7 +93,7 @@ def throughput_of(runs: list[dict]) -> dict[str, dict]:
     """Return what runs measured of the zoo's classifiers, by name; of two measurements the later one."""
     found = {}
     for run in runs:
-        if run["what"] != "models" or "--dense" in run["command"].split():
+        if run["what"] != "models" or is_dense(run):
             continue
         for row in run["rows"]:
             way = "compiled" if "compiled inference" in row else "eager"
@@ -107,8 +115,11 @@ def write(runs: list[dict], out: Path, throughput: Path = CARDS / "throughput.js
     for what in ("ops", "modules"):
         if rows := [row for run in runs if run["what"] == what for row in run["rows"]]:
             parts.append(f"![{what}]({plot_operators(rows, out.with_name(f'benchmarks_{what}.png')).name})")
-    if models := [row for run in runs if run["what"] == "models" for row in run["rows"]]:
-        parts.append(f"![models]({plot_models(models, out.with_name('benchmarks_models.png')).name})")
+    for what, dense in (("models", False), ("models_dense", True)):
+        models = [run for run in runs if run["what"] == "models" and is_dense(run) == dense]
+        # Of two measurements the later one.
+        if rows := {row["model"]: row for run in models for row in run["rows"]}:
+            parts.append(f"![{what}]({plot_models([*rows.values()], out.with_name(f'benchmarks_{what}.png')).name})")
     if latency := [row for run in runs if run["what"] == "latency" for row in run["rows"]]:
         parts.append(f"![latency]({plot_latency(latency, out.with_name('benchmarks_latency.png')).name})")
     with replacing(out) as file:
