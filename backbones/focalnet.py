@@ -23,12 +23,39 @@ from densezoo.backbones.staged import (
     rename_keys,
 )
 from densezoo.ops import focal_modulation
+from densezoo.ops.backend import is_exporting
 from densezoo.ops.mlp import Mlp
 from densezoo.ops.norm import LayerNorm, PreNorm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
+
+
+class AlignedLinear(nn.Linear):
+    """A linear layer whose product is a multiple of 8 channels wide, of which the first ones are its output.
+
+    For others cuBLAS takes kernels that read single 16-bit numbers.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Take (..., in_features) to (..., out_features)."""
+        spare = -self.out_features % 8
+        if not spare or is_exporting():
+            return super().forward(input)
+        weight, bias = F.pad(self.weight, (0, 0, 0, spare)), F.pad(self.bias, (0, spare))
+        return F.linear(input, weight, bias)[..., : self.out_features]
+
+
+class PointwiseConv(nn.Conv2d):
+    """The parameters of a 1x1 convolution, applied to a map (B, H, W, dim)."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, dim, 1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return a map of the shape of `input`."""
+        return F.linear(input, self.weight.flatten(1), self.bias)
 
 
 class FocalModulation(nn.Module):
@@ -43,8 +70,8 @@ class FocalModulation(nn.Module):
         super().__init__()
         self.normalize_modulator = normalize_modulator
         self.split = (dim, dim, focal_level + 1)
-        self.f = nn.Linear(dim, sum(self.split))
-        self.h = nn.Conv2d(dim, dim, 1)
+        self.f = AlignedLinear(dim, sum(self.split))
+        self.h = PointwiseConv(dim)
         # Sequences for the sake of the published names; the operator convolves.
         self.focal_layers = nn.ModuleList(
             nn.Sequential(nn.Conv2d(dim, dim, focal_window + 2 * level, groups=dim, bias=False))
@@ -58,8 +85,7 @@ class FocalModulation(nn.Module):
         query, context, gates = self.f(x).split(self.split, dim=-1)
         weights = [layer[0].weight for layer in self.focal_layers]
         context = focal_modulation(context, gates, weights, normalize_modulator=self.normalize_modulator)
-        modulator = self.h(context.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.proj(self.ln(query * modulator))
+        return self.proj(self.ln(query * self.h(context)))
 
 
 class Block(nn.Module):
@@ -87,13 +113,18 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a map of the shape of `x`."""
+        sides = x.shape[1:3]
+        # As tokens: torch.compile would store maps of four axes as it likes convolutions to, rows innermost.
+        x = x.flatten(1, 2)
         for layer, norm, gamma in (
             (self.modulation, self.norm1, self.gamma_1),
             (self.mlp, self.norm2, self.gamma_2),
         ):
-            y = norm(layer(x)) if self.use_postln else layer(norm(x))
+            y = x if self.use_postln else norm(x)
+            y = layer(y.unflatten(1, sides)).flatten(1, 2)
+            y = norm(y) if self.use_postln else y
             x = x + self.drop_path(y if gamma is None else gamma * y)
-        return x
+        return x.unflatten(1, sides)
 
 
 class PatchEmbed(nn.Module):

@@ -69,8 +69,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, *args) -> Tensor:
         """Take a map (B, H, W, dim), or what else `attn` takes with `args`, to one of its shape."""
-        x = x + self.drop_path(self.attn(self.norm1(x), *args))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        # As tokens: torch.compile would store maps of four axes as it likes convolutions to, rows innermost.
+        sides = x.shape[1:-1]
+        x = x.flatten(1, -2)
+        x = x + self.drop_path(self.attn(self.norm1(x).unflatten(1, sides), *args).flatten(1, -2))
+        x = x + self.drop_path(self.mlp(self.norm2(x).unflatten(1, sides)).flatten(1, -2))
+        return x.unflatten(1, sides)
 
 
 class PVT(StagedBackbone):
