@@ -123,7 +123,7 @@ class PVT(StagedBackbone):
             setattr(self, f"patch_embed{i + 1}", embed)
             setattr(self, f"block{i + 1}", Blocks(*blocks))
             if self.overlapping:
-                setattr(self, f"norm{i + 1}", nn.LayerNorm(dim, eps=NORM_EPS))
+                setattr(self, f"norm{i + 1}", LayerNorm(dim, eps=NORM_EPS))
             else:
                 position = nn.Parameter(torch.empty(1, side * side, dim))
                 setattr(self, f"pos_embed{i + 1}", nn.init.trunc_normal_(position, std=0.02))

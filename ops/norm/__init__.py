@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from densezoo.ops.backend import get_backend, takes_triton
+from densezoo.ops.backend import get_backend, is_exporting, takes_triton
 from torch import Tensor, nn
 
 __all__ = ["LayerNorm", "PreNorm", "layer_norm"]
@@ -31,12 +31,14 @@ def layer_norm(
     Raises:
         RuntimeError: The backend is set to `triton` and the kernel cannot run on these inputs.
     """
-    is_asked_for = get_backend() == "triton" or (torch.compiler.is_compiling() and torch.is_grad_enabled())
+    is_compiling = torch.compiler.is_compiling() and not is_exporting()
+    is_asked_for = get_backend() == "triton" or (is_compiling and torch.is_grad_enabled())
+    # torch.compile would store what has four axes as it likes convolutions to, rows innermost.
+    rows = x.reshape(-1, x.shape[-1]) if is_asked_for or is_compiling else x
     if is_asked_for and takes_triton("layer_norm", x, _unsupported(x)):
         default = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
-        # torch.compile would store what has four axes for the backward as it likes convolutions to, rows innermost.
-        return _OnePassBackward.apply(x.reshape(-1, x.shape[-1]), weight, bias, eps, dtype or default).view(x.shape)
-    out = F.layer_norm(x, weight.shape, weight, bias, eps)
+        return _OnePassBackward.apply(rows, weight, bias, eps, dtype or default).view(x.shape)
+    out = F.layer_norm(rows, weight.shape, weight, bias, eps).view(x.shape)
     return out if dtype is None else out.to(dtype)
 
 
