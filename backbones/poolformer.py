@@ -28,6 +28,7 @@ from densezoo.ops import pool_mix
 from densezoo.ops.backend import is_exporting
 from densezoo.ops.pooling import add_branch
 from densezoo.ops.pooling.reference import map_norm, pool_less_self
+from densezoo.ops.precision import autocast_dtype
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -245,10 +246,7 @@ class Block(nn.Module):
         """Return whether the MLP of `x` takes the layer scale into its last weight: float16 does not hold it there."""
         if self.layer_scale_2 is None or self.res_scale_2 is not None or is_exporting():
             return False
-        device = x.device.type
-        # Of tensors without data autocast knows nothing.
-        is_autocast = device != "meta" and torch.is_autocast_enabled(device)
-        return (torch.get_autocast_dtype(device) if is_autocast else x.dtype) != torch.float16
+        return (autocast_dtype(x) or x.dtype) != torch.float16
 
 
 class PatchEmbed(nn.Module):

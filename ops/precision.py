@@ -1,4 +1,4 @@
-"""The precision that references compute in: float32 for 16-bit inputs, under autocast too."""
+"""The precision that operators compute in: of references float32 for 16-bit inputs, under autocast too."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -17,3 +17,12 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager:
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype to which autocast casts `x` before a product; None where it does not."""
+    device = x.device.type
+    # Of tensors without data autocast knows nothing, and float64 it leaves alone.
+    if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)

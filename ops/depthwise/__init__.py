@@ -3,6 +3,7 @@
 import torch
 from densezoo.ops.backend import takes_triton
 from densezoo.ops.depthwise.reference import depthwise_conv_reference
+from densezoo.ops.precision import autocast_dtype
 from torch import Tensor, nn
 
 __all__ = ["DepthwiseConv", "depthwise_conv"]
@@ -42,14 +43,13 @@ def depthwise_conv(
         ValueError: An argument's shape, dtype or device is wrong; the message names it.
         RuntimeError: The backend is set to `triton` and the kernels cannot run on these inputs.
     """
-    # Of tensors without data autocast knows nothing.
-    is_autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
-    _check(x, weight, bias, window_size, is_autocast)
+    dtype = autocast_dtype(x)
+    _check(x, weight, bias, window_size, dtype is not None)
     if takes_triton("depthwise_conv", x, _unsupported(x, weight)):
         from densezoo.ops.depthwise.kernels import depthwise_conv_triton
 
-        if is_autocast and not residual:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if dtype and not residual:
+            x = x.to(dtype)
         return depthwise_conv_triton(x, weight, bias, window_size, residual, gelu)
     return depthwise_conv_reference(x, weight, bias, window_size, residual, gelu)
 

@@ -21,10 +21,10 @@ import torch
 import triton
 import triton.language as tl
 from densezoo.ops.depthwise.reference import depthwise_conv_reference
-from densezoo.ops.focal.kernels import _wide
 from densezoo.ops.gelu import gelu, gelu_slope, normal
 from densezoo.ops.launch import Table
 from densezoo.ops.registration import register
+from densezoo.ops.strips import correlate, move_on, spread, wide, widen
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -107,51 +107,6 @@ def _fetch(
 
 
 @triton.jit
-def _widen(numbers, COUNT: tl.constexpr, NARROW: tl.constexpr):
-    new = ()
-    for i in tl.static_range(COUNT):
-        new = new + (_wide(numbers[i], NARROW),)
-    return new
-
-
-@triton.jit
-def _spread(sums, row, taps, KERNEL: tl.constexpr, COLS: tl.constexpr):
-    """Add a row's products to the sums of the KERNEL rows that it reaches."""
-    new = ()
-    for k in tl.static_range(KERNEL):
-        for x in tl.static_range(COLS):
-            value = sums[k * COLS + x]
-            for j in tl.static_range(KERNEL):
-                value = tl.fma(row[x + j], taps[(KERNEL - 1 - k) * KERNEL + j], value)
-            new = new + (value,)
-    return new
-
-
-@triton.jit
-def _correlate(sums, window, row, KERNEL: tl.constexpr, COLS: tl.constexpr):
-    """Add to each tap's sum the products of the numbers that it joins: KERNEL rows of inputs, one of gradients."""
-    new = ()
-    for k in tl.static_range(KERNEL):
-        for j in tl.static_range(KERNEL):
-            value = sums[k * KERNEL + j]
-            for x in tl.static_range(COLS):
-                value = tl.fma(window[k * COLS + x], row[x + KERNEL - 1 - j], value)
-            new = new + (value,)
-    return new
-
-
-@triton.jit
-def _move_on(rows, row, KERNEL: tl.constexpr, COLS: tl.constexpr):
-    """Drop the first of KERNEL rows and take another as the last."""
-    new = ()
-    for i in tl.static_range(KERNEL * COLS - COLS):
-        new = new + (rows[COLS + i],)
-    for i in tl.static_range(COLS):
-        new = new + (row[i],)
-    return new
-
-
-@triton.jit
 def _repeat(value, COUNT: tl.constexpr):
     values = ()
     for _ in tl.static_range(COUNT):
@@ -203,7 +158,7 @@ def _forward(
             x, image, y, left, c, height, width, channels, stride_b, stride_h, STRIDE_W, COLS, CHANNELS, INDEX, AHEAD
         )  # fmt: skip
         new = _row(base, y + 1, start, stop, left, begin, end, exist, stride_h, STRIDE_W, -REACH, COLS, FITS, INDEX)
-        sums = _spread(sums, _widen(ahead, WIDE, NARROW), taps, KERNEL, COLS)
+        sums = spread(sums, widen(ahead, WIDE, NARROW), taps, KERNEL, COLS)
         row = y - REACH
         if SAVE:
             _write(
@@ -212,7 +167,7 @@ def _forward(
         _write(
             sums, out, row, top, bottom, left, end, channels, exist, stride, GELU, NARROW, COLS, FITS, INDEX
         )  # fmt: skip
-        sums = _move_on(sums, _repeat(first, COLS), KERNEL, COLS)
+        sums = move_on(sums, _repeat(first, COLS), KERNEL, COLS)
         ahead = new
 
 
@@ -233,9 +188,9 @@ def _through_gelu(numbers, COUNT: tl.constexpr, GELU: tl.constexpr, NARROW: tl.c
     """Widen a row of gradients, and take it through the GELU."""
     new = ()
     for i in tl.static_range(COUNT):
-        value = _wide(numbers[i], NARROW)
+        value = wide(numbers[i], NARROW)
         if GELU:
-            z = _wide(numbers[COUNT + i], NARROW)
+            z = wide(numbers[COUNT + i], NARROW)
             value *= gelu_slope(z, normal(z, NARROW))
         new = new + (value,)
     return new
@@ -271,7 +226,7 @@ def _backward(
         numbers = _row(
             source, above, top, bottom, left, begin, end, exist, stride_h, STRIDE_W, 0, COLS, FITS, INDEX
         )  # fmt: skip
-        window += _widen(numbers, COLS, NARROW)
+        window += widen(numbers, COLS, NARROW)
     joined = _row(source, start + REACH, top, bottom, left, begin, end, exist, stride_h, STRIDE_W, 0, COLS, FITS, INDEX)
     ahead = _gradients(
         grad, before, start, start, stop, left, begin, end, exist, stride, channels, REACH, GELU, COLS, FITS, INDEX
@@ -285,7 +240,7 @@ def _backward(
             x, image, y + REACH, left, c, height, width, channels, stride_b, stride_h, STRIDE_W, COLS, CHANNELS, INDEX,
             AHEAD,
         )  # fmt: skip
-        window = _move_on(window, _widen(joined, COLS, NARROW), KERNEL, COLS)
+        window = move_on(window, widen(joined, COLS, NARROW), KERNEL, COLS)
         row = _through_gelu(ahead, WIDE, GELU, NARROW)
         # The next rows are under way while these are worked on.
         joined = _row(
@@ -294,16 +249,16 @@ def _backward(
         ahead = _gradients(
             grad, before, y + 1, start, stop, left, begin, end, exist, stride, channels, REACH, GELU, COLS, FITS, INDEX
         )  # fmt: skip
-        sums = _spread(sums, row, taps, KERNEL, COLS)
+        sums = spread(sums, row, taps, KERNEL, COLS)
         _write(
             sums, grad_x, y - REACH, top, bottom, left, end, channels, exist, stride, False, NARROW, COLS, FITS, INDEX
         )  # fmt: skip
-        products = _correlate(products, window, row, KERNEL, COLS)
+        products = correlate(products, window, row, KERNEL, COLS)
         across = row[REACH]
         for i in tl.static_range(1, COLS):
             across += row[REACH + i]
         total += tl.where((y >= top) & (y < bottom), across, 0.0)
-        sums = _move_on(sums, _repeat(zero, COLS), KERNEL, COLS)
+        sums = move_on(sums, _repeat(zero, COLS), KERNEL, COLS)
     table = tl.program_id(1) * (tl.num_programs(0) // tl.cdiv(channels, CHANNELS))
     table += tl.program_id(0) // tl.cdiv(channels, CHANNELS)
     partial += table.to(tl.int64) * ((KERNEL * KERNEL + 1) * channels) + c

@@ -33,6 +33,7 @@ from densezoo.ops.focal.reference import focal_modulation_reference
 from densezoo.ops.gelu import gelu, gelu_slope, normal
 from densezoo.ops.launch import Table
 from densezoo.ops.registration import register
+from densezoo.ops.strips import correlate, move_on, spread, wide, widen
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -102,25 +103,6 @@ def _fetch(
 
 
 @triton.jit
-def _wide(number, NARROW: tl.constexpr):
-    """A number in float32. NARROW, beyond what LLVM sees: it would make pairs of such numbers, and take them apart."""
-    if NARROW:
-        asm: tl.constexpr = "{ .reg .b32 bits; cvt.u32.u16 bits, $1; shl.b32 $0, bits, 16; }"
-        value = tl.inline_asm_elementwise(asm, "=r,h", [number], tl.float32, True, 1)
-    else:
-        value = number.to(tl.float32)
-    return value
-
-
-@triton.jit
-def _widen(numbers, COUNT: tl.constexpr, NARROW: tl.constexpr):
-    new = ()
-    for i in tl.static_range(COUNT):
-        new = new + (_wide(numbers[i], NARROW),)
-    return new
-
-
-@triton.jit
 def _gelu_each(values, COUNT: tl.constexpr, NARROW: tl.constexpr):
     new = ()
     for i in tl.static_range(COUNT):
@@ -134,30 +116,6 @@ def _zeros(COUNT: tl.constexpr, CHANNELS: tl.constexpr):
     for _ in tl.static_range(COUNT):
         values = values + (tl.zeros((CHANNELS,), tl.float32),)
     return values
-
-
-@triton.jit
-def _spread(sums, row, taps, KERNEL: tl.constexpr, COLS: tl.constexpr):
-    """Add a row's products to the sums of the KERNEL rows that it reaches."""
-    new = ()
-    for k in tl.static_range(KERNEL):
-        for x in tl.static_range(COLS):
-            value = sums[k * COLS + x]
-            for j in tl.static_range(KERNEL):
-                value = tl.fma(row[x + j], taps[(KERNEL - 1 - k) * KERNEL + j], value)
-            new = new + (value,)
-    return new
-
-
-@triton.jit
-def _move_on(window, row, KERNEL: tl.constexpr, COLS: tl.constexpr):
-    """Drop a window's first row and take another as its last."""
-    new = ()
-    for i in tl.static_range(KERNEL * COLS - COLS):
-        new = new + (window[COLS + i],)
-    for i in tl.static_range(COLS):
-        new = new + (row[i],)
-    return new
 
 
 @triton.jit
@@ -194,22 +152,22 @@ def _level(
     start = tl.maximum(top - REACH, 0)
     # The next row is under way while this one is worked on.
     ahead = _row(x, start, left - REACH, height, width, stride_h, stride_w, exist, WIDE, INDEX)
-    ahead = _widen(ahead, WIDE, NARROW)
+    ahead = widen(ahead, WIDE, NARROW)
     end = tl.minimum(bottom + REACH, height)
     for y in range(start, end):
         _fetch(x, y, left - REACH, height, width, stride_h, stride_w, AHEAD, WIDE, CHANNELS, INDEX)
         new = _row(x, y + 1, left - REACH, height, width, stride_h, stride_w, exist, WIDE, INDEX)
-        sums = _spread(sums, ahead if IS_FIRST else _gelu_each(ahead, WIDE, NARROW), taps, KERNEL, COLS)
+        sums = spread(sums, ahead if IS_FIRST else _gelu_each(ahead, WIDE, NARROW), taps, KERNEL, COLS)
         if y >= top + REACH:
             row = y - REACH
             total = _write_level(sums, level, total, row, left, width, channels, exist, IS_LAST, NARROW, COLS, INDEX)
-        sums = _move_on(sums, blank, KERNEL, COLS)
-        ahead = _widen(new, WIDE, NARROW)
+        sums = move_on(sums, blank, KERNEL, COLS)
+        ahead = widen(new, WIDE, NARROW)
     # Nothing reaches the last rows any more.
     for y in range(end - REACH, bottom):
         if y >= top:
             total = _write_level(sums, level, total, y, left, width, channels, exist, IS_LAST, NARROW, COLS, INDEX)
-        sums = _move_on(sums, blank, KERNEL, COLS)
+        sums = move_on(sums, blank, KERNEL, COLS)
     if IS_LAST:
         tiles = tl.num_programs(0) // tl.cdiv(channels, CHANNELS)
         tl.store(partial + (image * tiles + tile) * channels + c, total, mask=exist)
@@ -350,8 +308,8 @@ def _write_gradients(
     for i in tl.static_range(COLS):
         grad = sums[i]
         if LEVEL > 0:
-            value, gate = _wide(numbers[i], NARROW), _wide(numbers[2 * COLS + i], NARROW) * factor
-            grad = tl.fma(_wide(numbers[COLS + i], NARROW), gate, grad)
+            value, gate = wide(numbers[i], NARROW), wide(numbers[2 * COLS + i], NARROW) * factor
+            grad = tl.fma(wide(numbers[COLS + i], NARROW), gate, grad)
             grad *= gelu_slope(value, normal(value, NARROW))
         mask = exist & (left + i < width)
         tl.store(grad_x + (left + i).to(INDEX) * channels, grad.to(grad_x.dtype.element_ty), mask=mask)
@@ -381,7 +339,7 @@ def _backward_level(
     WIDE: tl.constexpr = COLS + KERNEL - 1
     start = tl.maximum(top - REACH, 0)
     ahead = _row(grad_level, start, left - REACH, height, width, stride, channels, exist, WIDE, INDEX)
-    ahead = _widen(ahead, WIDE, NARROW)
+    ahead = widen(ahead, WIDE, NARROW)
     end = tl.minimum(bottom + REACH, height)
     for y in range(start, end):
         _fetch(grad_level, y, left - REACH, height, width, stride, channels, AHEAD, WIDE, CHANNELS, INDEX)
@@ -393,13 +351,13 @@ def _backward_level(
             z, grad_out, gates, y - REACH, left, height, width, channels, gate_stride_h, gate_stride_w, exist, LEVEL,
             COLS, INDEX,
         )  # fmt: skip
-        sums = _spread(sums, ahead, taps, KERNEL, COLS)
+        sums = spread(sums, ahead, taps, KERNEL, COLS)
         if y >= top + REACH:
             _write_gradients(
                 sums, values, grad_x, y - REACH, left, width, channels, exist, factor, LEVEL, NARROW, COLS, INDEX
             )
-        sums = _move_on(sums, blank, KERNEL, COLS)
-        ahead = _widen(new, WIDE, NARROW)
+        sums = move_on(sums, blank, KERNEL, COLS)
+        ahead = widen(new, WIDE, NARROW)
     # Nothing reaches the last rows any more.
     for y in range(end - REACH, bottom):
         values = _before_gates(
@@ -420,20 +378,7 @@ def _backward_level(
         )
         if y >= top:
             _write_gradients(sums, values, grad_x, y, left, width, channels, exist, factor, LEVEL, NARROW, COLS, INDEX)
-        sums = _move_on(sums, blank, KERNEL, COLS)
-
-
-@triton.jit
-def _correlate(sums, window, row, KERNEL: tl.constexpr, COLS: tl.constexpr):
-    """Add to each tap's sum the products of the numbers that it joins: KERNEL rows of contexts, one of gradients."""
-    new = ()
-    for k in tl.static_range(KERNEL):
-        for j in tl.static_range(KERNEL):
-            value = sums[k * KERNEL + j]
-            for x in tl.static_range(COLS):
-                value = tl.fma(window[k * COLS + x], row[x + KERNEL - 1 - j], value)
-            new = new + (value,)
-    return new
+        sums = move_on(sums, blank, KERNEL, COLS)
 
 
 @triton.jit(do_not_specialize=["batch", "images", "height", "width", "rows", *STRIDES])
@@ -455,22 +400,22 @@ def _backward_weight(
         grad = grad_level + image * height * stride + c
         window = _zeros(KERNEL * COLS, CHANNELS)
         new = _row(source, top, left, bottom, width, stride_h, stride_w, exist, COLS, INDEX)
-        new = _widen(new, COLS, NARROW)
+        new = widen(new, COLS, NARROW)
         for y in range(top, start + REACH):
-            window = _move_on(window, new if IS_FIRST else _gelu_each(new, COLS, NARROW), KERNEL, COLS)
+            window = move_on(window, new if IS_FIRST else _gelu_each(new, COLS, NARROW), KERNEL, COLS)
             new = _row(source, y + 1, left, bottom, width, stride_h, stride_w, exist, COLS, INDEX)
-            new = _widen(new, COLS, NARROW)
+            new = widen(new, COLS, NARROW)
         row = _row(grad, start, left - REACH, height, width, stride, channels, exist, WIDE, INDEX)
-        row = _widen(row, WIDE, NARROW)
+        row = widen(row, WIDE, NARROW)
         # The next rows are under way while these are worked on.
         for y in range(start, tl.minimum(bottom + REACH, height)):
             _fetch(grad, y, left - REACH, height, width, stride, channels, AHEAD, WIDE, CHANNELS, INDEX)
             _fetch(source, y + REACH + 1, left, height, width, stride_h, stride_w, AHEAD, COLS, CHANNELS, INDEX)
             grads = _row(grad, y + 1, left - REACH, height, width, stride, channels, exist, WIDE, INDEX)
             ahead = _row(source, y + REACH + 1, left, bottom, width, stride_h, stride_w, exist, COLS, INDEX)
-            window = _move_on(window, new if IS_FIRST else _gelu_each(new, COLS, NARROW), KERNEL, COLS)
-            sums = _correlate(sums, window, row, KERNEL, COLS)
-            row, new = _widen(grads, WIDE, NARROW), _widen(ahead, COLS, NARROW)
+            window = move_on(window, new if IS_FIRST else _gelu_each(new, COLS, NARROW), KERNEL, COLS)
+            sums = correlate(sums, window, row, KERNEL, COLS)
+            row, new = widen(grads, WIDE, NARROW), widen(ahead, COLS, NARROW)
     tiles = tl.num_programs(0) // tl.cdiv(channels, CHANNELS)
     partial += (tl.program_id(1).to(tl.int64) * tiles + tile) * (KERNEL * KERNEL * channels) + c
     for i in tl.static_range(KERNEL * KERNEL):

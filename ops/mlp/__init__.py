@@ -6,6 +6,7 @@ import timm.layers
 import torch
 import torch.nn.functional as F
 from densezoo.ops.backend import takes_triton
+from densezoo.ops.precision import autocast_dtype
 from torch import Tensor, nn
 
 __all__ = ["Mlp", "mlp"]
@@ -51,7 +52,7 @@ def _takes_kernels(x: Tensor, out: int) -> bool:
     """Return whether an MLP takes its kernels from `x` to a width of `out`, in the backend in force."""
     if torch.is_grad_enabled():
         return False
-    dtype, is_narrow = _product_dtype(x), _is_narrow(x, out)
+    dtype, is_narrow = autocast_dtype(x) or x.dtype, _is_narrow(x, out)
     applies = dtype == torch.bfloat16 or (dtype == torch.float16 and is_narrow)
     return applies and takes_triton("mlp", x, None)
 
@@ -60,20 +61,11 @@ def _is_narrow(x: Tensor, out: int) -> bool:
     return max(x.shape[-1], out) <= 128
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which a Linear takes `x`."""
-    device = x.device.type
-    # Of tensors without data autocast knows nothing, and float64 it leaves alone.
-    if device in ("cpu", "cuda") and x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
-
-
 def _mlp_fused(x: Tensor, *args) -> Tensor:
     from densezoo.ops.mlp.kernels import mlp_hidden, mlp_narrow
 
     *parameters, approximate = args
-    dtype = _product_dtype(x)
+    dtype = autocast_dtype(x) or x.dtype
     tensors = (x.reshape(-1, x.shape[-1]), *parameters)
     rows, weight1, bias1, weight2, bias2 = (t if t.dtype == dtype else t.to(dtype) for t in tensors)
     if _is_narrow(x, weight2.shape[0]):

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from densezoo.ops.backend import get_backend, is_exporting, takes_triton
+from densezoo.ops.precision import autocast_dtype
 from torch import Tensor, nn
 
 __all__ = ["LayerNorm", "PreNorm", "layer_norm"]
@@ -84,8 +85,4 @@ class PreNorm(LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise the last axis of (..., C)."""
-        device = input.device.type
-        # Of tensors without data autocast knows nothing.
-        is_autocast = device != "meta" and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if is_autocast else None
-        return layer_norm(input, self.weight, self.bias, self.eps, dtype=dtype)
+        return layer_norm(input, self.weight, self.bias, self.eps, dtype=autocast_dtype(input))

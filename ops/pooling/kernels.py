@@ -31,6 +31,7 @@ import torch
 import triton
 import triton.language as tl
 from densezoo.ops.launch import Table
+from densezoo.ops.precision import autocast_dtype
 from densezoo.ops.registration import define
 from torch import Tensor
 
@@ -558,16 +559,14 @@ def pool_mix_triton(
     layer_scale: Tensor | None, drop: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute `densezoo.ops.pool_mix` with the kernels; arguments checked."""
-    device = x.device.type
-    is_autocast = torch.is_autocast_enabled(device)
-    sum_dtype = torch.float32 if is_autocast else torch.promote_types(x.dtype, weight.dtype)
-    norm_dtype = torch.get_autocast_dtype(device) if is_autocast else sum_dtype
+    norm_dtype = autocast_dtype(x)
+    sum_dtype = torch.float32 if norm_dtype else torch.promote_types(x.dtype, weight.dtype)
     # In float32: layer scales are below what float16 holds.
     scale = weight.float() if layer_scale is None else layer_scale.float() * weight.float()
     size = x.shape[1:3]
     # A compiler that lays out convolutions channels last moves all maps of four axes that a backward needs, these too.
     outs = _PoolMix.apply(
-        x.flatten(1, 2), scale, bias, drop, next_weight, next_bias, eps, size[1], sum_dtype, norm_dtype
+        x.flatten(1, 2), scale, bias, drop, next_weight, next_bias, eps, size[1], sum_dtype, norm_dtype or sum_dtype
     )
     return outs[0].unflatten(1, size), outs[1].unflatten(1, size)
 
