@@ -26,6 +26,7 @@ from densezoo.ops import focal_modulation
 from densezoo.ops.backend import is_exporting
 from densezoo.ops.mlp import Mlp
 from densezoo.ops.norm import LayerNorm, PreNorm
+from densezoo.ops.precision import autocast_dtype
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -33,15 +34,15 @@ from torch import Tensor, nn
 
 
 class AlignedLinear(nn.Linear):
-    """A linear layer whose product is a multiple of 8 channels wide, of which the first ones are its output.
+    """A linear layer whose product is in 16 bits a multiple of 8 channels wide; the first ones are its output.
 
-    For others cuBLAS takes kernels that read single 16-bit numbers.
+    For other widths cuBLAS takes kernels that read single numbers.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """Take (..., in_features) to (..., out_features)."""
         spare = -self.out_features % 8
-        if not spare or is_exporting():
+        if is_exporting() or (autocast_dtype(input) or input.dtype).itemsize != 2:
             return super().forward(input)
         weight, bias = F.pad(self.weight, (0, 0, 0, spare)), F.pad(self.bias, (0, spare))
         return F.linear(input, weight, bias)[..., : self.out_features]

@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from densezoo.backbones.focalnet import VARIANTS, checkpoint_filter_fn
+from densezoo.backbones.focalnet import VARIANTS, AlignedLinear, checkpoint_filter_fn
 from timm.models import focalnet as timms
 from torch import nn
 
@@ -188,3 +188,15 @@ def test_export_of_one_image_with_bounds():
     for size in ((64, 64), (100, 130)):
         x = torch.randn(1, 3, *size)
         torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_aligned_linear_is_a_linear_layer(dtype):
+    aligned, plain = AlignedLinear(6, 11).to(dtype), nn.Linear(6, 11).to(dtype)
+    plain.load_state_dict(aligned.state_dict())
+    x = torch.randn(2, 3, 6, dtype=dtype)
+    results = []
+    for layer in (aligned, plain):
+        out = layer(x)
+        results.append([out, *torch.autograd.grad(out.square().sum(), layer.parameters())])
+    torch.testing.assert_close(*results)
