@@ -44,7 +44,7 @@ def build(name: str, dense: bool, size: tuple[int, int], device: str = "cuda") -
     kwargs = dict(features_only=True) if dense else {}
     try:
         model = timm.create_model(name, **kwargs, img_size=size if dense else 224)
-    except TypeError:  # takes any size
+    except (TypeError, ValueError):  # takes any size
         model = timm.create_model(name, **kwargs)
     return model.to(device).to(memory_format=torch.channels_last)
 
