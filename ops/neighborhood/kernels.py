@@ -4,14 +4,16 @@ Work is cut into tiles of TILE_H x TILE_W positions of one dilation group, of on
 can see lie in one small rectangle (its halo); a program scores its tile against the halo in chunks of ROWS x COLS keys
 with the tensor cores and masks what lies outside of each query's window. The score tile never leaves the chip.
 
-- `_forward`: a program owns one query tile, for BATCH images in turn: mask and bias are the same for all of them. Where
-  the halo is one chunk or two (HOIST), they are gathered from the table once; the last chunk has LAST rows.
+- `_forward`: a program owns one query tile, or a run of up to RUN tiles that see alike, for BATCH images in turn: mask
+  and bias are the same for all of them. Tiles see alike side by side where no border is near, and with dilation at the
+  same place of groups of one length, one position apart. Where the halo is one chunk or two (HOIST), mask and bias are
+  gathered from the table once; the last chunk has LAST rows.
 - `_backward_query`: the same tiles. It writes the gradient of the queries, and sum(out * grad_out) per query for the
-  next kernel. The gradient of the bias is summed over the program's images in registers, folded along the diagonals
-  of equal (key - query), and written as one partial table a program; the next kernel sums those: two deterministic
-  stages.
-- `_backward_key`: a program owns one key tile, for BATCH images in turn, and visits the chunks of queries that can see
-  it: with HOIST as above, or whatever their number. Its first programs sum the partial tables instead. Keys near a
+  next kernel. The gradient of the bias is summed over the program's tiles and images in registers, folded along the
+  diagonals of equal (key - query), and written as one partial table a program; the next kernel sums those: two
+  deterministic stages.
+- `_backward_key`: a program owns a run of key tiles likewise, and visits the chunks of queries that can see a tile:
+  with HOIST as above, or whatever their number. Its first programs sum the partial tables instead. Keys near a
   border are seen from further away, those in the middle of a short axis from both of its ends: there tiles start PAD
   positions before the map, so that none holds keys of both halves.
 
@@ -71,6 +73,25 @@ def _tile_of(tile, size, DILATION: tl.constexpr, TILE: tl.constexpr, PAD: tl.con
     tiles = tl.cdiv(tl.cdiv(size, DILATION) + PAD, TILE)
     group = tile // tiles
     return group, tl.cdiv(size - group, DILATION), tile % tiles * TILE - PAD
+
+
+@triton.jit
+def _run_of(slot, size, before, stop, DILATION: tl.constexpr, TILE: tl.constexpr, PAD: tl.constexpr, RUN: tl.constexpr):
+    """First tile of a run on an axis, and how many it has; `_slots` says which runs there are."""
+    if RUN == 1:
+        return slot, 1
+    if DILATION > 1:
+        longer = size % DILATION
+        runs_longer = tl.cdiv(longer, RUN)
+        runs = runs_longer + tl.cdiv(DILATION - longer, RUN)
+        run = slot % runs
+        group = tl.where(run < runs_longer, run * RUN, longer + (run - runs_longer) * RUN)
+        count = tl.minimum(RUN, tl.where(run < runs_longer, longer, DILATION) - group)
+        return group * tl.cdiv(tl.cdiv(size, DILATION) + PAD, TILE) + slot // runs, count
+    run = tl.minimum(slot - before, tl.cdiv(stop - before, RUN))
+    after = slot - before - run
+    tile = tl.where(run < 0, slot, tl.minimum(before + run * RUN, stop) + after)
+    return tile, tl.where((run < 0) | (tile >= stop), 1, tl.minimum(RUN, stop - tile))
 
 
 @triton.jit
@@ -152,19 +173,21 @@ def _forward_chunk(q_tile, k, v, k_rows, bias, top, total, acc, DIM: tl.constexp
     return new, total, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "before", "stop"])
 def _forward(
-    q, k, v, rpb, out, lse, batch, height, width, heads, scale, stride_b, stride_h, stride_w, stride_n,
+    q, k, v, rpb, out, lse, slots, before, stop, batch, height, width, heads, scale,
+    stride_b, stride_h, stride_w, stride_n,
     K_H: tl.constexpr, K_W: tl.constexpr, S_H: tl.constexpr, S_W: tl.constexpr, D_H: tl.constexpr, D_W: tl.constexpr,
     C_H: tl.constexpr, C_W: tl.constexpr, HAS_RPB: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNKS: tl.constexpr,
-    LAST: tl.constexpr, HOIST: tl.constexpr, BATCH: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    LAST: tl.constexpr, HOIST: tl.constexpr, BATCH: tl.constexpr, RUN: tl.constexpr, PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % heads
-    tile = tl.program_id(0) // heads
-    tiles_w = tl.cdiv(tl.cdiv(width, D_W), TILE_W) * D_W
-    group_h, length_h, first_h = _tile_of(tile // tiles_w, height, D_H, TILE_H)
-    group_w, length_w, first_w = _tile_of(tile % tiles_w, width, D_W, TILE_W)
+    slot = tl.program_id(0) // heads
+    group_h, length_h, first_h = _tile_of(slot // slots, height, D_H, TILE_H)
+    tile_w, count = _run_of(slot % slots, width, before, stop, D_W, TILE_W, 0, RUN)
+    group_w, length_w, first_w = _tile_of(tile_w, width, D_W, TILE_W)
     if (first_h >= length_h) | (first_w >= length_w):
         return
 
@@ -200,9 +223,10 @@ def _forward(
     q_rows = _rows(rank_h, rank_w, group_h, group_w, stride_h, stride_w, D_H, D_W, INDEX)
     token = _rows(rank_h, rank_w, group_h, group_w, width, 1, D_H, D_W, INDEX)
     o_rows = (token * heads * DIM)[:, None] + d[None, :]
-    first_image = tl.program_id(1).to(tl.int64) * BATCH
-    for image in range(first_image, tl.minimum(first_image + BATCH, batch)):
-        origin = image * stride_b + head * stride_n
+    first_image = tl.program_id(1) * BATCH
+    for turn in range(tl.minimum(BATCH, batch - first_image) * count):
+        image, moved = (first_image + turn // count).to(tl.int64), turn % count * (TILE_W if D_W == 1 else 1)
+        origin = image * stride_b + moved * stride_w + head * stride_n
         q_tile = tl.load(q + origin + (q_rows[:, None] + d[None, :]), mask=d_inside[None, :], other=0.0)
         q_tile = (q_tile * (scale * 1.4426950408889634)).to(dtype)
         top = tl.full((TILE_H * TILE_W,), float("-inf"), tl.float32)
@@ -227,7 +251,7 @@ def _forward(
                     q_tile, k + origin, v + origin, k_rows, bias, top, total, acc, DIM, PRECISION
                 )
         acc /= total[:, None]
-        first = image * height * width * heads + head
+        first = (image * height * width + moved) * heads + head
         tl.store(out + first * DIM + o_rows, acc.to(dtype), mask=inside[:, None] & d_inside[None, :])
         tl.store(lse + first + token * heads, top + tl.log2(total), mask=inside)
 
@@ -264,22 +288,23 @@ def _fold(
     return tl.sum(tl.where(here, folded, 0.0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "before", "stop"])
 def _backward_query(
-    q, k, v, rpb, out, lse, grad_out, delta, grad_q, partial, batch, height, width, heads, scale,
+    q, k, v, rpb, out, lse, grad_out, delta, grad_q, partial, slots, before, stop, batch, height, width, heads, scale,
     stride_b, stride_h, stride_w, stride_n,
     K_H: tl.constexpr, K_W: tl.constexpr, S_H: tl.constexpr, S_W: tl.constexpr, D_H: tl.constexpr, D_W: tl.constexpr,
     C_H: tl.constexpr, C_W: tl.constexpr, HAS_RPB: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNKS: tl.constexpr,
-    LAST: tl.constexpr, HOIST: tl.constexpr, BATCH: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
-    GRADS: tl.constexpr, GRAD_Q: tl.constexpr, GRAD_RPB: tl.constexpr, BINS_H: tl.constexpr, BINS_W: tl.constexpr,
+    LAST: tl.constexpr, HOIST: tl.constexpr, BATCH: tl.constexpr, RUN: tl.constexpr, PRECISION: tl.constexpr,
+    INDEX: tl.constexpr, GRADS: tl.constexpr, GRAD_Q: tl.constexpr, GRAD_RPB: tl.constexpr, BINS_H: tl.constexpr,
+    BINS_W: tl.constexpr,
 ):  # fmt: skip
     """With GRAD_Q over all chunks from that of program axis 2; with GRAD_RPB too only where they are hoisted."""
     head = tl.program_id(0) % heads
-    tile = tl.program_id(0) // heads
-    tiles_w = tl.cdiv(tl.cdiv(width, D_W), TILE_W) * D_W
-    group_h, length_h, first_h = _tile_of(tile // tiles_w, height, D_H, TILE_H)
-    group_w, length_w, first_w = _tile_of(tile % tiles_w, width, D_W, TILE_W)
+    slot = tl.program_id(0) // heads
+    group_h, length_h, first_h = _tile_of(slot // slots, height, D_H, TILE_H)
+    tile_w, count = _run_of(slot % slots, width, before, stop, D_W, TILE_W, 0, RUN)
+    group_w, length_w, first_w = _tile_of(tile_w, width, D_W, TILE_W)
     bins = tl.arange(0, BINS_H * BINS_W)
     entry = bins // BINS_W * (2 * K_W - 1) + bins % BINS_W
     is_entry = (bins // BINS_W < 2 * K_H - 1) & (bins % BINS_W < 2 * K_W - 1)
@@ -326,11 +351,12 @@ def _backward_query(
     token = _rows(rank_h, rank_w, group_h, group_w, width, 1, D_H, D_W, INDEX)
     o_rows = (token * heads * DIM)[:, None] + d[None, :]
     g_rows = (token * GRADS * heads * DIM)[:, None] + d[None, :]
-    first_image = tl.program_id(1).to(tl.int64) * BATCH
-    for image in range(first_image, tl.minimum(first_image + BATCH, batch)):
-        origin = image * stride_b + head * stride_n
-        first = image * height * width * heads + head
-        first_grad = (image * height * width * GRADS * heads + head) * DIM
+    first_image = tl.program_id(1) * BATCH
+    for turn in range(tl.minimum(BATCH, batch - first_image) * count):
+        image, moved = (first_image + turn // count).to(tl.int64), turn % count * (TILE_W if D_W == 1 else 1)
+        origin = image * stride_b + moved * stride_w + head * stride_n
+        first = (image * height * width + moved) * heads + head
+        first_grad = ((image * height * width + moved) * GRADS * heads + head) * DIM
         q_tile = tl.load(q + origin + (q_rows[:, None] + d[None, :]), mask=d_inside[None, :], other=0.0)
         q_tile = (q_tile * (scale * 1.4426950408889634)).to(dtype)
         do_tile = tl.load(grad_out + first * DIM + o_rows, mask=d_inside[None, :], other=0.0)
@@ -431,15 +457,16 @@ def _key_chunk(
     return acc_k, acc_v
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "slots", "before", "stop"])
 def _backward_key(
-    q, k, v, rpb, lse, grad_out, delta, grad_k, grad_v, partial, grad_rpb, rows, batch, height, width, heads, scale,
-    stride_b, stride_h, stride_w, stride_n,
+    q, k, v, rpb, lse, grad_out, delta, grad_k, grad_v, partial, grad_rpb, rows, slots, before, stop,
+    batch, height, width, heads, scale, stride_b, stride_h, stride_w, stride_n,
     K_H: tl.constexpr, K_W: tl.constexpr, S_H: tl.constexpr, S_W: tl.constexpr, D_H: tl.constexpr, D_W: tl.constexpr,
     C_H: tl.constexpr, C_W: tl.constexpr, HAS_RPB: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNKS: tl.constexpr,
-    LAST: tl.constexpr, HOIST: tl.constexpr, BATCH: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
-    PAD_H: tl.constexpr, PAD_W: tl.constexpr, GRADS: tl.constexpr, SUMS: tl.constexpr, COLUMNS: tl.constexpr,
+    LAST: tl.constexpr, HOIST: tl.constexpr, BATCH: tl.constexpr, RUN: tl.constexpr, PRECISION: tl.constexpr,
+    INDEX: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, GRADS: tl.constexpr, SUMS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0) - SUMS
     if program < 0:
@@ -447,10 +474,10 @@ def _backward_key(
             _sum_partial(partial, grad_rpb, heads * ((2 * K_H - 1) * (2 * K_W - 1)), rows, COLUMNS)
         return
     head = program % heads
-    tile = program // heads
-    tiles_w = tl.cdiv(tl.cdiv(width, D_W) + PAD_W, TILE_W) * D_W
-    group_h, length_h, first_h = _tile_of(tile // tiles_w, height, D_H, TILE_H, PAD_H)
-    group_w, length_w, first_w = _tile_of(tile % tiles_w, width, D_W, TILE_W, PAD_W)
+    slot = program // heads
+    group_h, length_h, first_h = _tile_of(slot // slots, height, D_H, TILE_H, PAD_H)
+    tile_w, count = _run_of(slot % slots, width, before, stop, D_W, TILE_W, PAD_W, RUN)
+    group_w, length_w, first_w = _tile_of(tile_w, width, D_W, TILE_W, PAD_W)
     if (first_h >= length_h) | (first_w >= length_w):
         return
 
@@ -484,11 +511,12 @@ def _backward_key(
     token = _rows(key_h, key_w, group_h, group_w, width, 1, D_H, D_W, INDEX)
     g_rows = (token * GRADS * heads * DIM)[:, None] + d[None, :]
     chunks_w = tl.cdiv(high_w - low_w + 1, COLS)
-    first_image = tl.program_id(1).to(tl.int64) * BATCH
-    for image in range(first_image, tl.minimum(first_image + BATCH, batch)):
-        origin = image * stride_b + head * stride_n
-        first = image * height * width * heads + head
-        first_grad = (image * height * width * GRADS * heads + head) * DIM
+    first_image = tl.program_id(1) * BATCH
+    for turn in range(tl.minimum(BATCH, batch - first_image) * count):
+        image, moved = (first_image + turn // count).to(tl.int64), turn % count * (TILE_W if D_W == 1 else 1)
+        origin = image * stride_b + moved * stride_w + head * stride_n
+        first = (image * height * width + moved) * heads + head
+        first_grad = ((image * height * width + moved) * GRADS * heads + head) * DIM
         k_tile = tl.load(k + origin + k_rows, mask=d_inside[None, :], other=0.0)
         k_tile = (k_tile * (scale * 1.4426950408889634)).to(dtype)
         v_tile = tl.load(v + origin + k_rows, mask=d_inside[None, :], other=0.0)
@@ -568,10 +596,11 @@ def _most_queries(size: int, dilation: int, tile: int, kernel_size: int, stride:
 
 
 class _Tiling(NamedTuple):
-    """A launch: its tiles times heads, its groups of images, and the constants of the kernel."""
+    """A launch: its runs of tiles times heads, its groups of images, how runs lie on the width, and the constants."""
 
     tiles: int
     groups: int
+    slots: tuple[int, int, int]
     constants: dict
 
 
@@ -582,15 +611,35 @@ def _padded(size: int, dilation: int, tile: int, *window: int) -> tuple[int, int
     return min(((pad, _most_queries(size, dilation, tile, *window, pad)) for pad in pads), key=lambda pair: pair[::-1])
 
 
+def _slots(size: int, dilation: int, tile: int, pad: int, edge: int, seen: int, run: int) -> tuple[int, int, int]:
+    """Return how many runs of at most `run` tiles an axis has, and the first and one past the last tile of those.
+
+    A tile is part of a run where it is at least `edge` positions from both borders, and what it sees, `seen` positions
+    from no more than `edge` before it, is on the map. Others are runs of one. With dilation, runs are of groups.
+    """
+    tiles = triton.cdiv(triton.cdiv(size, dilation) + pad, tile)
+    if dilation > 1:
+        return tiles * sum(triton.cdiv(n, run) for n in (size % dilation, dilation - size % dilation)), 0, 0
+    before = min(triton.cdiv(edge + pad, tile), tiles)
+    stop = max((size - max(seen, edge + tile) + pad) // tile + 1, before)
+    return before + triton.cdiv(stop - before, run) + tiles - stop, before, stop
+
+
 def _tiling(
-    launch: _Launch, sizes: tuple[int, ...], dilation: tuple[int, int], spans: tuple[int, int],
+    launch: _Launch, sizes: tuple[int, ...], dilation: tuple[int, int], spans: tuple[int, int], edge: int | None,
     pads: tuple[int, int] = (0, 0),
 ) -> _Tiling:  # fmt: skip
-    """Return the launch for `sizes`: batch, height, width, heads and bytes of a head; a tile sees `spans` positions."""
+    """Return the launch for `sizes`: batch, height, width, heads and bytes of a head; a tile sees `spans` positions.
+
+    Tiles at least `edge` positions from the left and right borders see alike; with None, those at the same place of
+    dilated groups alone.
+    """
     batch, height, width, heads, nbytes = sizes
-    tiles = heads
-    for size, d, tile, pad in zip((height, width), dilation, launch.tile, pads, strict=True):
-        tiles *= triton.cdiv(triton.cdiv(size, d) + pad, tile) * d
+    tiles = [
+        triton.cdiv(triton.cdiv(size, d) + pad, tile) * d
+        for size, d, tile, pad in zip((height, width), dilation, launch.tile, pads, strict=True)
+    ]
+    programs = heads * tiles[0] * tiles[1]
     cols = max(triton.next_power_of_2(spans[1]), 8)
     # A chunk of keys and one of values lie on the chip: fewer rows where the head is wide or the dtype is.
     most = max(min(launch.chunk, 16384 // nbytes) // cols, 16 // cols, 1)
@@ -600,13 +649,23 @@ def _tiling(
     chunks = triton.cdiv(spans[0], rows)
     last = max(triton.next_power_of_2(spans[0] - (chunks - 1) * rows), 16 // cols)
     # A power of two, so that few kernels are compiled.
-    images = 1 << (max(1, min(launch.batch, batch * tiles // launch.programs)).bit_length() - 1)
+    images = _power(min(launch.batch, batch, batch * programs // launch.programs))
+    groups = triton.cdiv(batch, images)
+    run = 1
+    if chunks <= 2 and (dilation[1] > 1 or edge is not None):
+        run = _power(min(launch.batch // images, groups * programs // launch.programs))
+    slots = _slots(width, dilation[1], launch.tile[1], pads[1], edge or 0, cols, run)
     constants = {
         "TILE_H": launch.tile[0], "TILE_W": launch.tile[1], "ROWS": rows, "COLS": cols, "CHUNKS": chunks, "LAST": last,
-        "HOIST": chunks <= 2, "BATCH": images,
+        "HOIST": chunks <= 2, "BATCH": images, "RUN": run,
         "num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.registers,
     }  # fmt: skip
-    return _Tiling(tiles, triton.cdiv(batch, images), constants)
+    return _Tiling(heads * tiles[0] * slots[0], groups, slots, constants)
+
+
+def _power(n: int) -> int:
+    """Return the largest power of two up to n, or 1."""
+    return 1 << (max(1, n).bit_length() - 1)
 
 
 class _Problem(NamedTuple):
@@ -645,15 +704,19 @@ def _problem(
         axes = zip(launch.tile, kernel_size, stride, lengths, strict=True)
         return tuple(min(tile + kernel + step - 2, length) for tile, kernel, step, length in axes)
 
+    alike = stride[1] == 1 and not is_causal[1]
     by_query = [LAUNCH[name, form] for name in ("forward", "backward_query")]
-    forward, backward_query = (_tiling(launch, sizes, dilation, spans(launch)) for launch in by_query)
+    edge = kernel_size[1] // 2 if alike else None
+    forward, backward_query = (_tiling(launch, sizes, dilation, spans(launch), edge) for launch in by_query)
     launch = LAUNCH["backward_key", form]
     axes = zip((height, width), dilation, launch.tile, kernel_size, stride, is_causal, strict=True)
     pads, most = zip(*(_padded(*axis) for axis in axes), strict=True)
-    backward_key = _tiling(launch, sizes, dilation, most, pads)
+    # Queries this far from a border have their windows in the middle.
+    edge = kernel_size[1] if alike else None
+    backward_key = _tiling(launch, sizes, dilation, most, edge, pads)
     if not backward_key.constants["HOIST"]:
         pads = 0, 0
-        backward_key = _tiling(LAUNCH_MANY, sizes, dilation, spans(LAUNCH_MANY))
+        backward_key = _tiling(LAUNCH_MANY, sizes, dilation, spans(LAUNCH_MANY), None)
         backward_key.constants["HOIST"] = False
     backward_key.constants.update(zip(("PAD_H", "PAD_W"), pads, strict=True))
     return _Problem(constants, forward, backward_query, backward_key)
@@ -681,9 +744,9 @@ def _na2d(
     query, key, value, table, strides, problem = _prepare(query, key, value, rpb, options)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:4], dtype=torch.float32, device=query.device)
-    tiles, groups, constants = problem.forward
+    tiles, groups, slots, constants = problem.forward
     _forward[(tiles, groups)](
-        query, key, value, table, out, lse, *query.shape[:4], scale, *strides, **problem.constants, **constants
+        query, key, value, table, out, lse, *slots, *query.shape[:4], scale, *strides, **problem.constants, **constants
     )
     return out, lse
 
@@ -699,7 +762,7 @@ def _backward(
     delta = torch.empty_like(lse)
     sizes = (*query.shape[:4], scale, *strides)
 
-    tiles, groups, constants = problem.backward_query
+    tiles, groups, slots, constants = problem.backward_query
     heads = query.shape[3]
     kernel_size = options[0]
     parts = 1 if constants["HOIST"] else constants["CHUNKS"]
@@ -711,7 +774,7 @@ def _backward(
 
     def backward_query(chunks: int, grad_q_too: bool, grad_rpb_too: bool, constants: dict) -> None:
         _backward_query[(tiles, groups, chunks)](
-            query, key, value, table, out, lse, grad_out, delta, grad_q, partial, *sizes,
+            query, key, value, table, out, lse, grad_out, delta, grad_q, partial, *slots, *sizes,
             **problem.constants, **constants,
             GRADS=packed, GRAD_Q=grad_q_too, GRAD_RPB=grad_rpb_too, BINS_H=bins[0], BINS_W=bins[1],
         )  # fmt: skip
@@ -721,12 +784,12 @@ def _backward(
         one_chunk = {"HOIST": True, "CHUNKS": 1, "LAST": constants["ROWS"]}
         backward_query(constants["CHUNKS"], False, True, constants | one_chunk)
 
-    tiles, groups, constants = problem.backward_key
+    tiles, groups, slots, constants = problem.backward_key
     sums = triton.cdiv(heads * entries[0] * entries[1], COLUMNS) if has_rpb else 0
     grad_rpb = torch.empty(partial.shape[1:], dtype=rpb.dtype, device=rpb.device) if has_rpb else partial
     # Of no images too, the sums are written.
     _backward_key[(sums + tiles, max(groups, 1))](
-        query, key, value, table, lse, grad_out, delta, grad_k, grad_v, partial, grad_rpb, rows, *sizes,
+        query, key, value, table, lse, grad_out, delta, grad_k, grad_v, partial, grad_rpb, rows, *slots, *sizes,
         **problem.constants, **constants, GRADS=packed, SUMS=sums, COLUMNS=COLUMNS,
     )  # fmt: skip
     return grad_rpb

@@ -192,6 +192,35 @@ def test_packed_kernels_interpreted(setting, biased):
     assert max(map(error, got, stacked(expected))) < 1e-6
 
 
+WIDE = [
+    (2, 3, 75, 2, 8, 3, 1, 1, False),
+    (1, 9, 62, 1, 8, (3, 7), 1, 1, False),
+    (2, 4, 66, 1, 8, (2, 4), 1, 1, False),
+    (1, 6, 47, 1, 8, 3, 1, (1, 7), False),
+    (1, 5, 40, 1, 8, (3, 5), (1, 2), (1, 3), (False, True)),
+    (1, 4, 50, 1, 8, 3, 1, 1, True),
+]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("setting", WIDE, ids=str)
+def test_runs_of_tiles(setting, device, monkeypatch):
+    if device == "cpu" and cuda:
+        pytest.skip("the kernels run on the GPU")
+    from densezoo.ops.neighborhood import kernels
+
+    # As if few programs filled the GPU.
+    for key, launch in kernels.LAUNCH.items():
+        monkeypatch.setitem(kernels.LAUNCH, key, launch._replace(programs=1))
+    kernels._problem.cache_clear()
+    tensors = inputs(setting, device=device)
+    set_backend("triton")
+    got = gradients(run(setting), tensors)
+    kernels._problem.cache_clear()
+    set_backend("reference")
+    assert max(map(error, got, gradients(run(setting), [t.double() for t in tensors]))) < 1e-5
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_no_images(device):
     if device == "cpu" and cuda:
