@@ -16,7 +16,13 @@ from densezoo.backbones.nat import (
     checkpoint_filter_fn,
     shi_labs_cfg,
 )
-from densezoo.backbones.staged import StagedBackbone, init_weights, pad_to_multiple, pretrained_filter
+from densezoo.backbones.staged import (
+    StagedBackbone,
+    convolve_patches,
+    init_weights,
+    pad_to_multiple,
+    pretrained_filter,
+)
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -35,8 +41,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the map."""
-        x = pad_to_multiple(x.permute(0, 2, 3, 1), self.size).permute(0, 3, 1, 2)
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        return self.norm(convolve_patches(self.proj, pad_to_multiple(x.permute(0, 2, 3, 1), self.size)))
 
 
 class PatchMerging(nn.Module):

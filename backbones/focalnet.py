@@ -17,6 +17,7 @@ from densezoo.backbones.staged import (
     Blocks,
     StagedBackbone,
     check_per_stage,
+    convolve_patches,
     init_weights,
     pad_to_multiple,
     pretrained_filter,
@@ -141,8 +142,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the map."""
-        x = pad_to_multiple(x.permute(0, 2, 3, 1), self.proj.stride[0]).permute(0, 3, 1, 2)
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        x = pad_to_multiple(x.permute(0, 2, 3, 1), self.proj.stride[0])
+        return self.norm(convolve_patches(self.proj, x))
 
 
 class FocalNet(StagedBackbone):

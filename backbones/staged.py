@@ -47,6 +47,19 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     return pad_map(x, height, width)
 
 
+def convolve_patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Apply a convolution whose stride divides the sides of a map (B, H, W, C).
+
+    Over patches of an image that do not overlap, a compiled graph has a product of matrices in its place: cuDNN's
+    gradient of such a weight takes 0.55 ms at 800x1216, batch 2, for operands that are read in 10 us.
+    """
+    size, (height, width, channels) = conv.stride[0], x.shape[1:]
+    if conv.kernel_size != conv.stride or channels % 8 == 0 or is_exporting() or not torch.compiler.is_compiling():
+        return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    patches = x.reshape(-1, height // size, size, width // size, size, channels).transpose(2, 3).flatten(3)
+    return F.linear(patches, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
+
+
 def resize_tokens(
     tokens: Tensor, height: int | torch.SymInt, width: int | torch.SymInt, mode: str = "bicubic"
 ) -> Tensor:
