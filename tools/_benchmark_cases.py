@@ -1,8 +1,8 @@
 """What a case of tools/benchmark.py is, of an operator or of a module, and how it is timed on a GPU."""
 
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from _benchmark_report import operator_table
@@ -104,8 +104,24 @@ def measure(case: Case, bandwidth: float, dtype: torch.dtype) -> list[dict]:
     return rows
 
 
-def time_cases(makers: Iterable[Callable], dtype: torch.dtype) -> tuple[list[dict], str]:
-    """Time the cases that `makers` yield; return a row for each pass, and what was measured with."""
+def by_dtype(make: Callable, bandwidth: float) -> Iterator[list[dict]]:
+    """Yield the rows of each case's kernels in 16 bits and in float32, beside bfloat16's floor."""
+    for cases in zip(*(make(dtype, "cuda") for dtype in reversed(TOLERANCE)), strict=True):
+        rows = []
+        for dtype, case in zip(reversed(TOLERANCE), cases, strict=True):
+            way, ours = next(iter(case.ways.items()))
+            for i, row in enumerate(measure(replace(case, ways={way: ours}), bandwidth, dtype)):
+                rows = rows if len(rows) > i else [*rows, row | {"us": {}}]
+                if way in row["us"]:
+                    rows[i]["us"][str(dtype).removeprefix("torch.")] = row["us"][way]
+        yield rows
+
+
+def time_cases(makers: Iterable[Callable], dtype: torch.dtype | None) -> tuple[list[dict], str]:
+    """Time the cases that `makers` yield; return a row for each pass, and what was measured with.
+
+    Without a `dtype` those are the kernels alone, in each.
+    """
     # The backward is timed apart from the forward, so its saved tensors must outlive it.
     torch._functorch.config.donated_buffer = False
     rows = []
@@ -113,8 +129,12 @@ def time_cases(makers: Iterable[Callable], dtype: torch.dtype) -> tuple[list[dic
     with torch.cuda.stream(torch.cuda.Stream()):
         bandwidth = copy_bandwidth()
         for make in makers:
-            for case in make(dtype, "cuda"):
-                rows += (new := measure(case, bandwidth, dtype))
+            if dtype is None:
+                parts = by_dtype(make, bandwidth)
+            else:
+                parts = (measure(case, bandwidth, dtype) for case in make(dtype, "cuda"))
+            for new in parts:
+                rows += new
                 # Comparing takes minutes: what is known is shown at once.
                 print(*operator_table(new).splitlines()[2:], sep="\n", file=sys.stderr, flush=True)
     return rows, f"copy bandwidth {bandwidth / 1e6:.2f} TB/s"

@@ -85,7 +85,8 @@ def report(runs: list[dict]) -> str:
         for rows in by_operator.values():
             parts.append(operator_table(rows))
         over = [row["us"][way] / row["floor_us"] for row in run["rows"] for way in OURS if way in row["us"]]
-        parts.append(f"Median over the floor: {statistics.median(over):.2f}")
+        if over:
+            parts.append(f"Median over the floor: {statistics.median(over):.2f}")
     return "\n\n".join(parts)
 
 

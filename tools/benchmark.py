@@ -2,6 +2,7 @@
 
     python tools/benchmark.py ops                       every operator, at the shapes of its networks
     python tools/benchmark.py ops na2d --dtype float16 --json na2d.json
+    python tools/benchmark.py ops --dtype all           the kernels alone, in each dtype
     python tools/benchmark.py modules                   attention modules, ours and timm's, eager and compiled
     python tools/benchmark.py models                    tiny models at 224, in images per second
     python tools/benchmark.py models nat_tiny swin_tiny_patch4_window7_224 --dense
@@ -67,8 +68,8 @@ def main() -> None:
     parser.add_argument(
         "--dtype",
         default="bfloat16",
-        choices=[str(d).removeprefix("torch.") for d in TOLERANCE],
-        help="of operators and modules (%(default)s); models run in bfloat16 autocast",
+        choices=[*(str(d).removeprefix("torch.") for d in TOLERANCE), "all"],
+        help="of operators and modules (%(default)s); `all` for ops alone; models run in bfloat16 autocast",
     )
     parser.add_argument("--dense", action="store_true", help="models as dense backbones at 800x1216, batch 2")
     parser.add_argument(
@@ -93,6 +94,8 @@ def main() -> None:
     if unknown := set(args.names) - set(cases or timm.list_models()):
         hint = ", ".join(cases) if cases else "timm's and the zoo's models"
         parser.error(f"name: got {', '.join(sorted(unknown))}, expected of {hint}")
+    if args.dtype == "all" and args.what != "ops":
+        parser.error(f"--dtype: got all, expected with ops, not {args.what}")
     if args.tries < 1:
         parser.error(f"--tries: got {args.tries}, expected 1 or more")
     if min(args.sizes) < 32:
@@ -109,10 +112,10 @@ def main() -> None:
             return tune(args.names, getattr(torch, args.dtype), args.tries, file_here() if args.write else args.out)
         except ValueError as e:
             parser.error(f"tune: {e}")
-    dtype = args.dtype if cases else "bfloat16 autocast" if on_gpu else "float32"
+    dtype = args.dtype.replace("all", "each dtype") if cases else "bfloat16 autocast" if on_gpu else "float32"
     if cases:
         makers = [cases[name] for name in args.names or cases]
-        rows, measured = time_cases(makers, getattr(torch, args.dtype))
+        rows, measured = time_cases(makers, None if args.dtype == "all" else getattr(torch, args.dtype))
     elif args.what == "models":
         rows, measured = time_models(args.names or list(MODELS), args.dense, args.mode)
     else:
@@ -122,7 +125,7 @@ def main() -> None:
     words = [word for word in sys.argv[1:] if word not in ("--json", str(args.json))]
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     run = {
-        "what": args.what,
+        "what": "dtypes" if args.dtype == "all" else args.what,
         "command": " ".join(["python", "tools/benchmark.py", *words]),
         "machine": f"{device}, torch {torch.__version__}, triton {version('triton')}, timm "
         f"{timm.__version__}, densezoo {__version__}, {dtype}, {measured}",

@@ -114,6 +114,7 @@ def test_on_a_gpu(what, name, tmp_path, monkeypatch, capsys):
         (["modules", "SE", "BAM"], "got BAM, expected of SE, ECA, CBAM, Triplet"),
         (["models", "resnet51"], "got resnet51"),
         (["report", "nothing.json"], "nothing.json"),
+        (["tune", "na2d", "--dtype", "all"], "--dtype: got all, expected with ops, not tune"),
         (["latency", "nat_tiny", "--sizes", "224", "8"], "--sizes: got 8, expected 32 or more"),
         (["latency", "nat_tiny", "--out", "no/such/plot.png"], "--out: got no/such/plot.png, expected a .png"),
         pytest.param(
@@ -142,12 +143,35 @@ def test_modules_compute_the_same(name, layout):
         assert case.check() > 1e-3
 
 
-def test_gradients_of_a_modules_parameters_are_timed(monkeypatch):
-    """On a CPU, with the GPU's clock and memory out of the way."""
+def timed_on_a_cpu(monkeypatch):
+    """Return the module of cases with the GPU's clock and memory out of the way, and what it times."""
     cases, timed = tool("_benchmark_cases"), []
     monkeypatch.setattr(cases, "median_us", lambda function: timed.append(function()) or 1.0)
     for name in ("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, int)
+    return cases, timed
+
+
+def test_kernels_in_each_dtype(monkeypatch):
+    cases, timed = timed_on_a_cpu(monkeypatch)
+
+    def make(dtype, device):
+        for size in (3, 5):
+            x = torch.randn(size, dtype=dtype)
+            yield cases.Case(f"twice {size}", (x,), {"densezoo": lambda x: 2 * x, "eager": None}, lambda: 0.0)
+
+    rows = [row for rows in cases.by_dtype(make, 1.0) for row in rows]
+    assert [row["pass"] for row in rows] == 2 * ["forward", "backward"]
+    # bfloat16's: input and output, and twice as much.
+    assert [row["floor_us"] for row in rows] == [12.0, 24.0, 20.0, 40.0]
+    assert all(list(row["us"].items()) == [("bfloat16", 1.0), ("float16", 1.0), ("float32", 1.0)] for row in rows)
+    assert [out.dtype for out in timed[::2]] == 2 * [torch.bfloat16, torch.float16, torch.float32]
+    table = tool("_benchmark_report").operator_table(rows)
+    assert "| ours / floor | float16 / ours | float32 / ours |" in table
+
+
+def test_gradients_of_a_modules_parameters_are_timed(monkeypatch):
+    cases, timed = timed_on_a_cpu(monkeypatch)
     cbam = tool("_benchmark_modules").MODULES["CBAM"]
     (case,) = cbam(torch.float32, "cpu", batch=2, shapes=[(32, 6, torch.contiguous_format)])
     case.ways = {way: run for way, run in case.ways.items() if way.endswith("eager")}
