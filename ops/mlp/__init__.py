@@ -94,15 +94,15 @@ class _Trained(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
         from densezoo.ops.mlp.kernels import mlp_narrow, mlp_training
 
-        width, hidden = max(x.shape[1], weight2.shape[0]), None
+        width, saved = max(x.shape[1], weight2.shape[0]), ()
         if width <= MADE_AGAIN:
             out = mlp_narrow(x, weight1, bias1, weight2, bias2, "none")
         elif width <= NARROW:
-            out, hidden = mlp_training(x, weight1, bias1, weight2, bias2)
+            out, *saved = mlp_training(x, weight1, bias1, weight2, bias2)
         else:
-            hidden = F.linear(x, weight1, bias1)
-            out = F.linear(F.gelu(hidden), weight2, bias2)
-        ctx.save_for_backward(x, hidden, weight1, bias1, weight2)
+            saved = (F.linear(x, weight1, bias1),)
+            out = F.linear(F.gelu(saved[0]), weight2, bias2)
+        ctx.save_for_backward(x, weight1, bias1, weight2, *saved)
         return out
 
     @staticmethod
@@ -110,8 +110,9 @@ class _Trained(torch.autograd.Function):
     def backward(ctx, grad_out: Tensor) -> tuple[Tensor, ...]:
         from densezoo.ops.mlp.kernels import mlp_backward
 
-        x, _, weight1, _, weight2 = ctx.saved_tensors
-        grad_x, grad_hidden, act, sums = mlp_backward(grad_out, *ctx.saved_tensors)
+        x, weight1, bias1, weight2, *saved = ctx.saved_tensors
+        hidden = saved[0] if saved else None
+        grad_x, grad_hidden, act, sums = mlp_backward(grad_out, x, weight1, bias1, weight2, hidden)
         grad_bias1, grad_bias2 = sums.to(x.dtype).split((weight1.shape[0], weight2.shape[0]))
         return grad_x, grad_hidden.t() @ x, grad_bias1, grad_out.t() @ act, grad_bias2
 

@@ -156,12 +156,12 @@ LAUNCH = Table(
     {
         ("inference", 64): _Launch(64, 64, 4, 3, None),
         ("inference", 128): _Launch(128, 64, 8, 2, 128),
-        ("training", 64): _Launch(128, 64, 8, 2, None),
+        ("training", 64): _Launch(64, 64, 4, 3, None),
         ("training", 128): _Launch(128, 64, 8, 2, None),
         ("training", 256): _Launch(128, 64, 8, 2, None),
-        ("backward", 64): _BackwardLaunch(128, 64, 0, 8, 2, None),
-        ("backward", 128): _BackwardLaunch(128, 64, 0, 8, 2, None),
-        ("backward", 256): _BackwardLaunch(128, 64, 0, 8, 2, None),
+        ("backward", 64): _BackwardLaunch(64, 32, 0, 4, 3, None),
+        ("backward", 128): _BackwardLaunch(128, 32, 0, 8, 3, None),
+        ("backward", 256): _BackwardLaunch(128, 64, 192, 8, 2, None),
     },
 )
 # The interpreter takes no instructions of the GPU's own.
@@ -231,7 +231,7 @@ def _hidden(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _mlp_backward(
-    grad_out: Tensor, x: Tensor, hidden: Tensor | None, weight1: Tensor, bias1: Tensor, weight2: Tensor
+    grad_out: Tensor, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Take the gradient of (rows, out) back to the input, with the map before the GELU saved or not.
 
@@ -275,7 +275,7 @@ def _fake_hidden(x, weight, bias):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-def _fake_backward(grad_out, x, hidden, weight1, bias1, weight2):
+def _fake_backward(grad_out, x, weight1, bias1, weight2, hidden):
     rows, (out, channels) = x.shape[0], weight2.shape
     wide = (x.new_empty(rows, channels) for _ in range(2))
     return x.new_empty(x.shape), *wide, x.new_empty(channels + out, dtype=torch.float32)
@@ -294,7 +294,7 @@ def _(x, weight1, bias1, weight2, *args, **kwargs) -> int:
 
 
 @register_flop_formula(torch.ops.densezoo.mlp_backward)
-def _(grad_out, x, hidden, weight1, bias1, weight2, **kwargs) -> int:
+def _(grad_out, x, weight1, bias1, weight2, hidden, **kwargs) -> int:
     # The gradients of the weights are products of their own.
     return 2 * x[0] * weight1[0] * (weight2[0] + x[1] * (1 if hidden else 2))
 
