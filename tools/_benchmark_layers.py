@@ -1,11 +1,11 @@
-"""Cases for tools/benchmark.py of what stands around attention: depthwise convolutions, norms, pooling with norms."""
+"""Cases for tools/benchmark.py of what stands around attention: depthwise convolutions, MLPs, norms, pooling."""
 
 from collections.abc import Iterator
 from functools import partial
 
 import torch
 from _benchmark_cases import Case, reference_ways, worst_error
-from densezoo.ops import depthwise_conv, layer_norm, pool_mix
+from densezoo.ops import depthwise_conv, layer_norm, mlp, pool_mix
 from densezoo.ops.depthwise.reference import depthwise_conv_reference
 from densezoo.ops.pooling import add_branch
 from densezoo.ops.pooling.reference import pool_mix_reference
@@ -36,6 +36,24 @@ def depthwise_conv_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
         extra = " + x" if residual else " and GELU" if gelu else ""
         name = f"depthwise_conv {size}x{size}{extra} {shape[0]}, {shape[1]}x{shape[2]}x{dim}"
         yield Case(name, inputs, ways, check)
+
+
+def mlp_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """MLPs as compiled graphs train them: the first stages of NAT-T and DaViT-T, at 224 and at 800x1216."""
+    shapes = [(128, 56, 56, 64, 192), (128, 28, 28, 128, 384), (128, 56, 56, 96, 384)]
+    shapes += [(2, 200, 304, 64, 192), (2, 100, 152, 128, 384), (2, 200, 304, 96, 384)]
+    for *size, dim, hidden in shapes:
+        shapes_of_inputs = ((*size, dim), (hidden, dim), (hidden,), (dim, hidden), (dim,))
+        x, weight1, bias1, weight2, bias2 = (torch.randn(s, device=device, dtype=dtype) for s in shapes_of_inputs)
+        inputs = (x, weight1 / dim**0.5, bias1, weight2 / hidden**0.5, bias2)
+
+        def reference(x, weight1, bias1, weight2, bias2):
+            linear, gelu = torch.nn.functional.linear, torch.nn.functional.gelu
+            return linear(gelu(linear(x, weight1, bias1)), weight2, bias2)
+
+        ways = {"densezoo": torch.compile(mlp, dynamic=False), **reference_ways(reference)}
+        check = partial(worst_error, mlp, [x[:1], *inputs[1:]])
+        yield Case(f"mlp {size[0]}, {size[1]}x{size[2]}x{dim} to {hidden}", inputs, ways, check)
 
 
 def layer_norm_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:

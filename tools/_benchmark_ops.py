@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 from _benchmark_cases import Case, reference_ways, worst_error
-from _benchmark_layers import depthwise_conv_cases, layer_norm_cases, pool_mix_cases
+from _benchmark_layers import depthwise_conv_cases, layer_norm_cases, mlp_cases, pool_mix_cases
 from _benchmark_local import na2d_cases, window_attention_cases
 from _benchmark_sparse import ms_deform_attn_cases, quadtree_attention_cases
 from densezoo.ops import agent_attention, channel_attention, focal_modulation, focused_linear_attention
@@ -111,5 +111,6 @@ OPERATORS: dict[str, Callable[[torch.dtype, str], Iterator[Case]]] = {
     "quadtree_attention": quadtree_attention_cases,
     "ms_deform_attn": ms_deform_attn_cases,
     "layer_norm": layer_norm_cases,
+    "mlp": mlp_cases,
     "pool_mix": pool_mix_cases,
 }

@@ -1,15 +1,22 @@
-"""The MLP of transformer blocks: Linear, GELU, Linear, in inference without a pass over memory for the GELU."""
+"""The MLP of transformer blocks: Linear, GELU, Linear, without a pass over memory for the GELU."""
 
 from collections.abc import Callable
 
 import timm.layers
 import torch
 import torch.nn.functional as F
-from densezoo.ops.backend import takes_triton
+from densezoo.ops.backend import get_backend, is_exporting, takes_triton
 from densezoo.ops.precision import autocast_dtype
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 __all__ = ["Mlp", "mlp"]
+
+# The most channels of input and output for which one kernel makes the MLP, for which there is a kernel of the backward,
+# and for which that makes the hidden map again, in less time than it takes to write and read it.
+NARROW = 128
+TRAINED = 128
+MADE_AGAIN = 64
 
 
 def mlp(
@@ -18,8 +25,10 @@ def mlp(
     """Apply a Linear, GELU (arXiv 1606.08415) and a second Linear to the last axis.
 
     Without gradients, on a GPU, in 16 bits, and up to 128 channels of input and output, all of it is one kernel; of
-    wider MLPs in bfloat16 the first product applies the GELU. In bfloat16 either kind of GELU is then right to 6e-4
-    times the number that it is applied to. Elsewhere it is the three operators of torch.
+    wider MLPs in bfloat16 the first product applies the GELU. With gradients, where a graph is compiled for training on
+    a GPU or the backend is set to `triton`, MLPs as narrow with the exact GELU are one kernel forward, and one backward
+    but for the gradients of the weights. In bfloat16 either kind of GELU is then right to 6e-4 times the number that it
+    is applied to. Elsewhere it is the three operators of torch.
 
     Args:
         x: (..., C), any floating dtype; under autocast all arguments are taken in its dtype.
@@ -43,22 +52,22 @@ def mlp(
     for (name, shape), tensor in zip(expected.items(), (weight1, bias1, weight2, bias2), strict=True):
         if tensor.shape != shape:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {shape} for x of {tuple(x.shape)}")
-    if _takes_kernels(x, out):
+    if _takes_kernels(x, out, approximate):
         return _mlp_fused(x, weight1, bias1, weight2, bias2, approximate)
     return F.linear(F.gelu(F.linear(x, weight1, bias1), approximate=approximate), weight2, bias2)
 
 
-def _takes_kernels(x: Tensor, out: int) -> bool:
+def _takes_kernels(x: Tensor, out: int, approximate: str) -> bool:
     """Return whether an MLP takes its kernels from `x` to a width of `out`, in the backend in force."""
+    dtype, width = autocast_dtype(x) or x.dtype, max(x.shape[-1], out)
     if torch.is_grad_enabled():
-        return False
-    dtype, is_narrow = autocast_dtype(x) or x.dtype, _is_narrow(x, out)
-    applies = dtype == torch.bfloat16 or (dtype == torch.float16 and is_narrow)
+        is_compiling = torch.compiler.is_compiling() and not is_exporting()
+        is_asked_for = get_backend() == "triton" or is_compiling
+        applies = is_asked_for and approximate == "none" and width <= TRAINED
+        applies = applies and dtype in (torch.bfloat16, torch.float16)
+    else:
+        applies = dtype == torch.bfloat16 or (dtype == torch.float16 and width <= NARROW)
     return applies and takes_triton("mlp", x, None)
-
-
-def _is_narrow(x: Tensor, out: int) -> bool:
-    return max(x.shape[-1], out) <= 128
 
 
 def _mlp_fused(x: Tensor, *args) -> Tensor:
@@ -67,12 +76,45 @@ def _mlp_fused(x: Tensor, *args) -> Tensor:
     *parameters, approximate = args
     dtype = autocast_dtype(x) or x.dtype
     tensors = (x.reshape(-1, x.shape[-1]), *parameters)
+    # In torch 2.11 a `to` of the same dtype loses the gradient of a compiled function.
     rows, weight1, bias1, weight2, bias2 = (t if t.dtype == dtype else t.to(dtype) for t in tensors)
-    if _is_narrow(x, weight2.shape[0]):
+    if torch.is_grad_enabled():
+        out = _Trained.apply(rows, weight1, bias1, weight2, bias2)
+    elif max(x.shape[-1], weight2.shape[0]) <= NARROW:
         out = mlp_narrow(rows, weight1, bias1, weight2, bias2, approximate)
     else:
         out = F.linear(mlp_hidden(rows, weight1, bias1), weight2, bias2)
     return out.view(*x.shape[:-1], out.shape[-1])
+
+
+class _Trained(torch.autograd.Function):
+    """The MLP of rows, with a kernel as its backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+        from densezoo.ops.mlp.kernels import mlp_narrow, mlp_training
+
+        width, saved = max(x.shape[1], weight2.shape[0]), ()
+        if width <= MADE_AGAIN:
+            out = mlp_narrow(x, weight1, bias1, weight2, bias2, "none")
+        elif width <= NARROW:
+            out, *saved = mlp_training(x, weight1, bias1, weight2, bias2)
+        else:
+            saved = (F.linear(x, weight1, bias1),)
+            out = F.linear(F.gelu(saved[0]), weight2, bias2)
+        ctx.save_for_backward(x, weight1, bias1, weight2, *saved)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out: Tensor) -> tuple[Tensor, ...]:
+        from densezoo.ops.mlp.kernels import mlp_backward
+
+        x, weight1, bias1, weight2, *saved = ctx.saved_tensors
+        hidden = saved[0] if saved else None
+        grad_x, grad_hidden, act, sums = mlp_backward(grad_out, x, weight1, bias1, weight2, hidden)
+        grad_bias1, grad_bias2 = sums.to(x.dtype).split((weight1.shape[0], weight2.shape[0]))
+        return grad_x, grad_hidden.t() @ x, grad_bias1, grad_out.t() @ act, grad_bias2
 
 
 class Mlp(timm.layers.Mlp):
@@ -92,7 +134,7 @@ class Mlp(timm.layers.Mlp):
         """Take (..., dim) to the same shape."""
         fc1, act, fc2 = self.fc1, self.act, self.fc2
         is_plain = _is_plain(fc1, nn.Linear) and _is_plain(act, nn.GELU) and _is_plain(fc2, nn.Linear)
-        if is_plain and _takes_kernels(x, fc2.out_features):
+        if is_plain and _takes_kernels(x, fc2.out_features, act.approximate):
             return mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, approximate=act.approximate)
         return super().forward(x)
 

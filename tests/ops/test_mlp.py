@@ -1,5 +1,6 @@
 """The MLP: its kernels against Linear, GELU and Linear, alone, compiled and under autocast, and when it takes them."""
 
+import importlib
 from functools import partial
 
 import pytest
@@ -92,6 +93,100 @@ def test_kernels(case, approximate, dtype, allowed, nan_filled_memory):
     check_kernels(case, approximate, dtype, allowed, "cuda")
 
 
+def gradients(function, tensors, seed=1):
+    """Return the output of a function of tensors, and their gradients."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    out = function(*leaves)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad.to(out))
+
+
+def check_training(case, dtype, allowed, device):
+    tensors = inputs(case, dtype, device)
+    set_backend("triton")
+    got, again = (gradients(mlp, tensors) for _ in range(2))
+    expected = gradients(plain, [t.double() for t in tensors])
+    for result, same, want in zip(got, again, expected, strict=True):
+        assert torch.equal(result, same), "two runs differ"
+        assert result.shape == want.shape and result.dtype == dtype
+        assert error(result, want) < allowed
+
+
+@pytest.fixture(params=["saved", "made again", "in parts", "torch's forward"])
+def way(request, monkeypatch):
+    """Train with each way to have the hidden map in the backward."""
+    module, kernels = (importlib.import_module(f"densezoo.ops.mlp{part}") for part in ("", ".kernels"))
+    monkeypatch.setattr(module, "TRAINED", 256)
+    monkeypatch.setattr(module, "MADE_AGAIN", 256 if request.param == "made again" else 0)
+    monkeypatch.setattr(module, "NARROW", 0 if request.param == "torch's forward" else 256)
+    if request.param == "in parts":
+        parts = {k: s._replace(span=64) if k[0] == "backward" else s for k, s in kernels.LAUNCH.items()}
+        monkeypatch.setattr(kernels, "LAUNCH", parts)
+    kernels._constants.cache_clear()
+    yield request.param
+    kernels._constants.cache_clear()
+
+
+@pytest.mark.skipif(cuda, reason="the kernels run on the GPU, in the test below")
+@pytest.mark.parametrize("case", NARROW, ids=str)
+def test_training_interpreted(case, way):
+    check_training(case, torch.float16, 2e-3, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, allowed", [(torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("case", [*NARROW, WIDE[0], *GPU_CASES[:2], ((7, 28, 28, 192), 768, 192)], ids=str)
+def test_training(case, dtype, allowed, way, nan_filled_memory):
+    check_training(case, dtype, allowed, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 96])
+def test_training_with_more_than_2_31_elements(dim):
+    tensors = inputs(((1, dim), 2 * dim, dim), torch.bfloat16, "cuda")
+    x = torch.randn(2**31 // dim + 5000, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    set_backend("triton")
+    out = mlp(x, *tensors[1:])
+    (got,) = torch.autograd.grad(out, x, x.detach())
+    tail = x.detach()[-4000:].double().requires_grad_()
+    expected = plain(tail, *(t.double() for t in tensors[1:]))
+    assert error(out[-4000:], expected) < 1e-2
+    assert error(got[-4000:], *torch.autograd.grad(expected, tail, tail.detach())) < 1e-2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_training_falls_back(device, monkeypatch):
+    """On GPUs with too little shared memory, at any of the launches."""
+    from densezoo.ops.mlp import kernels
+
+    class Lacking:
+        def __getitem__(self, grid):
+            def launch(*args, **constants):
+                raise kernels.OutOfResources(300_000, 200_000, "shared memory")
+
+            return launch
+
+    monkeypatch.setattr(kernels, "_whole", Lacking())
+    monkeypatch.setattr(kernels, "_backward", Lacking())
+    tensors = inputs(((50, 24), 40, 16), torch.float16, device)
+    set_backend("triton")
+    with pytest.raises(RuntimeError, match="mlp: cannot run on triton"):
+        mlp(*tensors)
+    # What a graph that was compiled before calls.
+    set_backend("auto")
+    expected = gradients(plain, [t.double() for t in tensors])
+    x, weight1, bias1, weight2, bias2 = tensors
+    out, hidden = kernels.mlp_training(*tensors)
+    assert error(out, expected[0]) < 2e-3
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out)
+    for saved in (hidden, None):
+        grad_x, grad_hidden, act, sums = kernels.mlp_backward(grad, x, weight1, bias1, weight2, saved)
+        for got, want in zip(
+            (grad_x, grad_hidden.t() @ x, sums[:40], grad.t() @ act, sums[40:]), expected[1:], strict=True
+        ):
+            assert error(got, want) < 2e-3
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("value", [-30.0, 30.0, 1e4])
 def test_far_from_zero(value):
@@ -134,6 +229,11 @@ def test_operator_contract(device):
     tensors = inputs(((30, 24), 40, 16), torch.float16, device)
     torch.library.opcheck(torch.ops.densezoo.mlp_narrow.default, (*tensors, "none"))
     torch.library.opcheck(torch.ops.densezoo.mlp_hidden.default, tuple(t.bfloat16() for t in tensors[:3]))
+    torch.library.opcheck(torch.ops.densezoo.mlp_training.default, tuple(tensors))
+    x, weight1, bias1, weight2, _ = tensors
+    for hidden in (torch.ones_like(x @ weight1.t()), None):
+        args = (torch.ones_like(x[:, :16]), x, weight1, bias1, weight2, hidden)
+        torch.library.opcheck(torch.ops.densezoo.mlp_backward.default, args)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -158,11 +258,63 @@ def test_compiled_inference(device, dim, dtype):
     assert sum("densezoo.mlp_" in name for name in names) == 1
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_with_gradients_it_is_torchs(device):
-    tensors = [t.requires_grad_() for t in inputs(((9, 24), 40, 24), torch.float16, device)]
+@pytest.mark.parametrize("dim", [32, 80])
+@pytest.mark.parametrize(
+    "device, dtype, allowed",
+    [
+        ("cpu", torch.float16, 2e-3),
+        pytest.param("cuda", torch.float16, 2e-3, marks=pytest.mark.gpu),
+        pytest.param("cuda", torch.bfloat16, 1e-2, marks=pytest.mark.gpu),
+    ],
+)
+def test_compiled_training(dim, device, dtype, allowed):
+    """Under autocast, without a break and once for all batches; the gradients are those of torch's layers."""
+    torch.manual_seed(0)
+    theirs, ours = timm.layers.Mlp(dim, 96).to(device), Mlp(dim, 96).to(device)
+    ours.load_state_dict(theirs.state_dict())
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(ours, backend=counter, fullgraph=True, dynamic=True)
     set_backend("triton")
-    assert torch.equal(mlp(*tensors), plain(*tensors))
+
+    def run(module, layers, x, grad):
+        with torch.autocast(device, dtype):
+            out = module(x)
+        return out, *torch.autograd.grad(out, [x, *layers.parameters()], grad.to(out.dtype))
+
+    for batch in (2, 3, 9):
+        x, grad = (torch.randn(batch, 5, 7, dim, device=device) for _ in range(2))
+        x.requires_grad_()
+        out, *expected = run(theirs, theirs, x, grad)
+        eager, got = run(ours, ours, x, grad), run(compiled, ours, x, grad)
+        assert got[0].dtype == out.dtype
+        assert all(map(torch.equal, got, eager))
+        for result, want in zip(got, (out, *expected), strict=True):
+            assert result.dtype == want.dtype
+            assert error(result, want) < 2 * allowed
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "case, dtype, approximate",
+    [
+        (((9, 24), 40, 24), torch.float32, "none"),
+        (((9, 24), 40, 24), torch.float16, "tanh"),
+        (((9, 300), 40, 24), torch.float16, "none"),
+    ],
+    ids=str,
+)
+def test_other_training_is_torchs(case, dtype, approximate, device):
+    tensors = inputs(case, dtype, device)
+    set_backend("triton")
+    ways = (partial(function, approximate=approximate) for function in (mlp, plain))
+    assert all(map(torch.equal, *(gradients(function, tensors) for function in ways)))
+
+
+@pytest.mark.gpu
+def test_eager_training_is_torchs():
+    tensors = inputs(((9, 24), 40, 24), torch.bfloat16, "cuda")
+    assert all(map(torch.equal, gradients(mlp, tensors), gradients(plain, tensors)))
 
 
 @pytest.mark.gpu
