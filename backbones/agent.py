@@ -105,10 +105,10 @@ class AgentBase(nn.Module):
         # Those of both steps together: (2, heads, agents, 7, 7), (2, heads, agents, side, 1), (..., 1, side)
         tables = (self.an_bias, self.na_bias), (self.ah_bias[0], rows), (self.aw_bias[0], columns)
         sizes = {3: height, 4: width}, {3: height}, {4: width}
-        parts = (
+        table, rows, columns = (
             resize_table(self._resize_agents(torch.stack(pair)), size) for pair, size in zip(tables, sizes, strict=True)
         )
-        aggregation, broadcast = sum(parts).flatten(3).unbind()
+        aggregation, broadcast = (table + rows + columns).flatten(3).unbind()
         return aggregation, broadcast.mT
 
     def _resize_agents(self, table: Tensor) -> Tensor:

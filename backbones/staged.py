@@ -102,20 +102,9 @@ def _interpolate(table: Tensor, sizes: Mapping[int, int | torch.SymInt], mode: s
 
 
 def _interpolation(side: int | torch.SymInt, size: int | torch.SymInt, mode: str, like: Tensor) -> Tensor:
-    """Return the weight of each of `side` entries in each of `size` places between them, (size, side)."""
-    # Where a place lies among the entries, (2 * place + 1) * side / (2 * size) - 1/2, in whole numbers.
-    place = (2 * torch.arange(size, device=like.device)[:, None] + 1) * side - size
-    first = place.div(2 * size, rounding_mode="floor")
-    x = (place - first * 2 * size).to(like.dtype) / (2 * size)
-    if mode == "bilinear":
-        taps = {0: 1 - x, 1: x}
-    else:
-        # Cubic convolution, with the slope of -0.75 at a distance of 1.
-        near, far = (lambda d: (1.25 * d - 2.25) * d * d + 1), (lambda d: -0.75 * (((d - 5) * d + 8) * d - 4))
-        taps = {-1: far(1 + x), 0: near(x), 1: near(1 - x), 2: far(2 - x)}
-    entry = torch.arange(side, device=like.device)
-    # Beyond the border its entry goes on.
-    return sum(weight * ((first + tap).clamp(0, side - 1) == entry) for tap, weight in taps.items())
+    """Return the weight of each of `side` entries in each of `size` places, (size, side): what single ones become."""
+    single = torch.eye(side, dtype=like.dtype, device=like.device)[None, None]
+    return F.interpolate(single, size=(size, side), mode=mode, align_corners=False)[0, 0]
 
 
 def check_per_stage(depths: Sequence[int], **values: Sequence) -> None:
