@@ -81,16 +81,15 @@ def resize_table(table: Tensor, sizes: Mapping[int, int | torch.SymInt], mode: s
             if size == x.shape[axis]:
                 continue
             weights = _interpolation(x.shape[axis], size, mode, x)
-            if axis == x.dim() - 1:
-                x = F.linear(x, weights)
-            else:
-                before, after = x.shape[:axis], x.shape[axis + 1 :]
-                x = x.reshape(math.prod(before), x.shape[axis], math.prod(after))
-                x = torch.bmm(weights.expand(x.shape[0], -1, -1), x).view(*before, size, *after)
+            before, after = x.shape[:axis], x.shape[axis + 1 :]
+            x = x.reshape(math.prod(before), x.shape[axis], math.prod(after))
+            x = F.linear(x[..., 0], weights) if x.shape[2] == 1 else weights.expand(x.shape[0], -1, -1).bmm(x)
+            x = x.view(*before, size, *after)
     return x.to(table.dtype)
 
 
 def _interpolate(table: Tensor, sizes: Mapping[int, int | torch.SymInt], mode: str) -> Tensor:
+    """Compute `resize_table` with torch's operator."""
     last = tuple(range(-len(sizes), 0))
     x = table.movedim(tuple(sizes), last)
     shape = x.shape[: -len(sizes)]
