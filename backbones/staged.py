@@ -66,7 +66,8 @@ def resize_table(table: Tensor, sizes: Mapping[int, int | torch.SymInt], mode: s
     exported graph has F.interpolate, where the size fits too, which changes nothing: views for products would bound it.
 
     Args:
-        table: Any shape; 16-bit tables are resized in float32, under autocast too.
+        table: Any shape; 16-bit tables are resized in float32, under autocast too, whose dtype the gradient's products
+            have in a compiled backward alone.
         sizes: New size of one axis or two, counted from 0.
         mode: "bilinear" or "bicubic", each axis on its own.
 
