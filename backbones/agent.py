@@ -24,6 +24,7 @@ from densezoo.backbones.staged import (
     check_per_stage,
     init_weights,
     pretrained_filter,
+    resize_table,
     resize_tokens,
     square_side,
 )
@@ -100,30 +101,22 @@ class AgentBase(nn.Module):
 
     def position_biases(self, height: int | torch.SymInt, width: int | torch.SymInt) -> tuple[Tensor, Tensor]:
         """Return the biases (heads, agents, height * width) and (heads, height * width, agents) of a map."""
-        aggregation = self._bias(self.an_bias, self.ah_bias[0], self.aw_bias[0], height, width)
         rows, columns = (table[0].movedim(-1, 1) for table in (self.ha_bias, self.wa_bias))
-        return aggregation, self._bias(self.na_bias, rows, columns, height, width).mT
-
-    def _bias(self, table: Tensor, rows: Tensor, columns: Tensor, height, width) -> Tensor:
-        """Sum the tables (heads, agents, 7, 7), (heads, agents, side, 1) and (heads, agents, 1, side) over a map."""
-        parts = ((table, (height, width)), (rows, (height, 1)), (columns, (1, width)))
-        table, rows, columns = (resize(self._resize_agents(part), size) for part, size in parts)
-        return (table + rows + columns).flatten(2)
+        # Those of both steps together: (2, heads, agents, 7, 7), (2, heads, agents, side, 1), (..., 1, side)
+        tables = (self.an_bias, self.na_bias), (self.ah_bias[0], rows), (self.aw_bias[0], columns)
+        sizes = {3: height, 4: width}, {3: height}, {4: width}
+        table, rows, columns = (
+            resize_table(self._resize_agents(torch.stack(pair)), size) for pair, size in zip(tables, sizes, strict=True)
+        )
+        aggregation, broadcast = (table + rows + columns).flatten(3).unbind()
+        return aggregation, broadcast.mT
 
     def _resize_agents(self, table: Tensor) -> Tensor:
-        """Resize the second axis of (heads, agents, rows, columns), a square of agents, to `agent_size`."""
-        side = math.isqrt(self.agent_num)
-        if side == self.agent_size:
+        """Resize the third axis of (2, heads, agents, rows, columns), a square of agents, to `agent_size`."""
+        side, size = math.isqrt(self.agent_num), self.agent_size
+        if side == size:
             return table
-        square = table.flatten(2).mT.unflatten(-1, (side, side))
-        return resize(square, (self.agent_size,) * 2).flatten(2).mT.unflatten(-1, table.shape[2:])
-
-
-def resize(table: Tensor, size: tuple[int | torch.SymInt, int | torch.SymInt]) -> Tensor:
-    """Resize the last two axes of a table bilinearly; an exported graph does it where the size fits too."""
-    if not is_exporting() and table.shape[2:] == size:
-        return table
-    return F.interpolate(table, size=size, mode="bilinear", align_corners=False)
+        return resize_table(table.unflatten(2, (side, side)), {2: size, 3: size}).flatten(2, 3)
 
 
 def pool_map(x: Tensor, size: int) -> Tensor:
@@ -582,9 +575,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
         if value.shape == shape:
             pass
         elif leaf in ("ah_bias", "aw_bias"):
-            value = resize(value[0], tuple(shape[3:]))[None]
+            value = resize_table(value, {3: shape[3], 4: shape[4]})
         elif leaf in ("ha_bias", "wa_bias"):
-            value = resize(value[0].movedim(-1, 1), tuple(shape[2:4])).movedim(1, -1)[None]
+            value = resize_table(value, {2: shape[2], 3: shape[3]})
         elif leaf == "pos_embed":
             value = torch.cat((value[:, :1], resize_square(value[:, 1:], shape[1] - 1)), 1)
         elif leaf.startswith("pos_embed"):

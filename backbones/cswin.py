@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from densezoo.backbones.nat import spread_drop_path
 from densezoo.backbones.staged import Blocks, StagedBackbone, check_per_stage, init_weights, square_side
 from densezoo.ops import window_attention
@@ -63,12 +64,21 @@ class CSwinBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a map of the shape of `x`."""
-        qkv = self.qkv(self.norm1(x))
-        # Each has its share of query, key and value: (B, H, W, 3, attns, dim of each)
-        parts = qkv.unflatten(-1, (3, len(self.attns), -1)).unbind(-2)
-        y = torch.cat([attn(part.flatten(-2)) for attn, part in zip(self.attns, parts, strict=True)], dim=-1)
+        parts = self.project(self.norm1(x)).chunk(len(self.attns), -1)
+        y = torch.cat([attn(part) for attn, part in zip(self.attns, parts, strict=True)], dim=-1)
         x = x + self.drop_path(self.proj(y))
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def project(self, x: Tensor) -> Tensor:
+        """Return query, key and value of the first of `attns`, then of the next: (B, H, W, 3 * dim)."""
+        if len(self.attns) == 1:
+            return self.qkv(x)
+        # Published are all queries, keys, then values. To put the layer in order costs less than what it returns.
+        weight, bias = (
+            t.unflatten(0, (3, len(self.attns), -1)).transpose(0, 1).flatten(0, 2)
+            for t in (self.qkv.weight, self.qkv.bias)
+        )
+        return F.linear(x, weight, bias)
 
 
 class ToChannelsLast(nn.Module):

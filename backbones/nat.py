@@ -9,8 +9,15 @@ from collections.abc import Callable, Sequence
 from itertools import cycle, islice
 
 import torch
-import torch.nn.functional as F
-from densezoo.backbones.staged import Blocks, StagedBackbone, crop_map, init_weights, pad_map, pretrained_filter
+from densezoo.backbones.staged import (
+    Blocks,
+    StagedBackbone,
+    crop_map,
+    init_weights,
+    pad_map,
+    pretrained_filter,
+    resize_table,
+)
 from densezoo.ops import na2d_qkv
 from densezoo.ops.backend import is_exporting
 from densezoo.ops.mlp import Mlp
@@ -276,9 +283,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
 
 def resize_bias(table: Tensor, size: Sequence[int | torch.SymInt]) -> Tensor:
     """Resize a relative position bias table (heads, rows, columns) bicubically; the same tensor where the size fits."""
-    if not is_exporting() and table.shape[1:] == tuple(size):
-        return table
-    return F.interpolate(table[None], size=tuple(size), mode="bicubic", align_corners=False)[0]
+    return resize_table(table, dict(enumerate(size, 1)), "bicubic")
 
 
 _NAT_TINY = dict(embed_dim=64, depths=(3, 4, 18, 5), num_heads=(2, 4, 8, 16), mlp_ratio=3.0)

@@ -18,8 +18,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from densezoo.backbones.pvt import PVT
-from densezoo.backbones.staged import check_per_stage, pretrained_filter
+from densezoo.backbones.staged import check_per_stage, crop_map, pretrained_filter
 from densezoo.ops import quadtree_attention
+from densezoo.ops.backend import is_exporting
 from densezoo.ops.quadtree import extend_to_even, halve
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -57,8 +58,19 @@ class LevelMix(nn.Module):
         for weight, conv, v in zip(self.weight.softmax(0), self.get_vs, reversed(value), strict=True):
             weighted.insert(0, weight * v)
             local = weight * conv(v)
-            encoding = local if encoding is None else local + F.interpolate(encoding, size=v.shape[2:], mode="nearest")
+            encoding = local if encoding is None else local + spread(encoding, *v.shape[2:])
         return weighted, encoding
+
+
+def spread(x: Tensor, height: int | torch.SymInt, width: int | torch.SymInt) -> Tensor:
+    """Give each position of a map (B, dim, ceil(height / 2), ceil(width / 2)) to its quad in (B, dim, height, width).
+
+    It is F.interpolate's nearest neighbour, whose gradient is summed by atomics where compiled.
+    """
+    if is_exporting():
+        return F.interpolate(x, size=(height, width), mode="nearest")
+    quads = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)
+    return crop_map(quads.flatten(1, 2).flatten(2, 3), height, width).permute(0, 3, 1, 2)
 
 
 class QuadTreeAttention(nn.Module):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import torch.nn.functional as F
 from densezoo.ops.backend import is_exporting
+from densezoo.ops.precision import widen, without_autocast
 from timm.layers import create_classifier
 from timm.models import checkpoint_seq, clean_state_dict
 from timm.models._features import feature_take_indices
@@ -68,13 +69,55 @@ def resize_tokens(
     The same tensor comes back where the size fits; an exported graph always resizes, which then changes nothing.
     """
     side = math.isqrt(tokens.shape[1])
-    if not is_exporting() and (height, width) == (side, side):
-        return tokens
-    table = tokens.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    return resize_table(tokens.unflatten(1, (side, side)), {1: height, 2: width}, mode).flatten(1, 2)
+
+
+def resize_table(table: Tensor, sizes: Mapping[int, int | torch.SymInt], mode: str = "bilinear") -> Tensor:
+    """Resize axes of a learned table as F.interpolate does without aligned corners, by a product for each axis.
+
+    The gradient of a product is another one; that of F.interpolate is summed by atomics, slowly and in any order. An
+    exported graph has F.interpolate, where the size fits too, which changes nothing: views for products would bound it.
+
+    Args:
+        table: Any shape; 16-bit tables are resized in float32, under autocast too, whose dtype the gradient's products
+            have in a compiled backward alone.
+        sizes: New size of one axis or two, counted from 0.
+        mode: "bilinear" or "bicubic", each axis on its own.
+
+    Returns:
+        A table of `table`'s dtype.
+    """
     if is_exporting():
-        # The strides that a channels-last table gives its result depend on the size.
-        table = table.contiguous()
-    return F.interpolate(table, size=(height, width), mode=mode, align_corners=False).flatten(2).mT
+        return _interpolate(table, sizes, mode)
+    (x,) = widen(table)
+    with without_autocast(x):
+        for axis, size in sizes.items():
+            if size == x.shape[axis]:
+                continue
+            weights = _interpolation(x.shape[axis], size, mode, x)
+            before, after = x.shape[:axis], x.shape[axis + 1 :]
+            x = x.reshape(math.prod(before), x.shape[axis], math.prod(after))
+            x = F.linear(x[..., 0], weights) if x.shape[2] == 1 else weights.expand(x.shape[0], -1, -1).bmm(x)
+            x = x.view(*before, size, *after)
+    return x.to(table.dtype)
+
+
+def _interpolate(table: Tensor, sizes: Mapping[int, int | torch.SymInt], mode: str) -> Tensor:
+    """Compute `resize_table` with torch's operator."""
+    last = tuple(range(-len(sizes), 0))
+    x = table.movedim(tuple(sizes), last)
+    shape = x.shape[: -len(sizes)]
+    # The strides that a channels-last table gives its result depend on the size.
+    x = x.reshape(1, -1, x.shape[len(shape)], 1 if len(sizes) == 1 else x.shape[-1]).contiguous()
+    x = F.interpolate(x, size=(*sizes.values(), 1)[:2], mode=mode, align_corners=False)
+    x = x[0].unflatten(0, shape)
+    return (x.squeeze(-1) if len(sizes) == 1 else x).movedim(last, tuple(sizes))
+
+
+def _interpolation(side: int | torch.SymInt, size: int | torch.SymInt, mode: str, like: Tensor) -> Tensor:
+    """Return the weight of each of `side` entries in each of `size` places, (size, side): what single ones become."""
+    single = torch.eye(side, dtype=like.dtype, device=like.device)[None, None]
+    return F.interpolate(single, size=(size, side), mode=mode, align_corners=False)[0, 0]
 
 
 def check_per_stage(depths: Sequence[int], **values: Sequence) -> None:

@@ -173,11 +173,12 @@ def _forward(
 
 @triton.jit
 def _gradients(
-    grad, before, row, start, stop, left, begin, end, exist, stride, channels: tl.constexpr, REACH: tl.constexpr,
-    GELU: tl.constexpr, COLS: tl.constexpr, FITS: tl.constexpr, INDEX: tl.constexpr,
+    grad, before, row, start, stop, left, begin, end, exist, grad_h, GRAD_W: tl.constexpr, stride,
+    channels: tl.constexpr, REACH: tl.constexpr, GELU: tl.constexpr, COLS: tl.constexpr, FITS: tl.constexpr,
+    INDEX: tl.constexpr,
 ):  # fmt: skip
     """A row of the output's gradient, followed by what precedes the GELU where there is one."""
-    numbers = _row(grad, row, start, stop, left, begin, end, exist, stride, channels, -REACH, COLS, FITS, INDEX)
+    numbers = _row(grad, row, start, stop, left, begin, end, exist, grad_h, GRAD_W, -REACH, COLS, FITS, INDEX)
     if GELU:
         numbers += _row(before, row, start, stop, left, begin, end, exist, stride, channels, -REACH, COLS, FITS, INDEX)
     return numbers
@@ -199,9 +200,9 @@ def _through_gelu(numbers, COUNT: tl.constexpr, GELU: tl.constexpr, NARROW: tl.c
 @triton.jit(do_not_specialize=["batch", "height", "width", "window_height", "window_width", "rows"])
 def _backward(
     grad_out, x, weight, before, grad_x, partial, batch, height, width, window_height, window_width, rows,
-    stride_b, stride_h, channels: tl.constexpr, STRIDE_W: tl.constexpr, KERNEL: tl.constexpr,
-    RESIDUAL: tl.constexpr, GELU: tl.constexpr, NARROW: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr,
-    CHANNELS: tl.constexpr, FITS: tl.constexpr, INDEX: tl.constexpr, AHEAD: tl.constexpr,
+    stride_b, stride_h, grad_b, grad_h, channels: tl.constexpr, STRIDE_W: tl.constexpr, GRAD_W: tl.constexpr,
+    KERNEL: tl.constexpr, RESIDUAL: tl.constexpr, GELU: tl.constexpr, NARROW: tl.constexpr, COLS: tl.constexpr,
+    PARTS: tl.constexpr, CHANNELS: tl.constexpr, FITS: tl.constexpr, INDEX: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     image, left, begin, end, c, exist = _strips(batch, width, window_width, channels, COLS, PARTS, CHANNELS)
     REACH: tl.constexpr = KERNEL // 2
@@ -210,7 +211,7 @@ def _backward(
     stride = width * channels
     source = x + image * stride_b + (left.to(INDEX) * STRIDE_W + c)
     own = image * height * stride + (left.to(INDEX) * channels + c)
-    grad = grad_out + own
+    grad = grad_out + image * grad_b + (left.to(INDEX) * GRAD_W + c)
     grad_x += own
     if GELU:
         before += own
@@ -229,12 +230,12 @@ def _backward(
         window += widen(numbers, COLS, NARROW)
     joined = _row(source, start + REACH, top, bottom, left, begin, end, exist, stride_h, STRIDE_W, 0, COLS, FITS, INDEX)
     ahead = _gradients(
-        grad, before, start, start, stop, left, begin, end, exist, stride, channels, REACH, GELU, COLS, FITS, INDEX
+        grad, before, start, start, stop, left, begin, end, exist, grad_h, GRAD_W, stride, channels, REACH, GELU, COLS,
+        FITS, INDEX,
     )  # fmt: skip
     for y in range(start, bottom + REACH):
         _fetch(
-            grad_out, image, y, left, c, height, width, channels, height * stride.to(tl.int64), stride, channels, COLS,
-            CHANNELS, INDEX, AHEAD,
+            grad_out, image, y, left, c, height, width, channels, grad_b, grad_h, GRAD_W, COLS, CHANNELS, INDEX, AHEAD
         )  # fmt: skip
         _fetch(
             x, image, y + REACH, left, c, height, width, channels, stride_b, stride_h, STRIDE_W, COLS, CHANNELS, INDEX,
@@ -247,7 +248,8 @@ def _backward(
             source, y + (1 + REACH), top, bottom, left, begin, end, exist, stride_h, STRIDE_W, 0, COLS, FITS, INDEX
         )  # fmt: skip
         ahead = _gradients(
-            grad, before, y + 1, start, stop, left, begin, end, exist, stride, channels, REACH, GELU, COLS, FITS, INDEX
+            grad, before, y + 1, start, stop, left, begin, end, exist, grad_h, GRAD_W, stride, channels, REACH, GELU,
+            COLS, FITS, INDEX,
         )  # fmt: skip
         sums = spread(sums, row, taps, KERNEL, COLS)
         _write(
@@ -320,7 +322,16 @@ HAS_PTX = torch.version.hip is None and not triton.knobs.runtime.interpret
 class _Problem:
     """How a call is cut into programs; the same for all calls alike."""
 
-    def __init__(self, kind: str, shape: torch.Size, strides: tuple, narrow: bool, kernel: int, window: tuple):
+    def __init__(
+        self,
+        kind: str,
+        shape: torch.Size,
+        strides: tuple,
+        grad_strides: tuple,
+        narrow: bool,
+        kernel: int,
+        window: tuple,
+    ):
         batch, height, width, channels = shape
         launch = LAUNCH[kind, kernel]
         # A window that holds the map is the map.
@@ -341,7 +352,7 @@ class _Problem:
         self.grid = (groups * blocks, pieces)
         extent = max(
             sum(side * stride for side, stride in zip(shape[1:], each, strict=True))
-            for each in (strides[1:], (width * channels, channels, 1))
+            for each in (strides[1:], grad_strides[1:], (width * channels, channels, 1))
         )
         self.constants = {
             "channels": channels, "STRIDE_W": strides[2], "KERNEL": kernel, "NARROW": narrow, "COLS": cols,
@@ -361,9 +372,9 @@ def _dense(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _plan(kind: str, x: Tensor, weight: Tensor, window: list[int]) -> _Problem:
+def _plan(kind: str, x: Tensor, grad_out: Tensor, weight: Tensor, window: list[int]) -> _Problem:
     narrow = HAS_PTX and x.dtype == torch.bfloat16
-    return _problem(kind, x.shape, x.stride(), narrow, weight.shape[-1], tuple(window))
+    return _problem(kind, x.shape, x.stride(), grad_out.stride(), narrow, weight.shape[-1], tuple(window))
 
 
 def _depthwise_conv(
@@ -373,7 +384,7 @@ def _depthwise_conv(
     x, weight = _dense(x).unflatten(1, sides), weight.contiguous()
     out = x.new_empty(x.shape)
     before = x.new_empty(x.shape if gelu and saves else (0,))
-    plan, (batch, height, width, _) = _plan("forward", x, weight, window), x.shape
+    plan, (batch, height, width, _) = _plan("forward", x, out, weight, window), x.shape
     if out.numel():
         _forward[plan.grid](
             x, weight, weight if bias is None else bias, out, before, batch, height, width, *plan.window, plan.rows,
@@ -386,16 +397,17 @@ def _depthwise_conv_backward(
     grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, before: Tensor, sides: list[int],
     window: list[int], residual: bool, gelu: bool, saves: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    x, weight, grad_out = _dense(x), weight.contiguous(), grad_out.contiguous()
+    x, weight, grad_out = _dense(x), weight.contiguous(), _dense(grad_out)
     grad_x, grad_weight, grad_bias = _fake_backward(grad_out, x, weight, bias)
-    x = x.unflatten(1, sides)
-    plan, (batch, height, width, channels) = _plan("backward", x, weight, window), x.shape
+    x, grad_out = x.unflatten(1, sides), grad_out.unflatten(1, sides)
+    plan, (batch, height, width, channels) = _plan("backward", x, grad_out, weight, window), x.shape
     taps = weight[0].numel()
     partial = torch.empty((plan.tables, taps + 1, channels), dtype=torch.float32, device=x.device)
     if x.numel():
         _backward[plan.grid](
             grad_out, x, weight, before, grad_x, partial, batch, height, width, *plan.window, plan.rows,
-            *x.stride()[:2], RESIDUAL=residual, GELU=gelu, **plan.constants,
+            *x.stride()[:2], *grad_out.stride()[:2], GRAD_W=grad_out.stride(2), RESIDUAL=residual, GELU=gelu,
+            **plan.constants,
         )  # fmt: skip
     _sum_tables[triton.cdiv((taps + 1) * channels, SUM[1]),](
         partial, grad_weight, grad_bias, plan.tables, channels, taps, bias is not None, *SUM[:2],

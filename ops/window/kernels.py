@@ -182,7 +182,7 @@ def _forward_whole(
 def _backward_whole(
     qkv, table, grad_out, grad_qkv, partial,
     batch, height, width, heads, windows_h, windows_w, window_h, window_w, shift_h, shift_w,
-    table_n, table_h, table_w, scale, stride_b, stride_h, stride_w,
+    table_n, table_h, table_w, scale, stride_b, stride_h, stride_w, grad_b, grad_h, grad_w,
     HAS_BIAS: tl.constexpr, GRID: tl.constexpr, MASKED: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     PRECISION: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
@@ -215,7 +215,7 @@ def _backward_whole(
         v = _load(base + 2 * heads * DIM, rows, inside, DIM, BLOCK_DIM)
         token = (row * width + col).to(INDEX)
         first = image * height * width * heads * DIM
-        do = _load(grad_out + first, token * heads * DIM, inside, DIM, BLOCK_DIM)
+        do = _load(grad_out + image * grad_b, row.to(INDEX) * grad_h + col * grad_w, inside, DIM, BLOCK_DIM)
 
         s = tl.dot(q, k.T, input_precision=PRECISION) * (scale * 1.4426950408889634) + bias
         if MASKED:
@@ -299,7 +299,7 @@ def _forward_tiles(
 def _backward_query(
     qkv, table, out, lse, grad_out, delta, grad_qkv,
     batch, height, width, heads, windows_h, windows_w, window_h, window_w, shift_h, shift_w,
-    table_n, table_h, table_w, scale, stride_b, stride_h, stride_w,
+    table_n, table_h, table_w, scale, stride_b, stride_h, stride_w, grad_b, grad_h, grad_w,
     HAS_BIAS: tl.constexpr, GRID: tl.constexpr, MASKED: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     PRECISION: tl.constexpr, INDEX: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -320,7 +320,8 @@ def _backward_query(
     token = (row * width + col).to(INDEX)
     first = image * height * width * heads + head
     o = _load(out + first * DIM, token * heads * DIM, inside, DIM, BLOCK_DIM)
-    do = _load(grad_out + first * DIM, token * heads * DIM, inside, DIM, BLOCK_DIM)
+    grads = grad_out + image * grad_b + head * DIM
+    do = _load(grads, row.to(INDEX) * grad_h + col * grad_w, inside, DIM, BLOCK_DIM)
     row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(delta + first + token * heads, row_delta, mask=inside)
     # What is beyond the map weighs nothing.
@@ -353,7 +354,7 @@ def _backward_query(
 def _backward_key(
     qkv, table, lse, grad_out, delta, grad_qkv,
     batch, height, width, heads, windows_h, windows_w, window_h, window_w, shift_h, shift_w,
-    table_n, table_h, table_w, scale, stride_b, stride_h, stride_w,
+    table_n, table_h, table_w, scale, stride_b, stride_h, stride_w, grad_b, grad_h, grad_w,
     HAS_BIAS: tl.constexpr, GRID: tl.constexpr, MASKED: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     PRECISION: tl.constexpr, INDEX: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -385,7 +386,8 @@ def _backward_key(
         exists = query_run >= 0
         q = _load(base, query_row.to(INDEX) * stride_h + query_col * stride_w, exists, DIM, BLOCK_DIM)
         token = (query_row * width + query_col).to(INDEX) * heads
-        do = _load(grad_out + first * DIM, token * DIM, exists, DIM, BLOCK_DIM)
+        grad_rows = query_row.to(INDEX) * grad_h + query_col * grad_w
+        do = _load(grad_out + image * grad_b + head * DIM, grad_rows, exists, DIM, BLOCK_DIM)
         norm = tl.load(lse + first + token, mask=exists, other=float("inf"))
         row_delta = tl.load(delta + first + token, mask=exists, other=0.0)
         s = tl.dot(k, q.T, input_precision=PRECISION) * (scale * 1.4426950408889634)
@@ -410,7 +412,7 @@ def _backward_key(
 def _backward_bias(
     qkv, table, lse, grad_out, delta, partial,
     batch, height, width, heads, windows_h, windows_w, window_h, window_w, shift_h, shift_w,
-    table_n, table_h, table_w, scale, stride_b, stride_h, stride_w,
+    table_n, table_h, table_w, scale, stride_b, stride_h, stride_w, grad_b, grad_h, grad_w,
     HAS_BIAS: tl.constexpr, GRID: tl.constexpr, MASKED: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     PRECISION: tl.constexpr, INDEX: tl.constexpr, TILE: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
@@ -451,7 +453,8 @@ def _backward_bias(
         q = _load(base, row.to(INDEX) * stride_h + col * stride_w, inside, DIM, BLOCK_DIM)
         k = _load(base + heads * DIM, key_rows, key_run >= 0, DIM, BLOCK_DIM)
         v = _load(base + 2 * heads * DIM, key_rows, key_run >= 0, DIM, BLOCK_DIM)
-        do = _load(grad_out + first * DIM, token * DIM, inside, DIM, BLOCK_DIM)
+        rows = row.to(INDEX) * grad_h + col * grad_w
+        do = _load(grad_out + image * grad_b + head * DIM, rows, inside, DIM, BLOCK_DIM)
         norm = tl.load(lse + first + token, mask=inside, other=float("inf"))
         row_delta = tl.load(delta + first + token, mask=inside, other=0.0)
         s = tl.dot(q, k.T, input_precision=PRECISION) * (scale * 1.4426950408889634) + bias
@@ -597,21 +600,28 @@ def _window_attention_backward(
     num_heads: int, window_size: list[int], shift: list[int], grid: bool, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     problem, *inputs = _problem_of(qkv, rel_pos_bias, num_heads, window_size, shift, grid, scale)
-    grad_out = grad_out.contiguous()
+    # As it comes, such as a part of a map's channels, if offsets within an image fit 32 bits.
+    if grad_out.stride(-1) != 1 or grad_out.stride(1) * grad_out.shape[1] >= 2**31:
+        grad_out = grad_out.contiguous()
+    grad_strides = grad_out.stride()[:3]
     grad_qkv = qkv.new_empty(qkv.shape)
     shape = 0 if rel_pos_bias is None else problem.partial_shape
     partial = torch.empty(shape, dtype=torch.float32, device=qkv.device)
     if problem.is_whole:
-        _backward_whole[problem.sums_grid](*inputs, grad_out, grad_qkv, partial, *problem.arguments, **problem.sums)
+        _backward_whole[problem.sums_grid](
+            *inputs, grad_out, grad_qkv, partial, *problem.arguments, *grad_strides, **problem.sums
+        )
     else:
         delta = torch.empty_like(lse)
         _backward_query[problem.grid](
-            *inputs, out, lse, grad_out, delta, grad_qkv, *problem.arguments, **problem.forward
+            *inputs, out, lse, grad_out, delta, grad_qkv, *problem.arguments, *grad_strides, **problem.forward
         )
-        _backward_key[problem.grid](*inputs, lse, grad_out, delta, grad_qkv, *problem.arguments, **problem.forward)
+        _backward_key[problem.grid](
+            *inputs, lse, grad_out, delta, grad_qkv, *problem.arguments, *grad_strides, **problem.forward
+        )
         if rel_pos_bias is not None:
             _backward_bias[problem.sums_grid](
-                *inputs, lse, grad_out, delta, partial, *problem.arguments, **problem.sums
+                *inputs, lse, grad_out, delta, partial, *problem.arguments, *grad_strides, **problem.sums
             )
     return grad_qkv, partial if rel_pos_bias is None else partial.sum(0).to(rel_pos_bias.dtype)
 

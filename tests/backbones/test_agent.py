@@ -10,6 +10,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from densezoo.backbones.agent import AGENT_BIASES, VARIANTS, AgentAttention, AgentPVT, pool_map
+from densezoo.backbones.staged import resize_table
 from torch import nn
 
 from densezoo.checkpoints import load_published
@@ -148,6 +149,24 @@ def test_what_is_not_decayed():
     assert spared("pvt_tiny") == spared("cswin_tiny") == set()
     assert spared("swin_tiny") == {"relative_position_bias_table"}
     assert spared("swin_tiny", out_norms=(0, 1, 2, 3)) == {"relative_position_bias_table", *AGENT_BIASES}
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("side, size", [(7, (12, 19)), (14, (9, 5)), (1, (3, 4)), (5, (5, 8))])
+def test_products_resize_as_interpolate_does(side, size, mode):
+    table = torch.randn(2, 3, side, side, dtype=torch.float64)
+    expected = F.interpolate(table.requires_grad_(), size, mode=mode, align_corners=False)
+    grad = torch.randn_like(expected)
+    (expected_grad,) = torch.autograd.grad(expected, table, grad)
+    for dtype, allowed in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
+        leaf = table.detach().to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            got = resize_table(leaf, {2: size[0], 3: size[1]}, mode)
+        pairs = (got, expected), (torch.autograd.grad(got, leaf, grad.to(dtype))[0], expected_grad)
+        for ours, theirs in pairs:
+            assert ours.dtype == dtype and (ours - theirs).norm() < allowed * theirs.norm()
+    flat = resize_table(table.detach().movedim(1, -1), {1: size[0], 2: size[1]}, mode)
+    torch.testing.assert_close(flat.movedim(-1, 1), expected.detach())
 
 
 TWO_STAGES = dict(depths=(1, 1), embed_dims=(64, 128), num_heads=(1, 2), mlp_ratios=(8, 8), agent_nums=(9, 16))

@@ -3,7 +3,8 @@
 import pytest
 import timm
 import torch
-from densezoo.backbones.quadtree import LevelMix, QuadConv, QuadTreeAttention
+import torch.nn.functional as F
+from densezoo.backbones.quadtree import LevelMix, QuadConv, QuadTreeAttention, spread
 from torch import nn
 
 TINY = dict(embed_dims=(8, 16, 20, 16), num_heads=(1, 2, 5, 4), depths=(1, 1, 1, 1), num_classes=10)
@@ -29,6 +30,12 @@ def test_layouts_have_their_attention(kwargs, topk, act):
     assert {module.topk for module in modules} == {topk}
     found = {type(branch[i]) for module in modules for branch in module.value_branchs for i in (1, 4)}
     assert found == {act}
+
+
+@pytest.mark.parametrize("height, width", [(4, 6), (5, 7), (1, 2)])
+def test_quads_take_the_nearest(height, width):
+    x = torch.randn(2, 3, (height + 1) // 2, (width + 1) // 2)
+    assert torch.equal(spread(x, height, width), F.interpolate(x, (height, width), mode="nearest"))
 
 
 def test_type_a_has_projections_alone():

@@ -128,6 +128,21 @@ def test_kernels_interpreted(shape, size, options):
     assert max(map(error, got, expected)) < 1e-6
 
 
+@pytest.mark.parametrize("options", [{}, {"gelu": True}], ids=str)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_gradient_that_is_a_part_of_the_channels(device, options):
+    if device == "cpu" and cuda:
+        pytest.skip("the kernels run on the GPU")
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        set_backend(backend)
+        tensors = [t.to(dtype).requires_grad_() for t in inputs(2, 5, 7, 12, device=device)]
+        whole = torch.cat([tensors[0], depthwise_conv(*tensors, **options)], -1)
+        grad = torch.randn(whole.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+        results.append(torch.autograd.grad(whole, tensors, grad))
+    assert max(map(error, *results)) < 1e-5
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_operator_contract(device):
     import densezoo.ops.depthwise.kernels  # noqa: F401  (registers the operator)

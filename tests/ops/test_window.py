@@ -181,14 +181,22 @@ def test_strides_and_scale():
 
 
 def check_strides_and_scale(device):
-    setting = (1, 3, 4, 2, 8, 3, 1, False)
+    for setting in ((1, 3, 4, 2, 8, 3, 1, False), (1, 9, 8, 1, 8, (9, 8), 0, False)):
+        check_strides_and_scale_of(setting, device)
+
+
+def check_strides_and_scale_of(setting, device):
     qkv, bias = (t.to(device) for t in inputs(setting, torch.float32))
     wide = torch.cat([qkv, qkv], -1).transpose(1, 2).contiguous().transpose(1, 2)[..., : qkv.shape[-1]]
     apart = torch.stack([qkv, qkv], -1)[..., 1]
     flipped = bias.mT.contiguous().mT
     for scale in (0.3, 0.0, -0.5):
         set_backend("reference")
-        attend = lambda *t, scale=scale: window_attention(*t, scale=scale, **options(setting))  # noqa: E731
+
+        # The gradient too is a part of a map's channels.
+        def attend(qkv, bias, scale=scale):
+            return torch.cat([window_attention(qkv, bias, scale=scale, **options(setting)), qkv], -1)
+
         expected = gradients(attend, [qkv.double(), bias.double()])
         set_backend("triton")
         for tensors in ([wide, flipped], [apart, bias]):
