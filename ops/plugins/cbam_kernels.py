@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from densezoo.ops.plugins.axes import _combine, _register, _store, _through_pool, _unit
+from densezoo.ops.plugins.axes import _combined, _partial, _register, _store, _through_pool, _unit
 from torch import Tensor
 
 
@@ -277,21 +277,6 @@ def _tiling(x: Tensor, launch: _Launch) -> tuple[int, int, list[int], dict]:
     constants = {"ROWS": rows_tile, "COLUMNS": columns_tile, "UNIT": unit, "EVEN": rows % rows_tile == 0}
     constants |= {"STAGES": launch.stages, "num_warps": launch.warps}
     return triton.cdiv(rows, share), tiles, [rows, columns // unit, share], constants
-
-
-def _partial(x: Tensor, parts: int, *shape: int) -> Tensor:
-    """Return memory for what is known of the parts of a side; of a single part that is final."""
-    return x.new_empty(x.shape[0], parts, *shape, dtype=x.dtype if parts == 1 else torch.float32)
-
-
-def _combined(x: Tensor, partial: Tensor, inverse: float, backward: bool) -> Tensor:
-    """Reduce (B, parts, 2, size) to (B, 2, size) in the dtype of x."""
-    batch, parts, _, size = partial.shape
-    if parts == 1:
-        return partial[:, 0]
-    out = x.new_empty(batch, 2, size)
-    _combine[batch, triton.cdiv(size, 512)](partial, out, parts, size, inverse, BACKWARD=backward, BLOCK=512)
-    return out
 
 
 def _pooled(x: Tensor, gate: Tensor | None, axis: int) -> Tensor:
