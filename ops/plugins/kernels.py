@@ -1,13 +1,15 @@
 """The convolution of two pooled maps to one, as CBAM and Triplet attention have it, in Triton, forward and backward.
 
-With so few channels there is nothing for tensor cores to share, so this is the direct sum. A thread owns a column of
-ROWS numbers of a map. Of each column of taps it reads, one column of the input beside the others that it needs, ROWS +
-k - 1 numbers, which serve all of its own; neighbours in a row are neighbouring threads.
+With so few channels tensor cores have too little to share, but for this: COLUMNS numbers of a row depend on WINDOW
+numbers of each row about it, so that each row of taps is a product with a banded matrix WINDOW x COLUMNS, whose
+diagonals hold the taps. Rows of all images follow one another, and a program's may be of several.
 
-- `_conv`: a program owns a block of threads' numbers. The forward has two channels in and one out; the gradient of the
-  input one in and two out, with the weights turned by 180 degrees.
-- `_weight_gradient`: a program owns the k weights of one column of taps in one channel, and a share of all threads'
-  numbers, over which it sums the products of input and gradient. PyTorch adds up the shares, always in the same order.
+- `_conv`: a program owns ROWS rows of COLUMNS numbers, of all channels. The forward has two channels in and one out,
+  and the windows of both side by side; the gradient of the input one in and two out, with the weights turned by 180
+  degrees.
+- `_weight_gradient`: a program owns the gradient of the banded matrices of one row of taps, and a share of all rows,
+  over which it sums the products of input and gradient.
+- `_diagonals`: a program owns a weight, and adds up its diagonal over all shares, always in the same order.
 """
 
 import torch
@@ -19,115 +21,125 @@ from densezoo.ops.registration import register
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-# Threads of a program, the rows that each owns, and the programs over which weights' gradients are shared out.
-THREADS, ROWS, PROGRAMS = 128, 8, 1024
+# What a program owns, its warps, its loads ahead from 2, and the programs over which weights' gradients are shared out.
+ROWS, COLUMNS, WARPS, STAGES, PROGRAMS = 128, 16, 4, 2, 512
+_COLUMNS = tl.constexpr(COLUMNS)
 
 
 @triton.jit
-def _place(block, height, width, THREADS: tl.constexpr, ROWS: tl.constexpr):
-    """The image, the first row and the column of what each thread owns."""
-    index, blocks = block * THREADS + tl.arange(0, THREADS), tl.cdiv(height, ROWS)
-    return (index // width // blocks).to(tl.int64), index // width % blocks * ROWS, index % width
+def _place(block, rows, height, ROWS: tl.constexpr):
+    """The images of a block's rows, where they are in them, and whether they exist."""
+    index = block * ROWS + tl.arange(0, ROWS)
+    return (index // height).to(tl.int64), index % height, index < rows
 
 
 @triton.jit
-def _column(x, row, column, exist, height, width, BEYOND: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr):
-    """A thread's ROWS numbers of a column, which need not be in the map, and BEYOND more above and below them."""
-    exist = exist & (column >= 0) & (column < width)
-    x += (row - BEYOND) * width + column
-    numbers = ()
-    for i in tl.static_range(ROWS + 2 * BEYOND):
-        in_map = exist
-        if i < BEYOND:
-            in_map = exist & (row + i >= BEYOND)
-        elif i >= BEYOND + ROWS or not EVEN:
-            in_map = exist & (row + (i - BEYOND) < height)
-        numbers += (tl.load(x + i * width, mask=in_map, other=0.0).to(tl.float32),)
-    return numbers
+def _tile(x, row, exist, first, height, width, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
+    """Numbers of some rows and, from the first, of WIDTH columns of all channels of maps, zeros outside them."""
+    place = tl.arange(0, CHANNELS * WIDTH)
+    column = first + place % WIDTH
+    exist = (exist & (row >= 0) & (row < height))[:, None] & ((column >= 0) & (column < width))[None, :]
+    return tl.load(
+        x + (row * width)[:, None] + (place // WIDTH * height * width + column)[None, :], mask=exist, other=0.0
+    )
 
 
-@triton.jit(do_not_specialize=["images"])
+@triton.jit(do_not_specialize=["rows"])
 def _conv(
-    x, weight, out, images, height, width, weight_channel, weight_row, weight_column,
-    CHANNELS: tl.constexpr, TURNED: tl.constexpr, SIZE: tl.constexpr, THREADS: tl.constexpr, ROWS: tl.constexpr,
-    EVEN: tl.constexpr,
+    x, weight, out, rows, height, width_units, weight_channel, weight_row, weight_column,
+    IN: tl.constexpr, OUT: tl.constexpr, TURNED: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
+    WINDOW: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    own = tl.program_id(1)
-    image, row, column = _place(tl.program_id(0), height, width, THREADS, ROWS)
-    exist = image < images
-    x += image * CHANNELS * height * width
-    sums = (tl.zeros((THREADS,), tl.float32),) * ROWS
-    for i in range(CHANNELS * SIZE):
-        channel, tap = i // SIZE, i % SIZE
-        source = x + channel * height * width
-        numbers = _column(source, row, column + tap - SIZE // 2, exist, height, width, SIZE // 2, ROWS, EVEN)
-        if TURNED:
-            tap = SIZE - 1 - tap
-        taps = weight + (channel + own) * weight_channel + tap * weight_column
-        for j in tl.static_range(SIZE):
-            scale = tl.load(taps + (SIZE - 1 - j if TURNED else j) * weight_row).to(tl.float32)
-            added = ()
-            for k in tl.static_range(ROWS):
-                added += (sums[k] + scale * numbers[j + k],)
-            sums = added
-    out += (image * tl.num_programs(1) + own) * height * width + row * width + column
-    for k in tl.static_range(ROWS):
-        tl.store(out + k * width, sums[k].to(out.dtype.element_ty), mask=exist & (row + k < height))
+    # A multiple of UNIT in the compiler's eyes: so many numbers are read at once.
+    width = width_units * UNIT
+    image, row, exist = _place(tl.program_id(0), rows, height, ROWS)
+    n, k = tl.arange(0, OUT * _COLUMNS), tl.arange(0, IN * WINDOW)
+    own, column, beyond = n // _COLUMNS, tl.program_id(1) * _COLUMNS, (WINDOW - _COLUMNS) // 2
+    tap = (k % WINDOW)[:, None] - beyond - (n % _COLUMNS)[None, :] + SIZE // 2
+    in_band = (tap >= 0) & (tap < SIZE)
+    taps = (own[None, :] + (k // WINDOW)[:, None]) * weight_channel + (
+        SIZE - 1 - tap if TURNED else tap
+    ) * weight_column
+    x += (image * IN * height * width)[:, None]
+    sums = tl.zeros((ROWS, OUT * _COLUMNS), tl.float32)
+    for i in tl.range(0, SIZE, num_stages=STAGES):
+        window = _tile(x, row + (i - SIZE // 2), exist, column - beyond, height, width, IN, WINDOW)
+        band = tl.load(weight + taps + (SIZE - 1 - i if TURNED else i) * weight_row, mask=in_band, other=0.0)
+        sums = tl.dot(window, band.to(window.dtype), sums, input_precision="tf32x3")
+    column += n % _COLUMNS
+    place = (own * height * width + column)[None, :] + (image * OUT * height * width + row * width)[:, None]
+    tl.store(out + place, sums.to(out.dtype.element_ty), mask=exist[:, None] & (column < width)[None, :])
 
 
-@triton.jit(do_not_specialize=["images", "blocks"])
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def _weight_gradient(
-    x, grad_out, partial, images, blocks, height, width,
-    SIZE: tl.constexpr, THREADS: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr,
+    x, grad_out, partial, rows, tiles, height, width_units,
+    SIZE: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    channel, tap = tl.program_id(0) // SIZE, tl.program_id(0) % SIZE
-    sums = (tl.zeros((THREADS,), tl.float32),) * SIZE
-    for block in range(tl.program_id(1), blocks, tl.num_programs(1)):
-        image, row, column = _place(block, height, width, THREADS, ROWS)
-        exist = image < images
-        grads = _column(grad_out + image * height * width, row, column, exist, height, width, 0, ROWS, EVEN)
-        source = x + (image * 2 + channel) * height * width
-        numbers = _column(source, row, column + tap - SIZE // 2, exist, height, width, SIZE // 2, ROWS, EVEN)
-        added = ()
-        for j in tl.static_range(SIZE):
-            products = sums[j]
-            for k in tl.static_range(ROWS):
-                products += grads[k] * numbers[j + k]
-            added += (products,)
-        sums = added
-    place = partial + ((tl.program_id(1) * 2 + channel) * SIZE) * SIZE + tap
-    for j in tl.static_range(SIZE):
-        tl.store(place + j * SIZE, tl.sum(sums[j], 0))
+    width, across, i = width_units * UNIT, tl.cdiv(width_units * UNIT, _COLUMNS), tl.program_id(0)
+    sums = tl.zeros((2 * WINDOW, _COLUMNS), tl.float32)
+    for tile in tl.range(tl.program_id(1), tiles, tl.num_programs(1), num_stages=STAGES):
+        image, row, exist = _place(tile // across, rows, height, ROWS)
+        column, image = tile % across * _COLUMNS, (image * height * width)[:, None]
+        grad = _tile(grad_out + image, row, exist, column, height, width, 1, _COLUMNS)
+        column -= (WINDOW - _COLUMNS) // 2
+        window = _tile(x + 2 * image, row + (i - SIZE // 2), exist, column, height, width, 2, WINDOW)
+        sums = tl.dot(tl.trans(window), grad, sums, input_precision="tf32x3")
+    partial += (tl.program_id(1) * SIZE + i) * 2 * WINDOW * _COLUMNS
+    k, n = tl.arange(0, 2 * WINDOW), tl.arange(0, _COLUMNS)
+    tl.store(partial + k[:, None] * _COLUMNS + n[None, :], sums)
 
 
-def _tiling(x: Tensor, weight: Tensor) -> tuple[int, dict]:
-    """Return the number of programs that own all of a map (B, ..., H, W), and the kernels' constants."""
+@triton.jit(do_not_specialize=["shares"])
+def _diagonals(partial, out, shares, SIZE: tl.constexpr, WINDOW: tl.constexpr, SHARES: tl.constexpr):
+    channel, i, j = tl.program_id(0) // SIZE // SIZE, tl.program_id(0) // SIZE % SIZE, tl.program_id(0) % SIZE
+    share, n = tl.arange(0, SHARES), tl.arange(0, _COLUMNS)
+    k = n + (WINDOW - _COLUMNS) // 2 + j - SIZE // 2
+    place = ((i * 2 + channel) * WINDOW + k) * _COLUMNS + n
+    in_window = ((k >= 0) & (k < WINDOW))[None, :]
+    sums = tl.zeros((SHARES, _COLUMNS), tl.float32)
+    for start in range(0, shares, SHARES):
+        offsets = (start + share)[:, None] * (SIZE * 2 * WINDOW * _COLUMNS) + place[None, :]
+        sums += tl.load(partial + offsets, mask=in_window & (start + share < shares)[:, None], other=0.0)
+    tl.store(out + tl.program_id(0), tl.sum(tl.sum(sums, 1), 0).to(out.dtype.element_ty))
+
+
+def _tiling(x: Tensor, weight: Tensor) -> tuple[tuple[int, int], list[int], dict]:
+    """Return the blocks of rows and of columns of maps (B, ..., H, W), the kernels' sizes, and their constants."""
     batch, _, height, width = x.shape
-    blocks = triton.cdiv(batch * triton.cdiv(height, ROWS) * width, THREADS)
-    return blocks, {"SIZE": weight.shape[-1], "THREADS": THREADS, "ROWS": ROWS, "EVEN": height % ROWS == 0}
+    size, unit = weight.shape[-1], next(n for n in (8, 4, 2, 1) if width % n == 0)
+    # A map of one block is all of the window.
+    window = COLUMNS if width <= COLUMNS else triton.next_power_of_2(COLUMNS + 2 * max(8, size // 2))
+    blocks = triton.cdiv(batch * height, ROWS), triton.cdiv(width, COLUMNS)
+    constants = {"SIZE": size, "ROWS": ROWS, "WINDOW": window, "UNIT": unit}
+    constants |= {"STAGES": STAGES, "num_warps": WARPS}
+    return blocks, [height, width // unit], constants
 
 
 def _map_conv(x: Tensor, weight: Tensor) -> Tensor:
     batch, channels, height, width = x.shape
-    out, (blocks, constants) = x.new_empty(batch, 1, height, width), _tiling(x, weight)
-    _conv[(blocks, 1)](
-        x.contiguous(), weight, out, batch, height, width, *weight.stride()[1:],
-        CHANNELS=channels, TURNED=False, **constants,
+    out, (blocks, sizes, constants) = x.new_empty(batch, 1, height, width), _tiling(x, weight)
+    _conv[blocks](
+        x.contiguous(), weight, out, batch * height, *sizes, *weight.stride()[1:],
+        IN=channels, OUT=1, TURNED=False, **constants,
     )  # fmt: skip
     return out
 
 
 def _map_conv_backward(grad_out: Tensor, x: Tensor, weight: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    batch, channels, height, width = x.shape
-    x, grad_out, (blocks, constants) = x.contiguous(), grad_out.contiguous(), _tiling(x, weight)
-    grad_x, columns = torch.empty_like(x), channels * weight.shape[-1]
-    _conv[(blocks, channels)](
-        grad_out, weight, grad_x, batch, height, width, *weight.stride()[1:], CHANNELS=1, TURNED=True, **constants
-    )
-    shares = min(triton.cdiv(PROGRAMS, columns), max(1, blocks))
-    partial = x.new_empty(shares, *weight.shape, dtype=torch.float32)
-    _weight_gradient[(columns, shares)](x, grad_out, partial, batch, blocks, height, width, **constants)
-    return grad_x, partial.sum(0).to(weight.dtype)
+    batch, channels, height, _ = x.shape
+    x, grad_out, (blocks, sizes, constants) = x.contiguous(), grad_out.contiguous(), _tiling(x, weight)
+    grad_x, size, tiles = torch.empty_like(x), weight.shape[-1], blocks[0] * blocks[1]
+    _conv[blocks](
+        grad_out, weight, grad_x, batch * height, *sizes, *weight.stride()[1:],
+        IN=1, OUT=channels, TURNED=True, **constants,
+    )  # fmt: skip
+    shares, window = min(triton.cdiv(PROGRAMS, size), tiles), constants["WINDOW"]
+    partial = x.new_empty(shares, size, channels * window, COLUMNS, dtype=torch.float32)
+    _weight_gradient[(size, shares)](x, grad_out, partial, batch * height, tiles, *sizes, **constants)
+    grad_weight = weight.new_empty(weight.shape)
+    _diagonals[(weight.numel(),)](partial, grad_weight, shares, SIZE=size, WINDOW=window, SHARES=64)
+    return grad_x, grad_weight
 
 
 def _fake(x, weight):
