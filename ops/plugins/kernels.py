@@ -2,7 +2,7 @@
 
 With so few channels tensor cores have too little to share, but for this: COLUMNS numbers of a row depend on WINDOW
 numbers of each row about it, so that each row of taps is a product with a banded matrix WINDOW x COLUMNS, whose
-diagonals hold the taps. Rows of all images follow one another, and a program's may be of several.
+diagonals hold the taps.
 
 - `_conv`: a program owns ROWS rows of COLUMNS numbers, of all channels. The forward has two channels in and one out,
   and the windows of both side by side; the gradient of the input one in and two out, with the weights turned by 180
@@ -21,69 +21,67 @@ from densezoo.ops.registration import register
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-# What a program owns, its warps, its loads ahead from 2, and the programs over which weights' gradients are shared out.
-ROWS, COLUMNS, WARPS, STAGES, PROGRAMS = 128, 16, 4, 2, 512
+# The most rows and the columns of a program, its warps, its loads ahead from 2, and the programs over which weights'
+# gradients are shared out.
+ROWS, COLUMNS, WARPS, STAGES, PROGRAMS = 128, 16, 4, 1, 512
 _COLUMNS = tl.constexpr(COLUMNS)
 
 
 @triton.jit
-def _place(block, rows, height, ROWS: tl.constexpr):
-    """The images of a block's rows, where they are in them, and whether they exist."""
-    index = block * ROWS + tl.arange(0, ROWS)
-    return (index // height).to(tl.int64), index % height, index < rows
+def _place(piece, height, width, ROWS: tl.constexpr):
+    """The image of a piece of all maps, its rows and its first column."""
+    across, down = tl.cdiv(width, _COLUMNS), tl.cdiv(height, ROWS)
+    image, block = (piece // (across * down)).to(tl.int64), piece // across % down
+    return image, block * ROWS + tl.arange(0, ROWS), piece % across * _COLUMNS
 
 
 @triton.jit
-def _tile(x, row, exist, first, height, width, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
-    """Numbers of some rows and, from the first, of WIDTH columns of all channels of maps, zeros outside them."""
+def _tile(x, row, first, height, width, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
+    """Numbers of some rows and, from the first, of WIDTH columns of all channels of a map, zeros outside it."""
     place = tl.arange(0, CHANNELS * WIDTH)
-    column = first + place % WIDTH
-    exist = (exist & (row >= 0) & (row < height))[:, None] & ((column >= 0) & (column < width))[None, :]
-    return tl.load(
-        x + (row * width)[:, None] + (place // WIDTH * height * width + column)[None, :], mask=exist, other=0.0
-    )
+    channel, column = place // WIDTH, first + place % WIDTH
+    exist = ((row >= 0) & (row < height))[:, None] & ((column >= 0) & (column < width))[None, :]
+    return tl.load(x + (row * width)[:, None] + (channel * height * width + column)[None, :], mask=exist, other=0.0)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def _conv(
-    x, weight, out, rows, height, width_units, weight_channel, weight_row, weight_column,
+    x, weight, out, height, width_units, weight_channel, weight_row, weight_column,
     IN: tl.constexpr, OUT: tl.constexpr, TURNED: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
     WINDOW: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     # A multiple of UNIT in the compiler's eyes: so many numbers are read at once.
     width = width_units * UNIT
-    image, row, exist = _place(tl.program_id(0), rows, height, ROWS)
+    image, row, column = _place(tl.program_id(0), height, width, ROWS)
     n, k = tl.arange(0, OUT * _COLUMNS), tl.arange(0, IN * WINDOW)
-    own, column, beyond = n // _COLUMNS, tl.program_id(1) * _COLUMNS, (WINDOW - _COLUMNS) // 2
+    beyond, channel = (WINDOW - _COLUMNS) // 2, (k // WINDOW)[:, None] + (n // _COLUMNS)[None, :]
     tap = (k % WINDOW)[:, None] - beyond - (n % _COLUMNS)[None, :] + SIZE // 2
     in_band = (tap >= 0) & (tap < SIZE)
-    taps = (own[None, :] + (k // WINDOW)[:, None]) * weight_channel + (
-        SIZE - 1 - tap if TURNED else tap
-    ) * weight_column
-    x += (image * IN * height * width)[:, None]
+    weight += channel * weight_channel + (SIZE - 1 - tap if TURNED else tap) * weight_column
+    x += image * IN * height * width
     sums = tl.zeros((ROWS, OUT * _COLUMNS), tl.float32)
     for i in tl.range(0, SIZE, num_stages=STAGES):
-        window = _tile(x, row + (i - SIZE // 2), exist, column - beyond, height, width, IN, WINDOW)
-        band = tl.load(weight + taps + (SIZE - 1 - i if TURNED else i) * weight_row, mask=in_band, other=0.0)
+        window = _tile(x, row + (i - SIZE // 2), column - beyond, height, width, IN, WINDOW)
+        band = tl.load(weight + (SIZE - 1 - i if TURNED else i) * weight_row, mask=in_band, other=0.0)
         sums = tl.dot(window, band.to(window.dtype), sums, input_precision="tf32x3")
     column += n % _COLUMNS
-    place = (own * height * width + column)[None, :] + (image * OUT * height * width + row * width)[:, None]
-    tl.store(out + place, sums.to(out.dtype.element_ty), mask=exist[:, None] & (column < width)[None, :])
+    place = (row * width)[:, None] + (n // _COLUMNS * height * width + column)[None, :]
+    exist = (row < height)[:, None] & (column < width)[None, :]
+    tl.store(out + image * OUT * height * width + place, sums.to(out.dtype.element_ty), mask=exist)
 
 
-@triton.jit(do_not_specialize=["rows", "tiles"])
+@triton.jit(do_not_specialize=["pieces"])
 def _weight_gradient(
-    x, grad_out, partial, rows, tiles, height, width_units,
+    x, grad_out, partial, pieces, height, width_units,
     SIZE: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    width, across, i = width_units * UNIT, tl.cdiv(width_units * UNIT, _COLUMNS), tl.program_id(0)
+    width, i = width_units * UNIT, tl.program_id(0)
     sums = tl.zeros((2 * WINDOW, _COLUMNS), tl.float32)
-    for tile in tl.range(tl.program_id(1), tiles, tl.num_programs(1), num_stages=STAGES):
-        image, row, exist = _place(tile // across, rows, height, ROWS)
-        column, image = tile % across * _COLUMNS, (image * height * width)[:, None]
-        grad = _tile(grad_out + image, row, exist, column, height, width, 1, _COLUMNS)
-        column -= (WINDOW - _COLUMNS) // 2
-        window = _tile(x + 2 * image, row + (i - SIZE // 2), exist, column, height, width, 2, WINDOW)
+    for piece in tl.range(tl.program_id(1), pieces, tl.num_programs(1), num_stages=STAGES):
+        image, row, column = _place(piece, height, width, ROWS)
+        grad = _tile(grad_out + image * height * width, row, column, height, width, 1, _COLUMNS)
+        first = column - (WINDOW - _COLUMNS) // 2
+        window = _tile(x + image * 2 * height * width, row + (i - SIZE // 2), first, height, width, 2, WINDOW)
         sums = tl.dot(tl.trans(window), grad, sums, input_precision="tf32x3")
     partial += (tl.program_id(1) * SIZE + i) * 2 * WINDOW * _COLUMNS
     k, n = tl.arange(0, 2 * WINDOW), tl.arange(0, _COLUMNS)
@@ -104,39 +102,36 @@ def _diagonals(partial, out, shares, SIZE: tl.constexpr, WINDOW: tl.constexpr, S
     tl.store(out + tl.program_id(0), tl.sum(tl.sum(sums, 1), 0).to(out.dtype.element_ty))
 
 
-def _tiling(x: Tensor, weight: Tensor) -> tuple[tuple[int, int], list[int], dict]:
-    """Return the blocks of rows and of columns of maps (B, ..., H, W), the kernels' sizes, and their constants."""
+def _tiling(x: Tensor, weight: Tensor) -> tuple[int, list[int], dict]:
+    """Return the number of pieces of maps (B, ..., H, W), the kernels' sizes, and their constants."""
     batch, _, height, width = x.shape
     size, unit = weight.shape[-1], next(n for n in (8, 4, 2, 1) if width % n == 0)
-    # A map of one block is all of the window.
+    rows = min(ROWS, max(16, triton.next_power_of_2(height)))
+    # A map of a piece's columns is all of the window.
     window = COLUMNS if width <= COLUMNS else triton.next_power_of_2(COLUMNS + 2 * max(8, size // 2))
-    blocks = triton.cdiv(batch * height, ROWS), triton.cdiv(width, COLUMNS)
-    constants = {"SIZE": size, "ROWS": ROWS, "WINDOW": window, "UNIT": unit}
-    constants |= {"STAGES": STAGES, "num_warps": WARPS}
-    return blocks, [height, width // unit], constants
+    constants = {"SIZE": size, "ROWS": rows, "WINDOW": window, "UNIT": unit, "STAGES": STAGES, "num_warps": WARPS}
+    return batch * triton.cdiv(height, rows) * triton.cdiv(width, COLUMNS), [height, width // unit], constants
 
 
 def _map_conv(x: Tensor, weight: Tensor) -> Tensor:
     batch, channels, height, width = x.shape
-    out, (blocks, sizes, constants) = x.new_empty(batch, 1, height, width), _tiling(x, weight)
-    _conv[blocks](
-        x.contiguous(), weight, out, batch * height, *sizes, *weight.stride()[1:],
-        IN=channels, OUT=1, TURNED=False, **constants,
-    )  # fmt: skip
+    out, (pieces, sizes, constants) = x.new_empty(batch, 1, height, width), _tiling(x, weight)
+    _conv[(pieces,)](
+        x.contiguous(), weight, out, *sizes, *weight.stride()[1:], IN=channels, OUT=1, TURNED=False, **constants
+    )
     return out
 
 
 def _map_conv_backward(grad_out: Tensor, x: Tensor, weight: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    batch, channels, height, _ = x.shape
-    x, grad_out, (blocks, sizes, constants) = x.contiguous(), grad_out.contiguous(), _tiling(x, weight)
-    grad_x, size, tiles = torch.empty_like(x), weight.shape[-1], blocks[0] * blocks[1]
-    _conv[blocks](
-        grad_out, weight, grad_x, batch * height, *sizes, *weight.stride()[1:],
-        IN=1, OUT=channels, TURNED=True, **constants,
-    )  # fmt: skip
-    shares, window = min(triton.cdiv(PROGRAMS, size), tiles), constants["WINDOW"]
+    x, grad_out, (pieces, sizes, constants) = x.contiguous(), grad_out.contiguous(), _tiling(x, weight)
+    grad_x, channels = torch.empty_like(x), x.shape[1]
+    _conv[(pieces,)](
+        grad_out, weight, grad_x, *sizes, *weight.stride()[1:], IN=1, OUT=channels, TURNED=True, **constants
+    )
+    size, window = constants["SIZE"], constants["WINDOW"]
+    shares = min(triton.cdiv(PROGRAMS, size), pieces)
     partial = x.new_empty(shares, size, channels * window, COLUMNS, dtype=torch.float32)
-    _weight_gradient[(size, shares)](x, grad_out, partial, batch * height, tiles, *sizes, **constants)
+    _weight_gradient[(size, shares)](x, grad_out, partial, pieces, *sizes, **constants)
     grad_weight = weight.new_empty(weight.shape)
     _diagonals[(weight.numel(),)](partial, grad_weight, shares, SIZE=size, WINDOW=window, SHARES=64)
     return grad_x, grad_weight
