@@ -38,6 +38,7 @@ class _Launch(NamedTuple):
     warps: int
     stages: int
     programs: int = 4096
+    q: int = 64  # The most of Q in a tile.
 
 
 # Measured on an H200.
@@ -146,16 +147,27 @@ def _combine(
 
 
 @triton.jit
-def _through_pool(pool, fractions, grad, place, size, exist, inverse):
-    """The maximum over an axis, what each number that equals it gets of its gradient, and what all get of the mean's.
+def _load_pool(pool, fractions, grad, place, size, exist):
+    """The maxima over an axis, the fractions of their gradients, these gradients, and the means'.
 
     The first of two maps is that of the maxima.
     """
-    top = tl.load(pool + place, mask=exist, other=0.0).to(tl.float32)
-    fraction = tl.load(fractions + place, mask=exist, other=0.0).to(tl.float32)
-    top_grad = tl.load(grad + place, mask=exist, other=0.0).to(tl.float32)
-    mean_grad = tl.load(grad + size + place, mask=exist, other=0.0).to(tl.float32)
-    return top, top_grad * fraction, mean_grad * inverse
+    top = tl.load(pool + place, mask=exist, other=0.0)
+    fraction = tl.load(fractions + place, mask=exist, other=0.0)
+    top_grad = tl.load(grad + place, mask=exist, other=0.0)
+    return top, fraction, top_grad, tl.load(grad + size + place, mask=exist, other=0.0)
+
+
+@triton.jit
+def _shares(pool, inverse):
+    """The maximum over an axis, what each number that equals it gets of its gradient, and what all get of the mean's."""
+    top, fraction, top_grad, mean_grad = pool
+    return top.to(tl.float32), top_grad.to(tl.float32) * fraction.to(tl.float32), mean_grad.to(tl.float32) * inverse
+
+
+@triton.jit
+def _through_pool(pool, fractions, grad, place, size, exist, inverse):
+    return _shares(_load_pool(pool, fractions, grad, place, size, exist), inverse)
 
 
 @triton.jit(do_not_specialize=["share"])
@@ -193,18 +205,21 @@ def _apply(
         p_exist = (start + p < left) | EVEN_P
         pr_exist, qp_exist = p_exist[:, None] & r_exist[None, :], q_exist[:, None] & p_exist[None, :]
         exist = qr_exist[:, None, :] & p_exist[None, :, None]
-        tile = tl.load(x + offsets, mask=exist, other=0.0).to(tl.float32)
-        scale_q = tl.load(gate_q + pr, mask=pr_exist, other=0.0).to(tl.float32)
-        scale_r = tl.load(gate_r + qp, mask=qp_exist, other=0.0).to(tl.float32)
-        scale = scale_p[:, None, :] + scale_q[None, :, :] + scale_r[:, :, None]
+        tile = tl.load(x + offsets, mask=exist, other=0.0)
+        scale_q = tl.load(gate_q + pr, mask=pr_exist, other=0.0)
+        scale_r = tl.load(gate_r + qp, mask=qp_exist, other=0.0)
         if BACKWARD:
-            result = tl.load(grad + offsets, mask=exist, other=0.0).to(tl.float32) * scale
-            top_q, top_grad_q, mean_grad_q = _through_pool(
-                pool_q, fractions_q, grad_q, pr_first, pr_size, pr_exist, inverse_q
-            )  # fmt: skip
-            top_r, top_grad_r, mean_grad_r = _through_pool(
-                pool_r, fractions_r, grad_r, qp_first, qp_size, qp_exist, inverse_r
-            )  # fmt: skip
+            result = tl.load(grad + offsets, mask=exist, other=0.0)
+            of_q = _load_pool(pool_q, fractions_q, grad_q, pr_first, pr_size, pr_exist)
+            of_r = _load_pool(pool_r, fractions_r, grad_r, qp_first, qp_size, qp_exist)
+        # All that is read is waited for at once; else the compiler, to save registers, waits for one after another.
+        tl.debug_barrier()
+        tile = tile.to(tl.float32)
+        scale = scale_p[:, None, :] + scale_q.to(tl.float32)[None, :, :] + scale_r.to(tl.float32)[:, :, None]
+        if BACKWARD:
+            result = result.to(tl.float32) * scale
+            top_q, top_grad_q, mean_grad_q = _shares(of_q, inverse_q)
+            top_r, top_grad_r, mean_grad_r = _shares(of_r, inverse_r)
             result += mean_grad_p[:, None, :] + mean_grad_q[None, :, :] + mean_grad_r[:, :, None]
             result = tl.where(tile == top_p[:, None, :], result + top_grad_p[:, None, :], result)
             result = tl.where(tile == top_q[None, :, :], result + top_grad_q[None, :, :], result)
@@ -232,7 +247,7 @@ def _tiling(x: Tensor, launch: _Launch) -> tuple[int, tuple[int, int, int], list
     """Return the number of programs, the parts of each axis, the kernels' sizes, and their constants."""
     batch, p_size, q_size, r_size = x.shape
     p_most, q_most, r_most = (triton.next_power_of_2(size) for size in (p_size, q_size, r_size))
-    q_tile = min(64, q_most, launch.tile // min(64, r_most))
+    q_tile = min(launch.q, q_most, launch.tile // min(64, r_most))
     r_tile = min(r_most, launch.tile // q_tile)
     p_tile = min(p_most, launch.tile // (q_tile * r_tile))
     down, across = triton.cdiv(q_size, q_tile), triton.cdiv(r_size, r_tile)
