@@ -3,14 +3,16 @@
 The three axes are treated alike, so a map is P x Q x R numbers in the order of memory: channels, rows and columns, or
 rows, columns and channels.
 
-- `_reduce` reduces the map over each axis: the forward to maximum and sum, the backward to the fraction of a maximum's
-  gradient that each of the numbers that equal it gets, and to the sum of the products with the gradient, which is the
-  gate's. A program is one warp, so that nothing waits at a barrier. Some walk over a share of P with a vector of
-  positions, where all is elementwise; the others own a few planes Q x R, or a stretch of R of them, and walk over Q.
-  They read the same numbers, and those of one image follow one another, so that the second reading finds them in L2.
+- `_reduce` reads the map once and reduces it over each axis: the forward to maximum and sum, the backward to the
+  fraction of a maximum's gradient that each of the numbers that equal it gets, and to the sum of the products with the
+  gradient, which is the gate's. What is known of P is kept in registers to the end, the rest written at every step.
 - `_combine` reduces what programs know of a part of an axis, which they write in float32, always in the same order.
 - `_apply` scales: the forward the map; the backward the gradient, to which it adds what comes through the maxima and
-  means. A program owns a tile Q x R of one image and walks over a share of P.
+  means.
+
+A program of the first and the last owns a tile Q x R of one image and walks over a share of P, some planes at a time.
+Small maps are a single tile. A tile's axes are in the order Q, P, R, so that a warp holds several planes and a thread
+all of a column, and sums over Q need no other thread's numbers.
 
 So the forward reads the map twice and writes it once, and the backward reads map and gradient twice and writes once.
 For this the gradient of the map is computed in one place, `_Pool`, which knows it last: `_Scale` hands over to it all
@@ -43,10 +45,10 @@ class _Launch(NamedTuple):
 
 # Measured on an H200.
 LAUNCH = {
-    "pool": _Launch(4096, 4, 1, 1024),
-    "scale": _Launch(4096, 4, 1),
-    "sums": _Launch(2048, 4, 1, 1024),
-    "backward": _Launch(2048, 4, 1),
+    "pool": _Launch(2048, 4, 1, 1024),
+    "scale": _Launch(2048, 4, 1),
+    "sums": _Launch(2048, 8, 1, 1024),
+    "backward": _Launch(2048, 8, 1, q=8),
 }
 
 
@@ -160,13 +162,14 @@ def _load_pool(pool, fractions, grad, place, size, exist):
 
 @triton.jit
 def _shares(pool, inverse):
-    """The maximum over an axis, what each number that equals it gets of its gradient, and what all get of the mean's."""
+    """The maximum over an axis, what each number that equals it gets of its gradient, and all get of the mean's."""
     top, fraction, top_grad, mean_grad = pool
     return top.to(tl.float32), top_grad.to(tl.float32) * fraction.to(tl.float32), mean_grad.to(tl.float32) * inverse
 
 
 @triton.jit
 def _through_pool(pool, fractions, grad, place, size, exist, inverse):
+    """What `_shares` says of what `_load_pool` reads."""
     return _shares(_load_pool(pool, fractions, grad, place, size, exist), inverse)
 
 
