@@ -3,20 +3,23 @@
 The three axes are treated alike, so a map is P x Q x R numbers in the order of memory: channels, rows and columns, or
 rows, columns and channels.
 
-- `_reduce` reduces the map over each axis: the forward to maximum and sum, the backward to the fraction of a maximum's
-  gradient that each of the numbers that equal it gets, and to the sum of the products with the gradient, which is the
-  gate's. A program is one warp, so that nothing waits at a barrier. Some walk over a share of P with a vector of
-  positions, where all is elementwise; the others own a few planes Q x R, or a stretch of R of them, and walk over Q.
-  They read the same numbers, and those of one image follow one another, so that the second reading finds them in L2.
+- `_reduce` reads the map once and reduces it over each axis: the forward to maximum and sum, the backward to the
+  fraction of a maximum's gradient that each of the numbers that equal it gets, and to the sum of the products with the
+  gradient, which is the gate's. What is known of P is kept in registers to the end, the rest written at every step.
 - `_combine` reduces what programs know of a part of an axis, which they write in float32, always in the same order.
 - `_apply` scales: the forward the map; the backward the gradient, to which it adds what comes through the maxima and
-  means. A program owns a tile Q x R of one image and walks over a share of P.
+  means.
+
+A program of the first and the last owns a tile Q x R of one image and walks over a share of P, some planes at a time.
+Small maps are a single tile. A tile's axes are in the order Q, P, R, so that a warp holds several planes and a thread
+all of a column, and sums over Q need no other thread's numbers.
 
 So the forward reads the map twice and writes it once, and the backward reads map and gradient twice and writes once.
 For this the gradient of the map is computed in one place, `_Pool`, which knows it last: `_Scale` hands over to it all
 that its own part takes.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -28,30 +31,25 @@ from torch import Tensor
 
 
 class _Launch(NamedTuple):
-    """How `_apply` is launched; the share of P is such that there are so many programs."""
+    """How a kernel is launched; the share of P is such that there are so many programs.
+
+    A single warp must not load ahead: Triton 3.6 leaves out a barrier then.
+    """
 
     tile: int  # Numbers that a program holds at a time.
     warps: int
     stages: int
     programs: int = 4096
-
-
-class _ReduceLaunch(NamedTuple):
-    """How `_reduce` is launched, on one warp, which must not load ahead: Triton 3.6 leaves out a barrier then."""
-
-    tile: int  # Numbers that a program holds at a time.
-    share: int  # Of P.
+    q: int = 64  # The most of Q in a tile.
 
 
 # Measured on an H200.
 LAUNCH = {
-    "pool": _ReduceLaunch(1024, 64),
-    "scale": _Launch(2048, 8, 1),
-    "sums": _ReduceLaunch(512, 64),
-    "backward": _Launch(1024, 4, 1),
+    "pool": _Launch(2048, 4, 1, 1024),
+    "scale": _Launch(2048, 4, 1),
+    "sums": _Launch(2048, 8, 1, 1024),
+    "backward": _Launch(2048, 8, 1, q=8),
 }
-# The most positions at which a program walks over P, 8 a thread.
-POSITIONS = 256
 
 
 @triton.jit
@@ -64,140 +62,115 @@ def _store(out, tops, sums, inverse, place, size, exist, INVERT: tl.constexpr):
 
 
 @triton.jit
-def _over_p(
-    x, grad, pool, out, piece, tiles, p_size, qr_size, share, inverse,
-    BACKWARD: tl.constexpr, INVERT: tl.constexpr, P: tl.constexpr, POSITIONS: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    part, p = piece // tiles, tl.arange(0, P)
-    place = piece % tiles * POSITIONS + tl.arange(0, POSITIONS)
-    exist = place < qr_size
-    offsets = p[:, None] * qr_size + place[None, :]
-    left = tl.minimum(share, p_size - part * share)
-    x += part * share * qr_size
-    sums = tl.zeros((POSITIONS,), tl.float32)
-    if BACKWARD:
-        grad += part * share * qr_size
-        tops = tl.zeros((POSITIONS,), tl.float32)
-        top = tl.load(pool + place, mask=exist, other=0.0).to(tl.float32)
-    else:
-        tops = tl.full((POSITIONS,), float("-inf"), tl.float32)
-    for start in tl.range(0, left, P, num_stages=1):
-        # A condition that EVEN makes true is none to the compiler; what does not exist outside P may be counted.
-        real = (start + p < left)[:, None] | EVEN
-        tile = tl.load(x + offsets, mask=exist[None, :] & real, other=0.0).to(tl.float32)
-        if BACKWARD:
-            tops += tl.sum(tl.where((tile == top[None, :]) & real, 1.0, 0.0), 0)
-            tile *= tl.load(grad + offsets, mask=exist[None, :] & real, other=0.0).to(tl.float32)
-            grad += P * qr_size
-        else:
-            tops = tl.maximum(tops, tl.max(tl.where(real, tile, float("-inf")), 0))
-        sums += tl.sum(tile, 0)
-        x += P * qr_size
-    _store(out + part.to(tl.int64) * 2 * qr_size, tops, sums, inverse, place, qr_size, exist, INVERT)
-
-
-@triton.jit
-def _over_q_and_r(
-    x, grad, pool_q, pool_r, out_q, out_r, piece, p_size, q_size, r_size, inverse_q, inverse_r,
-    BACKWARD: tl.constexpr, INVERT_R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, R: tl.constexpr,
-    EVEN_P: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_R: tl.constexpr,
-):  # fmt: skip
-    r_parts = tl.cdiv(r_size, R)
-    p, q = piece // r_parts * P + tl.arange(0, P), tl.arange(0, Q)
-    r = piece % r_parts * R + tl.arange(0, R)
-    p_exist, r_exist = (p < p_size) | EVEN_P, (r < r_size) | EVEN_R
-    pr, pr_exist = p[:, None] * r_size + r[None, :], p_exist[:, None] & r_exist[None, :]
-    pq = p[:, None] * q_size + q[None, :]
-    offsets = (p[:, None] * (q_size * r_size))[:, :, None] + (q[:, None] * r_size + r[None, :])[None, :, :]
-    out_r += (piece % r_parts).to(tl.int64) * 2 * p_size * q_size
-    sums = tl.zeros((P, Q, R), tl.float32)
-    if BACKWARD:
-        tops = tl.zeros((P, Q, R), tl.float32)
-        top_q = tl.load(pool_q + pr, mask=pr_exist, other=0.0).to(tl.float32)
-    else:
-        tops = tl.full((P, Q, R), float("-inf"), tl.float32)
-    for start in tl.range(0, q_size, Q, num_stages=1):
-        q_exist = (start + q < q_size) | EVEN_Q
-        pq_exist, real = p_exist[:, None] & q_exist[None, :], q_exist[None, :, None] & r_exist[None, None, :]
-        exist = p_exist[:, None, None] & real
-        tile = tl.load(x + offsets, mask=exist, other=0.0).to(tl.float32)
-        if BACKWARD:
-            top_r = tl.load(pool_r + pq, mask=pq_exist, other=0.0).to(tl.float32)
-            product = tile * tl.load(grad + offsets, mask=exist, other=0.0).to(tl.float32)
-            tops += tl.where((tile == top_q[:, None, :]) & real, 1.0, 0.0)
-            tops_r = tl.sum(tl.where((tile == top_r[:, :, None]) & real, 1.0, 0.0), 2)
-            pool_r += Q
-            grad += Q * r_size
-        else:
-            product, tile = tile, tl.where(real, tile, float("-inf"))
-            tops, tops_r = tl.maximum(tops, tile), tl.max(tile, 2)
-        sums += product
-        _store(out_r, tops_r, tl.sum(product, 2), inverse_r, pq, p_size * q_size, pq_exist, INVERT_R)
-        out_r += Q
-        x += Q * r_size
-    tops = tl.sum(tops, 1) if BACKWARD else tl.max(tops, 1)
-    _store(out_q, tops, tl.sum(sums, 1), inverse_q, pr, p_size * r_size, pr_exist, BACKWARD)
+def _piece(p_size, q_size, r_size, share, P: tl.constexpr, Q: tl.constexpr, R: tl.constexpr):
+    """A program's image, tile Q x R and share of P, how many there are of each, and its indices."""
+    across, down, along = tl.cdiv(r_size, R), tl.cdiv(q_size, Q), tl.cdiv(p_size, share)
+    image, piece = tl.program_id(0) // (across * down * along), tl.program_id(0) % (across * down * along)
+    tiles, part = (across, down, along), (piece % across, piece // across % down, piece // (across * down))
+    q, r = part[1] * Q + tl.arange(0, Q), part[0] * R + tl.arange(0, R)
+    return image.to(tl.int64), tiles, part, tl.arange(0, P), q, r
 
 
 @triton.jit(do_not_specialize=["share"])
 def _reduce(
-    x, grad, pool_p, pool_q, pool_r, out_p, out_q, out_r, p_size, q_size, r_units, qr_units, share,
+    x, grad, pool_p, pool_q, pool_r, out_p, out_q, out_r, p_size, q_size, r_units, share,
     inverse_p, inverse_q, inverse_r,
-    BACKWARD: tl.constexpr, INVERT_P: tl.constexpr, INVERT_R: tl.constexpr, UNIT: tl.constexpr, QR_UNIT: tl.constexpr,
-    WALK: tl.constexpr, POSITIONS: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, R: tl.constexpr,
-    EVEN_WALK: tl.constexpr, EVEN_P: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_R: tl.constexpr,
+    BACKWARD: tl.constexpr, INVERT_P: tl.constexpr, INVERT_Q: tl.constexpr, INVERT_R: tl.constexpr,
+    P: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, UNIT: tl.constexpr,
+    EVEN_P: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    # Multiples of the units in the compiler's eyes: so many numbers are read at once.
-    r_size, qr_size = r_units * UNIT, qr_units * QR_UNIT
-    tiles, p_parts, r_parts = tl.cdiv(qr_size, POSITIONS), tl.cdiv(p_size, share), tl.cdiv(r_size, R)
-    walks, qp_size, pr_size = tiles * p_parts, p_size * q_size, p_size * r_size
-    programs = walks + tl.cdiv(p_size, P) * r_parts
-    image, piece = (tl.program_id(0) // programs).to(tl.int64), tl.program_id(0) % programs
-    x += image * p_size * qr_size
+    # A multiple of UNIT in the compiler's eyes: so many numbers are read at once.
+    r_size = r_units * UNIT
+    image, tiles, part, p, q, r = _piece(p_size, q_size, r_size, share, P, Q, R)
+    first = part[2] * share
+    left = tl.minimum(share, p_size - first)
+    qp_size, pr_size, qr_size = p_size * q_size, p_size * r_size, q_size * r_size
+    # A condition that EVEN makes true is none to the compiler.
+    q_exist, r_exist = (q < q_size) | EVEN_Q, (r < r_size) | EVEN_R
+    qr, qr_exist = q[:, None] * r_size + r[None, :], q_exist[:, None] & r_exist[None, :]
+    pr, qp = (first + p)[:, None] * r_size + r[None, :], q[:, None] + (first + p)[None, :] * q_size
+    offsets = qr[:, None, :] + (p * qr_size)[None, :, None]
+    x += image * p_size * qr_size + first * qr_size
+    out_p += (image * tiles[2] + part[2]) * 2 * qr_size
+    out_q += (image * tiles[1] + part[1]) * 2 * pr_size
+    out_r += (image * tiles[0] + part[0]) * 2 * qp_size
+    sums = tl.zeros((Q, P, R), tl.float32)
     if BACKWARD:
-        grad += image * p_size * qr_size
-        pool_p += image * 2 * qr_size
-        pool_q += image * 2 * pr_size
-        pool_r += image * 2 * qp_size
-    if piece < walks:
-        _over_p(
-            x, grad, pool_p, out_p + image * p_parts * 2 * qr_size, piece, tiles, p_size, qr_size, share, inverse_p,
-            BACKWARD, INVERT_P, WALK, POSITIONS, EVEN_WALK,
-        )  # fmt: skip
+        grad += image * p_size * qr_size + first * qr_size
+        pool_q, pool_r = pool_q + image * 2 * pr_size, pool_r + image * 2 * qp_size
+        top_p = tl.load(pool_p + image * 2 * qr_size + qr, mask=qr_exist, other=0.0).to(tl.float32)[:, None, :]
+        tops = tl.zeros((Q, P, R), tl.float32)
     else:
-        _over_q_and_r(
-            x, grad, pool_q, pool_r, out_q + image * 2 * pr_size, out_r + image * r_parts * 2 * qp_size, piece - walks,
-            p_size, q_size, r_size, inverse_q, inverse_r, BACKWARD, INVERT_R, P, Q, R, EVEN_P, EVEN_Q, EVEN_R,
-        )  # fmt: skip
+        tops = tl.full((Q, P, R), float("-inf"), tl.float32)
+    for start in tl.range(0, left, P, num_stages=STAGES):
+        p_exist = (start + p < left) | EVEN_P
+        pr_exist, qp_exist = p_exist[:, None] & r_exist[None, :], q_exist[:, None] & p_exist[None, :]
+        exist = qr_exist[:, None, :] & p_exist[None, :, None]
+        product = tl.load(x + offsets, mask=exist, other=0.0).to(tl.float32)
+        # What does not exist is no maximum and equals none.
+        tile = tl.where(exist, product, float("nan") if BACKWARD else float("-inf"))
+        if BACKWARD:
+            product *= tl.load(grad + offsets, mask=exist, other=0.0).to(tl.float32)
+            top_q = tl.load(pool_q + pr, mask=pr_exist, other=0.0).to(tl.float32)[None, :, :]
+            top_r = tl.load(pool_r + qp, mask=qp_exist, other=0.0).to(tl.float32)[:, :, None]
+            tops += tl.where(tile == top_p, 1.0, 0.0)
+            tops_q = tl.sum(tl.where(tile == top_q, 1.0, 0.0), 0)
+            tops_r = tl.sum(tl.where(tile == top_r, 1.0, 0.0), 2)
+            grad += P * qr_size
+        else:
+            tops, tops_q, tops_r = tl.maximum(tops, tile), tl.max(tile, 0), tl.max(tile, 2)
+        sums += product
+        _store(out_q, tops_q, tl.sum(product, 0), inverse_q, pr, pr_size, pr_exist, INVERT_Q)
+        _store(out_r, tops_r, tl.sum(product, 2), inverse_r, qp, qp_size, qp_exist, INVERT_R)
+        x, pr, qp = x + P * qr_size, pr + P * r_size, qp + P * q_size
+    tops = tl.sum(tops, 1) if BACKWARD else tl.max(tops, 1)
+    _store(out_p, tops, tl.sum(sums, 1), inverse_p, qr, qr_size, qr_exist, INVERT_P)
 
 
 @triton.jit(do_not_specialize=["parts"])
-def _combine(partial, out, parts, size, inverse, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
-    image = tl.program_id(0).to(tl.int64)
+def _combine(
+    partial, out, parts, size, inverse, BACKWARD: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    image, part = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     exist = place < size
-    sums = tl.zeros((BLOCK,), tl.float32)
-    tops = tl.zeros((BLOCK,), tl.float32) if BACKWARD else tl.full((BLOCK,), float("-inf"), tl.float32)
+    outside = 0.0 if BACKWARD else float("-inf")
+    sums = tl.zeros((PARTS, BLOCK), tl.float32)
+    tops = tl.full((PARTS, BLOCK), outside, tl.float32)
     partial += image * parts * 2 * size
-    for _ in range(parts):
-        part = tl.load(partial + place, mask=exist, other=0.0)
-        tops = tops + part if BACKWARD else tl.maximum(tops, part)
-        sums += tl.load(partial + size + place, mask=exist, other=0.0)
-        partial += 2 * size
-    _store(out + image * 2 * size, tops, sums, inverse, place, size, exist, BACKWARD)
+    for start in range(0, parts, PARTS):
+        real = (start + part < parts)[:, None] & exist[None, :]
+        offsets = (start + part)[:, None] * (2 * size) + place[None, :]
+        top = tl.load(partial + offsets, mask=real, other=outside)
+        tops = tops + top if BACKWARD else tl.maximum(tops, top)
+        sums += tl.load(partial + size + offsets, mask=real, other=0.0)
+    tops = tl.sum(tops, 0) if BACKWARD else tl.max(tops, 0)
+    _store(out + image * 2 * size, tops, tl.sum(sums, 0), inverse, place, size, exist, BACKWARD)
+
+
+@triton.jit
+def _load_pool(pool, fractions, grad, place, size, exist):
+    """The maxima over an axis, the fractions of their gradients, these gradients, and the means'.
+
+    The first of two maps is that of the maxima.
+    """
+    top = tl.load(pool + place, mask=exist, other=0.0)
+    fraction = tl.load(fractions + place, mask=exist, other=0.0)
+    top_grad = tl.load(grad + place, mask=exist, other=0.0)
+    return top, fraction, top_grad, tl.load(grad + size + place, mask=exist, other=0.0)
+
+
+@triton.jit
+def _shares(pool, inverse):
+    """The maximum over an axis, what each number that equals it gets of its gradient, and all get of the mean's."""
+    top, fraction, top_grad, mean_grad = pool
+    return top.to(tl.float32), top_grad.to(tl.float32) * fraction.to(tl.float32), mean_grad.to(tl.float32) * inverse
 
 
 @triton.jit
 def _through_pool(pool, fractions, grad, place, size, exist, inverse):
-    """The maximum over an axis, what each number that equals it gets of its gradient, and what all get of the mean's.
-
-    The first of two maps is that of the maxima.
-    """
-    top = tl.load(pool + place, mask=exist, other=0.0).to(tl.float32)
-    fraction = tl.load(fractions + place, mask=exist, other=0.0).to(tl.float32)
-    top_grad = tl.load(grad + place, mask=exist, other=0.0).to(tl.float32)
-    mean_grad = tl.load(grad + size + place, mask=exist, other=0.0).to(tl.float32)
-    return top, top_grad * fraction, mean_grad * inverse
+    """What `_shares` says of what `_load_pool` reads."""
+    return _shares(_load_pool(pool, fractions, grad, place, size, exist), inverse)
 
 
 @triton.jit(do_not_specialize=["share"])
@@ -208,12 +181,8 @@ def _apply(
     EVEN_P: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     r_size = r_units * UNIT
-    across, down = tl.cdiv(r_size, R), tl.cdiv(q_size, Q)
-    programs = across * down * tl.cdiv(p_size, share)
-    image, piece = (tl.program_id(0) // programs).to(tl.int64), tl.program_id(0) % programs
-    q = piece // across % down * Q + tl.arange(0, Q)
-    r, p = piece % across * R + tl.arange(0, R), tl.arange(0, P)
-    first = piece // (across * down) * share
+    image, _, part, p, q, r = _piece(p_size, q_size, r_size, share, P, Q, R)
+    first = part[2] * share
     left = tl.minimum(share, p_size - first)
     qp_size, pr_size, qr_size = p_size * q_size, p_size * r_size, q_size * r_size
     q_exist, r_exist = (q < q_size) | EVEN_Q, (r < r_size) | EVEN_R
@@ -239,18 +208,21 @@ def _apply(
         p_exist = (start + p < left) | EVEN_P
         pr_exist, qp_exist = p_exist[:, None] & r_exist[None, :], q_exist[:, None] & p_exist[None, :]
         exist = qr_exist[:, None, :] & p_exist[None, :, None]
-        tile = tl.load(x + offsets, mask=exist, other=0.0).to(tl.float32)
-        scale_q = tl.load(gate_q + pr, mask=pr_exist, other=0.0).to(tl.float32)
-        scale_r = tl.load(gate_r + qp, mask=qp_exist, other=0.0).to(tl.float32)
-        scale = scale_p[:, None, :] + scale_q[None, :, :] + scale_r[:, :, None]
+        tile = tl.load(x + offsets, mask=exist, other=0.0)
+        scale_q = tl.load(gate_q + pr, mask=pr_exist, other=0.0)
+        scale_r = tl.load(gate_r + qp, mask=qp_exist, other=0.0)
         if BACKWARD:
-            result = tl.load(grad + offsets, mask=exist, other=0.0).to(tl.float32) * scale
-            top_q, top_grad_q, mean_grad_q = _through_pool(
-                pool_q, fractions_q, grad_q, pr_first, pr_size, pr_exist, inverse_q
-            )  # fmt: skip
-            top_r, top_grad_r, mean_grad_r = _through_pool(
-                pool_r, fractions_r, grad_r, qp_first, qp_size, qp_exist, inverse_r
-            )  # fmt: skip
+            result = tl.load(grad + offsets, mask=exist, other=0.0)
+            of_q = _load_pool(pool_q, fractions_q, grad_q, pr_first, pr_size, pr_exist)
+            of_r = _load_pool(pool_r, fractions_r, grad_r, qp_first, qp_size, qp_exist)
+        # All that is read is waited for at once; else the compiler, to save registers, waits for one after another.
+        tl.debug_barrier()
+        tile = tile.to(tl.float32)
+        scale = scale_p[:, None, :] + scale_q.to(tl.float32)[None, :, :] + scale_r.to(tl.float32)[:, :, None]
+        if BACKWARD:
+            result = result.to(tl.float32) * scale
+            top_q, top_grad_q, mean_grad_q = _shares(of_q, inverse_q)
+            top_r, top_grad_r, mean_grad_r = _shares(of_r, inverse_r)
             result += mean_grad_p[:, None, :] + mean_grad_q[None, :, :] + mean_grad_r[:, :, None]
             result = tl.where(tile == top_p[:, None, :], result + top_grad_p[:, None, :], result)
             result = tl.where(tile == top_q[None, :, :], result + top_grad_q[None, :, :], result)
@@ -274,61 +246,54 @@ def _maps(x: Tensor, channels: int) -> list[list[int]]:
     return [[batch, channels, *sizes[:axis], *sizes[axis + 1 :]] for axis in range(3)]
 
 
-def _reductions(x: Tensor, grad: Tensor | None, pools: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
-    backward, (batch, p_size, q_size, r_size) = grad is not None, x.shape
-    launch = LAUNCH["sums" if backward else "pool"]
-    positions = min(POSITIONS, triton.next_power_of_2(q_size * r_size))
-    walk = launch.tile // positions
-    r_tile = min(launch.tile, triton.next_power_of_2(r_size))
-    q_tile = min(launch.tile // r_tile, triton.next_power_of_2(q_size))
-    if q_size % q_tile and q_size % (q_tile // 2) == 0:
-        q_tile //= 2
-    p_tile = min(launch.tile // (q_tile * r_tile), triton.next_power_of_2(p_size))
-    share = min(launch.share, triton.next_power_of_2(p_size))
-    parts = triton.cdiv(p_size, share), 1, triton.cdiv(r_size, r_tile)
-    # What is known of all of an axis is final.
-    outs = [
-        x.new_empty(batch, n, *shape[1:], dtype=x.dtype if n == 1 else torch.float32)
-        for n, shape in zip(parts, _maps(x, 2), strict=True)
-    ]
-    inverses = [1.0 if backward else 1 / size for size in x.shape[1:]]
-    early = [inverse if n == 1 else 1.0 for inverse, n in zip(inverses, parts, strict=True)]
-    unit, qr_unit = _unit(r_size), _unit(q_size * r_size)
-    programs = triton.cdiv(q_size * r_size, positions) * parts[0] + triton.cdiv(p_size, p_tile) * parts[2]
-    _reduce[(batch * programs,)](
-        x, grad, *pools, *outs, p_size, q_size, r_size // unit, q_size * r_size // qr_unit, share, *early,
-        BACKWARD=backward, INVERT_P=backward and parts[0] == 1, INVERT_R=backward and parts[2] == 1,
-        UNIT=unit, QR_UNIT=qr_unit, WALK=walk, POSITIONS=positions, P=p_tile, Q=q_tile, R=r_tile,
-        EVEN_WALK=share % walk == 0 and p_size % share % walk == 0, EVEN_P=p_size % p_tile == 0,
-        EVEN_Q=q_size % q_tile == 0, EVEN_R=r_size % r_tile == 0, num_warps=1, num_stages=1,
-    )  # fmt: skip
-    results = []
-    for out, n, inverse in zip(outs, parts, inverses, strict=True):
-        result = out[:, 0] if n == 1 else x.new_empty(batch, *out.shape[2:])
-        if n > 1:
-            size = out[0, 0, 0].numel()
-            _combine[batch, triton.cdiv(size, 512)](out, result, n, size, inverse, BACKWARD=backward, BLOCK=512)
-        results.append(result)
-    return tuple(results)
-
-
-def _launch_apply(out: Tensor, launch: _Launch, *tensors: Tensor | None) -> Tensor:
-    """Launch `_apply` on x and the other inputs, the gradient of the output, if given, second."""
-    batch, p_size, q_size, r_size = out.shape
+def _tiling(x: Tensor, launch: _Launch) -> tuple[int, tuple[int, int, int], list[int], dict]:
+    """Return the number of programs, the parts of each axis, the kernels' sizes, and their constants."""
+    batch, p_size, q_size, r_size = x.shape
     p_most, q_most, r_most = (triton.next_power_of_2(size) for size in (p_size, q_size, r_size))
-    q_tile = min(64, q_most, launch.tile // min(64, r_most))
+    q_tile = min(launch.q, q_most, launch.tile // min(64, r_most))
     r_tile = min(r_most, launch.tile // q_tile)
     p_tile = min(p_most, launch.tile // (q_tile * r_tile))
-    pieces = triton.cdiv(q_size, q_tile) * triton.cdiv(r_size, r_tile)
-    shares = max(1, launch.programs // (batch * pieces))
+    down, across = triton.cdiv(q_size, q_tile), triton.cdiv(r_size, r_tile)
+    shares = max(1, launch.programs // (batch * down * across))
     share = triton.cdiv(triton.cdiv(p_size, shares), p_tile) * p_tile
-    unit, (x, grad, *maps) = _unit(r_size), tensors
-    _apply[(batch * pieces * triton.cdiv(p_size, share),)](
-        x, grad, out, *maps, p_size, q_size, r_size // unit, share, 1 / p_size, 1 / q_size, 1 / r_size,
-        BACKWARD=grad is not None, P=p_tile, Q=q_tile, R=r_tile, UNIT=unit,
-        EVEN_P=p_size % p_tile == 0, EVEN_Q=q_size % q_tile == 0, EVEN_R=r_size % r_tile == 0,
-        STAGES=launch.stages, num_warps=launch.warps,
-    )  # fmt: skip
+    parts, unit = (triton.cdiv(p_size, share), down, across), _unit(r_size)
+    constants = {"P": p_tile, "Q": q_tile, "R": r_tile, "UNIT": unit, "EVEN_P": p_size % p_tile == 0}
+    constants |= {"EVEN_Q": q_size % q_tile == 0, "EVEN_R": r_size % r_tile == 0}
+    constants |= {"STAGES": launch.stages, "num_warps": launch.warps}
+    return batch * math.prod(parts), parts, [p_size, q_size, r_size // unit, share], constants
+
+
+def _partial(x: Tensor, parts: int, *shape: int) -> Tensor:
+    """Return memory for what is known of the parts of a side; of a single part that is final."""
+    return x.new_empty(x.shape[0], parts, *shape, dtype=x.dtype if parts == 1 else torch.float32)
+
+
+def _combined(x: Tensor, partial: Tensor, inverse: float, backward: bool) -> Tensor:
+    """Reduce (B, parts, 2, ...) to (B, 2, ...) in the dtype of x."""
+    batch, parts, _, *shape = partial.shape
+    if parts == 1:
+        return partial[:, 0]
+    out, size = x.new_empty(batch, 2, *shape), math.prod(shape)
+    constants = {"PARTS": min(16, triton.next_power_of_2(parts)), "BLOCK": 128}
+    _combine[batch, triton.cdiv(size, 128)](partial, out, parts, size, inverse, BACKWARD=backward, **constants)
+    return out
+
+
+def _reductions(x: Tensor, grad: Tensor | None, pools: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
+    backward = grad is not None
+    programs, parts, sizes, constants = _tiling(x, LAUNCH["sums" if backward else "pool"])
+    outs = [_partial(x, n, *shape[1:]) for n, shape in zip(parts, _maps(x, 2), strict=True)]
+    inverses = [1.0 if backward else 1 / size for size in x.shape[1:]]
+    early = [inverse if n == 1 else 1.0 for inverse, n in zip(inverses, parts, strict=True)]
+    inverts = {f"INVERT_{axis}": backward and n == 1 for axis, n in zip("PQR", parts, strict=True)}
+    _reduce[(programs,)](x, grad, *pools, *outs, *sizes, *early, BACKWARD=backward, **inverts, **constants)
+    return tuple(_combined(x, out, inverse, backward) for out, inverse in zip(outs, inverses, strict=True))
+
+
+def _launch_apply(launch: _Launch, x: Tensor, grad: Tensor | None, *maps: Tensor | None) -> Tensor:
+    out, (programs, _, sizes, constants) = torch.empty_like(x), _tiling(x, launch)
+    inverses = [1 / size for size in x.shape[1:]]
+    _apply[(programs,)](x, grad, out, *maps, *sizes, *inverses, BACKWARD=grad is not None, **constants)
     return out
 
 
@@ -339,7 +304,7 @@ def _pool_axes(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _gate_axes(x: Tensor, gates: Sequence[Tensor]) -> Tensor:
     x = x.contiguous()
     maps = *(gate.contiguous() for gate in gates), *[None] * 9
-    return _launch_apply(torch.empty_like(x), LAUNCH["scale"], x, None, *maps)
+    return _launch_apply(LAUNCH["scale"], x, None, *maps)
 
 
 def _gate_axes_sums(grad_out: Tensor, x: Tensor, pools: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -352,7 +317,7 @@ def _gate_axes_backward(
 ) -> Tensor:  # fmt: skip
     x = x.contiguous()
     maps = [t.contiguous() for t in (*gates, *pools, *fractions, *grad_pools)]
-    return _launch_apply(torch.empty_like(x), LAUNCH["backward"], x, grad_out.contiguous(), *maps)
+    return _launch_apply(LAUNCH["backward"], x, grad_out.contiguous(), *maps)
 
 
 def _register(function: Callable, fake: Callable) -> Callable:

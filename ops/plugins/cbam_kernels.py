@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from densezoo.ops.plugins.axes import _combine, _register, _store, _through_pool, _unit
+from densezoo.ops.plugins.axes import _combined, _partial, _register, _store, _through_pool, _unit
 from torch import Tensor
 
 
@@ -45,8 +45,8 @@ class _Launch(NamedTuple):
 
 # Measured on an H200.
 LAUNCH = {
-    "pool_columns": _Launch(2048, 256, 4, 1, 2048),
-    "pool_rows": _Launch(2048, 512, 4, 1),
+    "pool_columns": _Launch(4096, 256, 4, 1, 2048),
+    "pool_rows": _Launch(4096, 256, 4, 1),
     "scale": _Launch(2048, 256, 4, 1, 16384),
     "sums": _Launch(512, 256, 1, 1, 8192),
     "through_maps": _Launch(512, 256, 1, 1, 8192),
@@ -267,9 +267,10 @@ def _through_maps(
 def _tiling(x: Tensor, launch: _Launch) -> tuple[int, int, list[int], dict]:
     """Return the parts of the rows, the tiles of the columns, the kernels' sizes, and their constants."""
     batch, rows, columns = x.shape
-    unit = _unit(columns)
-    # A row of a tile is a warp's, so that no warp waits for another to sum it.
-    columns_tile = min(launch.columns, 32 * min(unit, 16 // x.element_size()), triton.next_power_of_2(columns))
+    unit, columns_tile = _unit(columns), min(launch.columns, triton.next_power_of_2(columns))
+    if launch.warps > 1:
+        # A row of a tile is a warp's, so that no warp waits for another to sum it.
+        columns_tile = min(columns_tile, 32 * min(unit, 16 // x.element_size()))
     rows_tile = min(launch.tile // columns_tile, triton.next_power_of_2(rows))
     tiles = triton.cdiv(columns, columns_tile)
     shares = max(1, launch.programs // (batch * tiles))
@@ -279,21 +280,6 @@ def _tiling(x: Tensor, launch: _Launch) -> tuple[int, int, list[int], dict]:
     return triton.cdiv(rows, share), tiles, [rows, columns // unit, share], constants
 
 
-def _partial(x: Tensor, parts: int, *shape: int) -> Tensor:
-    """Return memory for what is known of the parts of a side; of a single part that is final."""
-    return x.new_empty(x.shape[0], parts, *shape, dtype=x.dtype if parts == 1 else torch.float32)
-
-
-def _combined(x: Tensor, partial: Tensor, inverse: float, backward: bool) -> Tensor:
-    """Reduce (B, parts, 2, size) to (B, 2, size) in the dtype of x."""
-    batch, parts, _, size = partial.shape
-    if parts == 1:
-        return partial[:, 0]
-    out = x.new_empty(batch, 2, size)
-    _combine[batch, triton.cdiv(size, 512)](partial, out, parts, size, inverse, BACKWARD=backward, BLOCK=512)
-    return out
-
-
 def _pooled(x: Tensor, gate: Tensor | None, axis: int) -> Tensor:
     (batch, *sizes), launch = x.shape, LAUNCH["pool_rows" if axis == 1 else "pool_columns"]
     inverse = 1 / sizes[axis]
@@ -301,11 +287,8 @@ def _pooled(x: Tensor, gate: Tensor | None, axis: int) -> Tensor:
     programs = batch * parts * tiles
     if axis == 1:
         # All of some rows.
-        columns_tile = min(launch.columns, triton.next_power_of_2(sizes[1]))
-        rows_tile = min(launch.tile // columns_tile, triton.next_power_of_2(rows))
-        even = sizes[1] % columns_tile == 0
-        constants |= {"ROWS": rows_tile, "COLUMNS": columns_tile, "EVEN": even}
-        parts, programs = 1, batch * triton.cdiv(rows, rows_tile)
+        constants["EVEN"] = sizes[1] % constants["COLUMNS"] == 0
+        parts, programs = 1, batch * triton.cdiv(rows, constants["ROWS"])
     partial = _partial(x, parts, 2, sizes[1 - axis])
     early = inverse if parts == 1 else 1.0
     _pool[(programs,)](

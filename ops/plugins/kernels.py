@@ -1,13 +1,15 @@
 """The convolution of two pooled maps to one, as CBAM and Triplet attention have it, in Triton, forward and backward.
 
-With so few channels there is nothing for tensor cores to share, so this is the direct sum. A thread owns a column of
-ROWS numbers of a map. Of each column of taps it reads, one column of the input beside the others that it needs, ROWS +
-k - 1 numbers, which serve all of its own; neighbours in a row are neighbouring threads.
+With so few channels tensor cores have too little to share, but for this: COLUMNS numbers of a row depend on WINDOW
+numbers of each row about it, so that each row of taps is a product with a banded matrix WINDOW x COLUMNS, whose
+diagonals hold the taps.
 
-- `_conv`: a program owns a block of threads' numbers. The forward has two channels in and one out; the gradient of the
-  input one in and two out, with the weights turned by 180 degrees.
-- `_weight_gradient`: a program owns the k weights of one column of taps in one channel, and a share of all threads'
-  numbers, over which it sums the products of input and gradient. PyTorch adds up the shares, always in the same order.
+- `_conv`: a program owns ROWS rows of COLUMNS numbers, of all channels. The forward has two channels in and one out,
+  and the windows of both side by side; the gradient of the input one in and two out, with the weights turned by 180
+  degrees.
+- `_weight_gradient`: a program owns the gradient of the banded matrices of one row of taps, and a share of all rows,
+  over which it sums the products of input and gradient.
+- `_diagonals`: a program owns a weight, and adds up its diagonal over all shares, always in the same order.
 """
 
 import torch
@@ -19,115 +21,120 @@ from densezoo.ops.registration import register
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-# Threads of a program, the rows that each owns, and the programs over which weights' gradients are shared out.
-THREADS, ROWS, PROGRAMS = 128, 8, 1024
+# The most rows and the columns of a program, its warps, its loads ahead from 2, and the programs over which weights'
+# gradients are shared out.
+ROWS, COLUMNS, WARPS, STAGES, PROGRAMS = 128, 16, 4, 1, 512
+_COLUMNS = tl.constexpr(COLUMNS)
 
 
 @triton.jit
-def _place(block, height, width, THREADS: tl.constexpr, ROWS: tl.constexpr):
-    """The image, the first row and the column of what each thread owns."""
-    index, blocks = block * THREADS + tl.arange(0, THREADS), tl.cdiv(height, ROWS)
-    return (index // width // blocks).to(tl.int64), index // width % blocks * ROWS, index % width
+def _place(piece, height, width, ROWS: tl.constexpr):
+    """The image of a piece of all maps, its rows and its first column."""
+    across, down = tl.cdiv(width, _COLUMNS), tl.cdiv(height, ROWS)
+    image, block = (piece // (across * down)).to(tl.int64), piece // across % down
+    return image, block * ROWS + tl.arange(0, ROWS), piece % across * _COLUMNS
 
 
 @triton.jit
-def _column(x, row, column, exist, height, width, BEYOND: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr):
-    """A thread's ROWS numbers of a column, which need not be in the map, and BEYOND more above and below them."""
-    exist = exist & (column >= 0) & (column < width)
-    x += (row - BEYOND) * width + column
-    numbers = ()
-    for i in tl.static_range(ROWS + 2 * BEYOND):
-        in_map = exist
-        if i < BEYOND:
-            in_map = exist & (row + i >= BEYOND)
-        elif i >= BEYOND + ROWS or not EVEN:
-            in_map = exist & (row + (i - BEYOND) < height)
-        numbers += (tl.load(x + i * width, mask=in_map, other=0.0).to(tl.float32),)
-    return numbers
+def _tile(x, row, first, height, width, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
+    """Numbers of some rows and, from the first, of WIDTH columns of all channels of a map, zeros outside it."""
+    place = tl.arange(0, CHANNELS * WIDTH)
+    channel, column = place // WIDTH, first + place % WIDTH
+    exist = ((row >= 0) & (row < height))[:, None] & ((column >= 0) & (column < width))[None, :]
+    return tl.load(x + (row * width)[:, None] + (channel * height * width + column)[None, :], mask=exist, other=0.0)
 
 
-@triton.jit(do_not_specialize=["images"])
+@triton.jit
 def _conv(
-    x, weight, out, images, height, width, weight_channel, weight_row, weight_column,
-    CHANNELS: tl.constexpr, TURNED: tl.constexpr, SIZE: tl.constexpr, THREADS: tl.constexpr, ROWS: tl.constexpr,
-    EVEN: tl.constexpr,
+    x, weight, out, height, width_units, weight_channel, weight_row, weight_column,
+    IN: tl.constexpr, OUT: tl.constexpr, TURNED: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
+    WINDOW: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    own = tl.program_id(1)
-    image, row, column = _place(tl.program_id(0), height, width, THREADS, ROWS)
-    exist = image < images
-    x += image * CHANNELS * height * width
-    sums = (tl.zeros((THREADS,), tl.float32),) * ROWS
-    for i in range(CHANNELS * SIZE):
-        channel, tap = i // SIZE, i % SIZE
-        source = x + channel * height * width
-        numbers = _column(source, row, column + tap - SIZE // 2, exist, height, width, SIZE // 2, ROWS, EVEN)
-        if TURNED:
-            tap = SIZE - 1 - tap
-        taps = weight + (channel + own) * weight_channel + tap * weight_column
-        for j in tl.static_range(SIZE):
-            scale = tl.load(taps + (SIZE - 1 - j if TURNED else j) * weight_row).to(tl.float32)
-            added = ()
-            for k in tl.static_range(ROWS):
-                added += (sums[k] + scale * numbers[j + k],)
-            sums = added
-    out += (image * tl.num_programs(1) + own) * height * width + row * width + column
-    for k in tl.static_range(ROWS):
-        tl.store(out + k * width, sums[k].to(out.dtype.element_ty), mask=exist & (row + k < height))
+    # A multiple of UNIT in the compiler's eyes: so many numbers are read at once.
+    width = width_units * UNIT
+    image, row, column = _place(tl.program_id(0), height, width, ROWS)
+    n, k = tl.arange(0, OUT * _COLUMNS), tl.arange(0, IN * WINDOW)
+    beyond, channel = (WINDOW - _COLUMNS) // 2, (k // WINDOW)[:, None] + (n // _COLUMNS)[None, :]
+    tap = (k % WINDOW)[:, None] - beyond - (n % _COLUMNS)[None, :] + SIZE // 2
+    in_band = (tap >= 0) & (tap < SIZE)
+    weight += channel * weight_channel + (SIZE - 1 - tap if TURNED else tap) * weight_column
+    x += image * IN * height * width
+    sums = tl.zeros((ROWS, OUT * _COLUMNS), tl.float32)
+    for i in tl.range(0, SIZE, num_stages=STAGES):
+        window = _tile(x, row + (i - SIZE // 2), column - beyond, height, width, IN, WINDOW)
+        band = tl.load(weight + (SIZE - 1 - i if TURNED else i) * weight_row, mask=in_band, other=0.0)
+        sums = tl.dot(window, band.to(window.dtype), sums, input_precision="tf32x3")
+    column += n % _COLUMNS
+    place = (row * width)[:, None] + (n // _COLUMNS * height * width + column)[None, :]
+    exist = (row < height)[:, None] & (column < width)[None, :]
+    tl.store(out + image * OUT * height * width + place, sums.to(out.dtype.element_ty), mask=exist)
 
 
-@triton.jit(do_not_specialize=["images", "blocks"])
+@triton.jit(do_not_specialize=["pieces"])
 def _weight_gradient(
-    x, grad_out, partial, images, blocks, height, width,
-    SIZE: tl.constexpr, THREADS: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr,
+    x, grad_out, partial, pieces, height, width_units,
+    SIZE: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    channel, tap = tl.program_id(0) // SIZE, tl.program_id(0) % SIZE
-    sums = (tl.zeros((THREADS,), tl.float32),) * SIZE
-    for block in range(tl.program_id(1), blocks, tl.num_programs(1)):
-        image, row, column = _place(block, height, width, THREADS, ROWS)
-        exist = image < images
-        grads = _column(grad_out + image * height * width, row, column, exist, height, width, 0, ROWS, EVEN)
-        source = x + (image * 2 + channel) * height * width
-        numbers = _column(source, row, column + tap - SIZE // 2, exist, height, width, SIZE // 2, ROWS, EVEN)
-        added = ()
-        for j in tl.static_range(SIZE):
-            products = sums[j]
-            for k in tl.static_range(ROWS):
-                products += grads[k] * numbers[j + k]
-            added += (products,)
-        sums = added
-    place = partial + ((tl.program_id(1) * 2 + channel) * SIZE) * SIZE + tap
-    for j in tl.static_range(SIZE):
-        tl.store(place + j * SIZE, tl.sum(sums[j], 0))
+    width, i = width_units * UNIT, tl.program_id(0)
+    sums = tl.zeros((2 * WINDOW, _COLUMNS), tl.float32)
+    for piece in tl.range(tl.program_id(1), pieces, tl.num_programs(1), num_stages=STAGES):
+        image, row, column = _place(piece, height, width, ROWS)
+        grad = _tile(grad_out + image * height * width, row, column, height, width, 1, _COLUMNS)
+        first = column - (WINDOW - _COLUMNS) // 2
+        window = _tile(x + image * 2 * height * width, row + (i - SIZE // 2), first, height, width, 2, WINDOW)
+        sums = tl.dot(tl.trans(window), grad, sums, input_precision="tf32x3")
+    partial += (tl.program_id(1) * SIZE + i) * 2 * WINDOW * _COLUMNS
+    k, n = tl.arange(0, 2 * WINDOW), tl.arange(0, _COLUMNS)
+    tl.store(partial + k[:, None] * _COLUMNS + n[None, :], sums)
 
 
-def _tiling(x: Tensor, weight: Tensor) -> tuple[int, dict]:
-    """Return the number of programs that own all of a map (B, ..., H, W), and the kernels' constants."""
+@triton.jit(do_not_specialize=["shares"])
+def _diagonals(partial, out, shares, SIZE: tl.constexpr, WINDOW: tl.constexpr, SHARES: tl.constexpr):
+    channel, i, j = tl.program_id(0) // SIZE // SIZE, tl.program_id(0) // SIZE % SIZE, tl.program_id(0) % SIZE
+    share, n = tl.arange(0, SHARES), tl.arange(0, _COLUMNS)
+    k = n + (WINDOW - _COLUMNS) // 2 + j - SIZE // 2
+    place = ((i * 2 + channel) * WINDOW + k) * _COLUMNS + n
+    in_window = ((k >= 0) & (k < WINDOW))[None, :]
+    sums = tl.zeros((SHARES, _COLUMNS), tl.float32)
+    for start in range(0, shares, SHARES):
+        offsets = (start + share)[:, None] * (SIZE * 2 * WINDOW * _COLUMNS) + place[None, :]
+        sums += tl.load(partial + offsets, mask=in_window & (start + share < shares)[:, None], other=0.0)
+    tl.store(out + tl.program_id(0), tl.sum(tl.sum(sums, 1), 0).to(out.dtype.element_ty))
+
+
+def _tiling(x: Tensor, weight: Tensor) -> tuple[int, list[int], dict]:
+    """Return the number of pieces of maps (B, ..., H, W), the kernels' sizes, and their constants."""
     batch, _, height, width = x.shape
-    blocks = triton.cdiv(batch * triton.cdiv(height, ROWS) * width, THREADS)
-    return blocks, {"SIZE": weight.shape[-1], "THREADS": THREADS, "ROWS": ROWS, "EVEN": height % ROWS == 0}
+    size, unit = weight.shape[-1], next(n for n in (8, 4, 2, 1) if width % n == 0)
+    rows = min(ROWS, max(16, triton.next_power_of_2(height)))
+    # A map of a piece's columns is all of the window.
+    window = COLUMNS if width <= COLUMNS else triton.next_power_of_2(COLUMNS + 2 * max(8, size // 2))
+    constants = {"SIZE": size, "ROWS": rows, "WINDOW": window, "UNIT": unit, "STAGES": STAGES, "num_warps": WARPS}
+    return batch * triton.cdiv(height, rows) * triton.cdiv(width, COLUMNS), [height, width // unit], constants
 
 
 def _map_conv(x: Tensor, weight: Tensor) -> Tensor:
     batch, channels, height, width = x.shape
-    out, (blocks, constants) = x.new_empty(batch, 1, height, width), _tiling(x, weight)
-    _conv[(blocks, 1)](
-        x.contiguous(), weight, out, batch, height, width, *weight.stride()[1:],
-        CHANNELS=channels, TURNED=False, **constants,
-    )  # fmt: skip
+    out, (pieces, sizes, constants) = x.new_empty(batch, 1, height, width), _tiling(x, weight)
+    _conv[(pieces,)](
+        x.contiguous(), weight, out, *sizes, *weight.stride()[1:], IN=channels, OUT=1, TURNED=False, **constants
+    )
     return out
 
 
 def _map_conv_backward(grad_out: Tensor, x: Tensor, weight: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    batch, channels, height, width = x.shape
-    x, grad_out, (blocks, constants) = x.contiguous(), grad_out.contiguous(), _tiling(x, weight)
-    grad_x, columns = torch.empty_like(x), channels * weight.shape[-1]
-    _conv[(blocks, channels)](
-        grad_out, weight, grad_x, batch, height, width, *weight.stride()[1:], CHANNELS=1, TURNED=True, **constants
+    x, grad_out, (pieces, sizes, constants) = x.contiguous(), grad_out.contiguous(), _tiling(x, weight)
+    grad_x, channels = torch.empty_like(x), x.shape[1]
+    _conv[(pieces,)](
+        grad_out, weight, grad_x, *sizes, *weight.stride()[1:], IN=1, OUT=channels, TURNED=True, **constants
     )
-    shares = min(triton.cdiv(PROGRAMS, columns), max(1, blocks))
-    partial = x.new_empty(shares, *weight.shape, dtype=torch.float32)
-    _weight_gradient[(columns, shares)](x, grad_out, partial, batch, blocks, height, width, **constants)
-    return grad_x, partial.sum(0).to(weight.dtype)
+    size, window = constants["SIZE"], constants["WINDOW"]
+    shares = min(triton.cdiv(PROGRAMS, size), pieces)
+    partial = x.new_empty(shares, size, channels * window, COLUMNS, dtype=torch.float32)
+    _weight_gradient[(size, shares)](x, grad_out, partial, pieces, *sizes, **constants)
+    grad_weight = weight.new_empty(weight.shape)
+    _diagonals[(weight.numel(),)](partial, grad_weight, shares, SIZE=size, WINDOW=window, SHARES=64)
+    return grad_x, grad_weight
 
 
 def _fake(x, weight):

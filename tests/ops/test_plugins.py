@@ -362,10 +362,7 @@ def test_gate_axes_interpreted(shape, layout, nan_filled_memory, monkeypatch):
 
     # Tiles of several steps, and of several parts along each axis.
     tile = 64 if max(shape) < 16 else 4096
-    apply, reduce = axes._Launch(tile, 4, 1, 4), axes._ReduceLaunch(tile, 32)
-    launches = {"pool": reduce, "scale": apply, "sums": reduce, "backward": apply}
-    monkeypatch.setattr(axes, "LAUNCH", launches)
-    monkeypatch.setattr(axes, "POSITIONS", tile // 2)
+    monkeypatch.setattr(axes, "LAUNCH", dict.fromkeys(axes.LAUNCH, axes._Launch(tile, 4, 1, 4)))
     got, expected = (gated_results(shape, layout, torch.float32, "cpu", way) for way in (True, False))
     assert worst_error(got, expected) < 1e-6
 
