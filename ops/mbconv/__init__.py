@@ -3,9 +3,9 @@
 import torch
 from densezoo.ops.backend import takes_triton
 from densezoo.ops.mbconv.reference import activate, activated_conv_reference
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["activated_conv", "activated_conv_mean"]
+__all__ = ["activated_conv", "activated_conv_mean", "batch_norm_affine"]
 
 ACTS = ("gelu_tanh", "silu")
 
@@ -88,6 +88,49 @@ def activated_conv_mean(
         tensors = (t.to(dtype) for t in (x, scale, shift, weight))
         out = activate(activated_conv_reference(*tensors, stride, padding, act) + bias.to(dtype), act)
         return out.to(x.dtype), out.mean((1, 2))
+
+
+def batch_norm_affine(norm: nn.BatchNorm2d, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what a BatchNorm (arXiv 1502.03167) multiplies each channel by and what it then adds.
+
+    In training these go by the statistics of `tokens`, which the norm takes into its running averages.
+
+    Args:
+        norm: With weight and bias, running averages and a momentum.
+        tokens: (B, N, C).
+
+    Returns:
+        (C,) and (C,), in float32 for 16-bit parameters; gradients go to the norm's parameters and to `tokens`.
+    """
+    if norm.training:
+        with torch.no_grad():
+            norm.num_batches_tracked.add_(1)
+            # As a map, which PyTorch reads with its channels innermost. Compiled, what is normalised is never made.
+            _, mean, rstd = torch.ops.aten._native_batch_norm_legit(
+                tokens.detach().mT.unsqueeze(-1), norm.weight, norm.bias, norm.running_mean, norm.running_var, True,
+                norm.momentum, norm.eps,
+            )  # fmt: skip
+        mean, rstd = _Statistics.apply(tokens, mean, rstd)
+    else:
+        mean, rstd = norm.running_mean, (norm.running_var + norm.eps).rsqrt()
+    scale = norm.weight * rstd
+    return scale, norm.bias - mean * scale
+
+
+class _Statistics(torch.autograd.Function):
+    """Mean and inverse deviation of tokens (B, N, C), known already, with their gradients."""
+
+    @staticmethod
+    def forward(ctx, tokens: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(tokens, mean, rstd)
+        return mean.clone(), rstd.clone()
+
+    @staticmethod
+    def backward(ctx, grad_mean: Tensor, grad_rstd: Tensor) -> tuple[Tensor, None, None]:
+        tokens, mean, rstd = ctx.saved_tensors
+        count = tokens.numel() // tokens.shape[-1]
+        slope = -grad_rstd * rstd**3 / count
+        return torch.addcmul(grad_mean / count - slope * mean, tokens, slope).to(tokens.dtype), None, None
 
 
 def _accumulator(x: Tensor) -> torch.dtype:

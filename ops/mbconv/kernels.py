@@ -288,7 +288,7 @@ def _backward(
                 (height * width).to(tl.int64) * channels, width * channels, channels, COUNT, CHANNELS, INDEX, AHEAD,
             )  # fmt: skip
         grads = move_on(grads, widen(joined, WIDE, NARROW), 3, WIDE)
-        numbers = ahead
+        current = ahead
         # The next rows are under way while these are worked on.
         joined = _row(grad, r + 2, out_height, left - 1, out_width, exist, channels, WIDE, COLS + 1, FITS, INDEX)
         y = r * STRIDE + STRIDE
@@ -298,7 +298,7 @@ def _backward(
         for d in tl.static_range(STRIDE):
             y = r * STRIDE + d
             values = _affine(
-                numbers, y, height, column, width, scale, shift, d * COUNT, COUNT, COUNT, FULL, NARROW
+                current, y, height, column, width, scale, shift, d * COUNT, COUNT, COUNT, FULL, NARROW
             )  # fmt: skip
             gathered = _gather(grads, taps, d, COUNT, STRIDE, PAD_H, PAD_W, WIDE)
             activated = ()
@@ -318,7 +318,7 @@ def _backward(
                     inner = tl.where(inside, inner, 0.0)
                     mask = here & inside
                 shift_row += inner
-                scale_sum = tl.fma(inner, wide(numbers[d * COUNT + i], NARROW), scale_sum)
+                scale_sum = tl.fma(inner, wide(current[d * COUNT + i], NARROW), scale_sum)
                 at = tl.cast(y, INDEX) * (width * channels) + i * channels
                 tl.store(grad_x + at, (inner * scale).to(grad_x.dtype.element_ty), mask=mask)
             shift_sum += tl.where(y < height, shift_row, 0.0)
