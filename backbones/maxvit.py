@@ -216,7 +216,7 @@ class MBConv(nn.Module):
             y = self.act(_normalise(self.norm2, y.flatten(1, 2)))
             mean = y.mean(1)
         else:
-            # The first norm is part of the first convolution, and of what the second norm adds; the third of the second.
+            # The norm before a convolution is part of it, and of what the next norm adds.
             (scale, shift), (scale1, shift1), (scale2, shift2) = (
                 batch_norm_affine(norm, tokens) for norm in (self.pre_norm, self.norm1, self.norm2)
             )

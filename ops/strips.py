@@ -63,6 +63,7 @@ def move_on(rows, row, KERNEL: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def repeat(value, COUNT: tl.constexpr):
+    """A tuple of COUNT times the value."""
     values = ()
     for _ in tl.static_range(COUNT):
         values = values + (value,)

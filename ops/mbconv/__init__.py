@@ -36,8 +36,8 @@ def activated_conv(
         act: `gelu_tanh`, the GELU by tanh (arXiv 1606.08415), or `silu`.
 
     Returns:
-        (B, ceil(H / stride), ceil(W / stride), C), of `x`'s dtype. Sums run in float32 for 16-bit inputs. In bfloat16 the
-        kernels take the activation through the GPU's own tanh, which moves it by less than 6e-4 of its argument.
+        (B, ceil(H / stride), ceil(W / stride), C), of `x`'s dtype. Sums run in float32 for 16-bit inputs. In bfloat16
+        the kernels take the activation through the GPU's own tanh, which moves it by less than 6e-4 of its argument.
 
     Raises:
         ValueError: An argument's shape, dtype or value is wrong; the message names it.
@@ -146,10 +146,13 @@ def _check(x: Tensor, vectors: dict[str, Tensor], weight: Tensor, stride: int, p
         raise ValueError(f"x: got {x.dtype} of shape {tuple(x.shape)}, expected floating (B, H, W, C)")
     for name, t in vectors.items():
         if t.shape != x.shape[3:] or t.device != x.device:
-            raise ValueError(f"{name}: got shape {tuple(t.shape)} on {t.device}, expected ({x.shape[3]},) on {x.device}")
+            raise ValueError(
+                f"{name}: got shape {tuple(t.shape)} on {t.device}, expected ({x.shape[3]},) on {x.device}"
+            )
     if weight.shape != (x.shape[3], 1, 3, 3) or weight.device != x.device:
         raise ValueError(
-            f"weight: got shape {tuple(weight.shape)} on {weight.device}, expected ({x.shape[3]}, 1, 3, 3) on {x.device}"
+            f"weight: got shape {tuple(weight.shape)} on {weight.device}, "
+            f"expected ({x.shape[3]}, 1, 3, 3) on {x.device}"
         )
     if stride not in (1, 2):
         raise ValueError(f"stride: got {stride!r}, expected 1 or 2")

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from densezoo.ops.launch import Table
-from densezoo.ops.mbconv.reference import activate, activated_conv_reference
+from densezoo.ops.mbconv.reference import activated_conv_reference
 from densezoo.ops.registration import define, register
 from densezoo.ops.strips import fetch, move_on, repeat, wide, widen
 from torch import Tensor
@@ -193,27 +193,26 @@ def _forward(
         tl.store(partial + at, total, mask=exist)
 
 
+@triton.constexpr_function
+def _joined(d, i, tap, stride, pad_h, pad_w, wide):
+    """Where the gradient that a tap joins to the i-th number of the d-th row is, among three rows; -1: none."""
+    # Rows and columns of gradients begin one before those of the output.
+    row, col = d + pad_h - tap // 3 + stride, i + pad_w - tap % 3 + stride
+    return -1 if row % stride or col % stride else row // stride * wide + col // stride
+
+
 @triton.jit
 def _gather(
     grads, taps, D: tl.constexpr, COUNT: tl.constexpr, STRIDE: tl.constexpr, PAD_H: tl.constexpr,
     PAD_W: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the D-th row of activated numbers, from three rows of the output's; the first is one above."""
+    """Gradients of the D-th row of activated numbers."""
     new = ()
     for i in tl.static_range(COUNT):
         value = grads[0] * 0.0
-        for k in tl.static_range(3):
-            for j in tl.static_range(3):
-                if (D + PAD_H + k) % STRIDE == 0 and (i + PAD_W + j) % STRIDE == 0:
-                    value = tl.fma(
-                        grads[
-                            ((D + PAD_H - k + 2 * STRIDE) // STRIDE - 1) * WIDE
-                            + (i + PAD_W - j + 2 * STRIDE) // STRIDE
-                            - 1
-                        ],
-                        taps[3 * k + j],
-                        value,
-                    )
+        for tap in tl.static_range(9):
+            if _joined(D, i, tap, STRIDE, PAD_H, PAD_W, WIDE) >= 0:
+                value = tl.fma(grads[_joined(D, i, tap, STRIDE, PAD_H, PAD_W, WIDE)], taps[tap], value)
         new = new + (value,)
     return new
 
@@ -225,21 +224,12 @@ def _correlate(
 ):  # fmt: skip
     """Add to each tap's sum the products of the D-th row of activated numbers and the gradients that it joins."""
     new = ()
-    for k in tl.static_range(3):
-        for j in tl.static_range(3):
-            value = sums[3 * k + j]
-            for i in tl.static_range(COUNT):
-                if (D + PAD_H + k) % STRIDE == 0 and (i + PAD_W + j) % STRIDE == 0:
-                    value = tl.fma(
-                        row[i],
-                        grads[
-                            ((D + PAD_H - k + 2 * STRIDE) // STRIDE - 1) * WIDE
-                            + (i + PAD_W - j + 2 * STRIDE) // STRIDE
-                            - 1
-                        ],
-                        value,
-                    )
-            new = new + (value,)
+    for tap in tl.static_range(9):
+        value = sums[tap]
+        for i in tl.static_range(COUNT):
+            if _joined(D, i, tap, STRIDE, PAD_H, PAD_W, WIDE) >= 0:
+                value = tl.fma(row[i], grads[_joined(D, i, tap, STRIDE, PAD_H, PAD_W, WIDE)], value)
+        new = new + (value,)
     return new
 
 
@@ -444,9 +434,8 @@ def _conv_inference(
     padding: list[int], act: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out, plan = _fake(x, scale, shift, weight, sides, stride), _plan("forward", x, sides, stride, padding, act)
-    partial = torch.empty(
-        (x.shape[0], plan.strips * plan.pieces, x.shape[2]), dtype=torch.float32, device=x.device
-    )  # fmt: skip
+    tables = (x.shape[0], plan.strips * plan.pieces, x.shape[2])
+    partial = torch.empty(tables, dtype=torch.float32, device=x.device)
     _launch_forward(x, scale, shift, weight, bias.contiguous(), sides, stride, padding, act, out, partial, plan)
     return out, partial.sum(1).div_(_positions(sides, stride))
 

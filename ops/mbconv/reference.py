@@ -14,7 +14,9 @@ def activated_conv_reference(
 ) -> Tensor:
     """Compute `densezoo.ops.mbconv.activated_conv`; arguments checked."""
     x = activate(x * scale + shift, act).permute(0, 3, 1, 2)
-    ends = (-(-side // stride) * stride + 3 - stride - side - before for side, before in zip(x.shape[2:], padding))
-    bottom, right = (max(0, end) for end in ends)
+    bottom, right = (
+        -(-side // stride) * stride + 3 - stride - side - before
+        for side, before in zip(x.shape[2:], padding, strict=True)
+    )
     x = F.pad(x, (padding[1], right, padding[0], bottom))
     return F.conv2d(x, weight, stride=stride, groups=len(weight)).permute(0, 2, 3, 1)
