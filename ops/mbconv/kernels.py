@@ -462,11 +462,15 @@ activated_conv_triton = register("activated_conv", _conv, _fake, _conv_backward,
 activated_conv_inference = define("activated_conv_inference", _conv_inference, _fake_inference)
 
 
-@register_flop_formula([torch.ops.densezoo.activated_conv, torch.ops.densezoo.activated_conv_inference])
-def _(x, scale, shift, weight, *args, out_shape=None, **kwargs) -> int:
+@register_flop_formula(torch.ops.densezoo.activated_conv)
+def _(x, scale, shift, weight, sides, stride, *args, **kwargs) -> int:
     # A multiplication and an addition a tap, as of a convolution.
-    batch, positions, channels = out_shape[0] if isinstance(out_shape[0], torch.Size | tuple | list) else out_shape
-    return 18 * batch * positions * channels
+    return 18 * x[0] * _positions(sides, stride) * x[2]
+
+
+@register_flop_formula(torch.ops.densezoo.activated_conv_inference)
+def _(x, scale, shift, weight, bias, sides, stride, *args, **kwargs) -> int:
+    return 18 * x[0] * _positions(sides, stride) * x[2]
 
 
 @register_flop_formula(torch.ops.densezoo.activated_conv_backward)

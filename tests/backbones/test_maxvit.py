@@ -182,6 +182,25 @@ def test_convolutions_with_kernels(name, block, mode):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * max(1, expected.abs().max().item()))
 
 
+@pytest.mark.gpu
+def test_convolutions_compiled():
+    model = fill(build("tiny_tf_224", depths=(2, 1, 1, 1))).cuda()
+    x = torch.randn(4, 3, 75, 96, device="cuda")
+    for train in (False, True):
+        results = []
+        for compiled in (True, False):
+            set_backend("triton" if compiled else "reference")
+            each = copy.deepcopy(model).train(train)
+            run = torch.compile(each, fullgraph=True) if compiled else each
+            with torch.set_grad_enabled(train):
+                out = run(x)
+            if train:
+                out.square().mean().backward()
+            results.append([out.detach(), *(p.grad for p in each.parameters() if train), *each.buffers()])
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-3 * max(1e-3, expected.abs().max().item()))
+
+
 def test_wrong_arguments_are_named():
     for kwargs, named in (
         (dict(style="jax"), f"style: got 'jax', expected one of {', '.join(STYLES)}"),
