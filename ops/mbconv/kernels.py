@@ -424,9 +424,12 @@ def _conv_backward(
             **plan.constants,
         )  # fmt: skip
     sums = partial.sum(0)
-    grad_weight = sums[:9].t().reshape(weight.shape).to(weight.dtype, memory_format=torch.contiguous_format)
     # Outputs of operators are no views of one another.
-    return grad_x, sums[10].to(scale.dtype, copy=True), sums[9].to(shift.dtype, copy=True), grad_weight
+    grad_scale, grad_shift, grad_weight = (
+        part.to(t.dtype, memory_format=torch.contiguous_format, copy=True).view(t.shape)
+        for part, t in zip((sums[10], sums[9], sums[:9].t()), (scale, shift, weight), strict=True)
+    )
+    return grad_x, grad_scale, grad_shift, grad_weight
 
 
 def _conv_inference(

@@ -183,7 +183,8 @@ def test_convolutions_with_kernels(name, block, mode):
 
 
 @pytest.mark.gpu
-def test_convolutions_compiled():
+def test_convolutions_compiled(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     model = fill(build("tiny_tf_224", depths=(2, 1, 1, 1))).cuda()
     x = torch.randn(4, 3, 75, 96, device="cuda")
     for train in (False, True):
