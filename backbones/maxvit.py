@@ -29,12 +29,13 @@ from densezoo.backbones.staged import (
     square_side,
 )
 from densezoo.ops import window_attention
-from densezoo.ops.backend import is_exporting
+from densezoo.ops.backend import is_exporting, takes_triton
 from densezoo.ops.depthwise import DepthwiseConv
+from densezoo.ops.mbconv import activated_conv, activated_conv_mean, batch_norm_affine
 from densezoo.ops.mlp import Mlp
 from densezoo.ops.norm import PreNorm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, LayerScale, SqueezeExcite
+from timm.layers import DropPath, LayerScale, Sigmoid, SqueezeExcite
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -176,10 +177,76 @@ class MBConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a map (B, ceil(H / stride), ceil(W / stride), out_dim)."""
+        if self._takes_kernels(x):
+            return self._forward_tokens(x)
         x = x.permute(0, 3, 1, 2)
         y = self.act(self.norm1(self.conv1_1x1(self.pre_norm(x))))
         y = self.se(self.act(self.norm2(self.conv2_kxk(y))))
         return (self.shortcut(x) + self.drop_path(self.conv3_1x1(y))).permute(0, 2, 3, 1)
+
+    def _takes_kernels(self, x: Tensor) -> bool:
+        """Return whether kernels can stand for the layers: these are neither replaced nor hooked."""
+        norms = (self.pre_norm, self.norm1, self.norm2)
+        convs = (self.conv1_1x1, self.conv3_1x1, self.se.fc1, self.se.fc2)
+        kinds = {norm: nn.BatchNorm2d for norm in norms} | {conv: nn.Conv2d for conv in convs}
+        kinds |= {self.conv2_kxk: (MapConv, SameConv2d, nn.Conv2d), self.act: (nn.GELU, nn.SiLU)}
+        kinds |= {self.se: SqueezeExcite, self.se.act: nn.SiLU, self.se.gate: Sigmoid}
+        if hasattr(self.shortcut, "expand"):
+            kinds[self.shortcut.expand] = nn.Conv2d
+        are_plain = all(
+            type(module) in (kind if isinstance(kind, tuple) else (kind,))
+            and not (module._forward_hooks or module._forward_pre_hooks)
+            for module, kind in kinds.items()
+        )
+        fit = all(norm.running_mean is not None and norm.momentum is not None for norm in norms)
+        return are_plain and fit and x.dtype != torch.float64 and takes_triton("activated_conv", x, None)
+
+    def _forward_tokens(self, x: Tensor) -> Tensor:
+        """Compute `forward` on tokens (B, H * W, dim): torch.compile would store maps with their rows innermost."""
+        sides, conv = x.shape[1:3], self.conv2_kxk
+        stride = conv.stride[0]
+        padding = tuple(side % 2 for side in sides) if isinstance(conv, SameConv2d) else (1, 1)
+        options = dict(stride=stride, padding=padding, act="silu" if isinstance(self.act, nn.SiLU) else "gelu_tanh")
+        tokens = x.flatten(1, 2)
+        expand, weight = self.conv1_1x1.weight.flatten(1), conv.weight
+        if torch.is_grad_enabled() or self.pre_norm.training or self.norm1.training or self.norm2.training:
+            y = F.linear(_normalise(self.pre_norm, tokens), expand)
+            y = activated_conv(y.unflatten(1, sides), *batch_norm_affine(self.norm1, y), weight, **options)
+            out_sides = y.shape[1:3]
+            y = self.act(_normalise(self.norm2, y.flatten(1, 2)))
+            mean = y.mean(1)
+        else:
+            # The norm before a convolution is part of it, and of what the next norm adds.
+            (scale, shift), (scale1, shift1), (scale2, shift2) = (
+                batch_norm_affine(norm, tokens) for norm in (self.pre_norm, self.norm1, self.norm2)
+            )
+            shift1 = shift1 + scale1 * (expand * shift).sum(1)
+            y = F.linear(tokens, expand * scale).unflatten(1, sides)
+            y, mean = activated_conv_mean(y, scale1, shift1, weight * scale2[:, None, None, None], shift2, **options)
+            out_sides, y = y.shape[1:3], y.flatten(1, 2)
+        gate = self.se.gate(_pointwise(self.se.fc2, self.se.act(_pointwise(self.se.fc1, mean))))
+        if y.shape[1] > self.conv3_1x1.out_channels:
+            # The gate goes into the weights, of which there are fewer numbers than in the map.
+            weight = (self.conv3_1x1.weight.flatten(1) * gate[:, None]).to(y.dtype)
+            y = y @ weight.mT
+            y = y if self.conv3_1x1.bias is None else y + self.conv3_1x1.bias.to(y.dtype)
+        else:
+            y = _pointwise(self.conv3_1x1, y * gate[:, None])
+        if stride == 2:
+            tokens = self.shortcut.pool(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
+        if hasattr(self.shortcut, "expand"):
+            tokens = _pointwise(self.shortcut.expand, tokens)
+        return (tokens + self.drop_path(y)).unflatten(1, out_sides)
+
+
+def _pointwise(conv: nn.Conv2d, tokens: Tensor) -> Tensor:
+    """Apply a 1x1 convolution to tokens (..., C)."""
+    return F.linear(tokens, conv.weight.flatten(1), conv.bias)
+
+
+def _normalise(norm: nn.BatchNorm2d, tokens: Tensor) -> Tensor:
+    """Apply a BatchNorm to tokens (B, N, C)."""
+    return norm(tokens.mT.unsqueeze(-1)).squeeze(-1).mT
 
 
 class RelPosBias(nn.Module):

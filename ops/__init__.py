@@ -7,6 +7,7 @@ from densezoo.ops.deformable import ms_deform_attn
 from densezoo.ops.depthwise import depthwise_conv
 from densezoo.ops.focal import focal_modulation
 from densezoo.ops.linear import focused_linear_attention
+from densezoo.ops.mbconv import activated_conv, activated_conv_mean
 from densezoo.ops.mlp import mlp
 from densezoo.ops.neighborhood import na2d, na2d_qkv
 from densezoo.ops.norm import layer_norm
@@ -15,6 +16,8 @@ from densezoo.ops.quadtree import quadtree_attention
 from densezoo.ops.window import window_attention
 
 __all__ = [
+    "activated_conv",
+    "activated_conv_mean",
     "agent_attention",
     "channel_attention",
     "channel_attention_qkv",

@@ -59,3 +59,29 @@ def move_on(rows, row, KERNEL: tl.constexpr, COLS: tl.constexpr):
     for i in tl.static_range(COLS):
         new = new + (row[i],)
     return new
+
+
+@triton.jit
+def repeat(value, COUNT: tl.constexpr):
+    """A tuple of COUNT times the value."""
+    values = ()
+    for _ in tl.static_range(COUNT):
+        values = values + (value,)
+    return values
+
+
+@triton.jit
+def fetch(
+    x, image, row, left, c, height, width, channels, stride_b, stride_h, STRIDE_W: tl.constexpr, COLS: tl.constexpr,
+    CHANNELS: tl.constexpr, INDEX: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Bring a strip's row AHEAD rows on into the L2 cache, 32 bytes a thread."""
+    SECTOR: tl.constexpr = 256 // x.dtype.element_ty.primitive_bitwidth
+    if AHEAD > 0 and CHANNELS >= 32:
+        row = tl.minimum(row + AHEAD, height - 1)
+        lane = tl.arange(0, CHANNELS)[None, :]
+        column = tl.minimum(left + tl.minimum(lane % SECTOR, COLS - 1), width - 1)
+        channel = tl.minimum(c - lane + lane // SECTOR * SECTOR, channels - 1)
+        at = x + image * stride_b + row.to(INDEX) * stride_h + (column.to(INDEX) * STRIDE_W + channel)
+        asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
+        tl.inline_asm_elementwise(asm, "=r,l", [at.to(tl.int64)], tl.int32, False, 1)

@@ -1,12 +1,13 @@
-"""Cases for tools/benchmark.py of what stands around attention: depthwise convolutions, MLPs, norms, pooling."""
+"""Cases for tools/benchmark.py of what stands around attention: convolutions, MLPs, norms, pooling with norms."""
 
 from collections.abc import Iterator
 from functools import partial
 
 import torch
 from _benchmark_cases import Case, reference_ways, worst_error
-from densezoo.ops import depthwise_conv, layer_norm, mlp, pool_mix
+from densezoo.ops import activated_conv, depthwise_conv, layer_norm, mlp, pool_mix
 from densezoo.ops.depthwise.reference import depthwise_conv_reference
+from densezoo.ops.mbconv.reference import activated_conv_reference
 from densezoo.ops.pooling import add_branch
 from densezoo.ops.pooling.reference import pool_mix_reference
 
@@ -54,6 +55,27 @@ def mlp_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
         ways = {"densezoo": torch.compile(mlp, dynamic=False), **reference_ways(reference)}
         check = partial(worst_error, mlp, [x[:1], *inputs[1:]])
         yield Case(f"mlp {size[0]}, {size[1]}x{size[2]}x{dim} to {hidden}", inputs, ways, check)
+
+
+def activated_conv_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """The middle of MaxViT-T's inverted bottlenecks at 224, and of the first at 800x1216."""
+    shapes = [((128, 7 * 2**i, 7 * 2**i, 2 ** (12 - i)), 2) for i in (4, 3, 2, 1)]
+    shapes += [((128, 7 * 2**i, 7 * 2**i, 2 ** (11 - i)), 1) for i in (3, 2, 1, 0)]
+    for shape, stride in [*shapes, ((2, 400, 608, 256), 2)]:
+        dim, padding = shape[-1], (2 - stride, 2 - stride)
+        sizes = (shape, (dim,), (dim,), (dim, 1, 3, 3))
+        inputs = [torch.randn(s, device=device, dtype=dtype) for s in sizes]
+
+        def run(x, scale, shift, weight, stride=stride, padding=padding):
+            return activated_conv(x, scale, shift, weight, stride=stride, padding=padding)
+
+        def reference(x, scale, shift, weight, stride=stride, padding=padding):
+            return activated_conv_reference(x, scale, shift, weight, stride, padding, "gelu_tanh")
+
+        ways = {"densezoo": run, **reference_ways(reference)}
+        check = partial(worst_error, run, [inputs[0][:1], *inputs[1:]])
+        name = f"activated_conv stride {stride} {shape[0]}, {shape[1]}x{shape[2]}x{dim}"
+        yield Case(name, inputs, ways, check)
 
 
 def layer_norm_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:

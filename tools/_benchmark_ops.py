@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 from _benchmark_cases import Case, reference_ways, worst_error
-from _benchmark_layers import depthwise_conv_cases, layer_norm_cases, mlp_cases, pool_mix_cases
+from _benchmark_layers import activated_conv_cases, depthwise_conv_cases, layer_norm_cases, mlp_cases, pool_mix_cases
 from _benchmark_local import na2d_cases, window_attention_cases
 from _benchmark_sparse import ms_deform_attn_cases, quadtree_attention_cases
 from densezoo.ops import agent_attention, channel_attention, focal_modulation, focused_linear_attention
@@ -105,6 +105,7 @@ OPERATORS: dict[str, Callable[[torch.dtype, str], Iterator[Case]]] = {
     "window_attention": window_attention_cases,
     "channel_attention": channel_attention_cases,
     "depthwise_conv": depthwise_conv_cases,
+    "activated_conv": activated_conv_cases,
     "focal_modulation": focal_modulation_cases,
     "focused_linear_attention": focused_linear_attention_cases,
     "agent_attention": agent_attention_cases,

@@ -24,7 +24,7 @@ from densezoo.ops.depthwise.reference import depthwise_conv_reference
 from densezoo.ops.gelu import gelu, gelu_slope, normal
 from densezoo.ops.launch import Table
 from densezoo.ops.registration import register
-from densezoo.ops.strips import correlate, move_on, spread, wide, widen
+from densezoo.ops.strips import correlate, fetch, move_on, repeat, spread, wide, widen
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -90,31 +90,6 @@ def _row(
 
 
 @triton.jit
-def _fetch(
-    x, image, row, left, c, height, width, channels, stride_b, stride_h, STRIDE_W: tl.constexpr, COLS: tl.constexpr,
-    CHANNELS: tl.constexpr, INDEX: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
-    """Bring a strip's row AHEAD rows on into the L2 cache, 32 bytes a thread."""
-    SECTOR: tl.constexpr = 256 // x.dtype.element_ty.primitive_bitwidth
-    if AHEAD > 0 and CHANNELS >= 32:
-        row = tl.minimum(row + AHEAD, height - 1)
-        lane = tl.arange(0, CHANNELS)[None, :]
-        column = tl.minimum(left + tl.minimum(lane % SECTOR, COLS - 1), width - 1)
-        channel = tl.minimum(c - lane + lane // SECTOR * SECTOR, channels - 1)
-        at = x + image * stride_b + row.to(INDEX) * stride_h + (column.to(INDEX) * STRIDE_W + channel)
-        asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
-        tl.inline_asm_elementwise(asm, "=r,l", [at.to(tl.int64)], tl.int32, False, 1)
-
-
-@triton.jit
-def _repeat(value, COUNT: tl.constexpr):
-    values = ()
-    for _ in tl.static_range(COUNT):
-        values = values + (value,)
-    return values
-
-
-@triton.jit
 def _write(
     values, out, row, top, bottom, left, end, channels: tl.constexpr, exist, stride, GELU: tl.constexpr,
     NARROW: tl.constexpr, COLS: tl.constexpr, FITS: tl.constexpr, INDEX: tl.constexpr,
@@ -148,13 +123,13 @@ def _forward(
     first = tl.zeros((PARTS, CHANNELS), tl.float32)
     if BIAS:
         first += tl.load(bias + c, mask=exist, other=0.0).to(tl.float32)
-    sums = _repeat(first, KERNEL * COLS)
+    sums = repeat(first, KERNEL * COLS)
     start = tl.maximum(top - REACH, start)
     stop = tl.minimum(bottom + REACH, stop)
     # The next row is under way while this one is worked on.
     ahead = _row(base, start, start, stop, left, begin, end, exist, stride_h, STRIDE_W, -REACH, COLS, FITS, INDEX)
     for y in range(start, bottom + REACH):
-        _fetch(
+        fetch(
             x, image, y, left, c, height, width, channels, stride_b, stride_h, STRIDE_W, COLS, CHANNELS, INDEX, AHEAD
         )  # fmt: skip
         new = _row(base, y + 1, start, stop, left, begin, end, exist, stride_h, STRIDE_W, -REACH, COLS, FITS, INDEX)
@@ -167,7 +142,7 @@ def _forward(
         _write(
             sums, out, row, top, bottom, left, end, channels, exist, stride, GELU, NARROW, COLS, FITS, INDEX
         )  # fmt: skip
-        sums = move_on(sums, _repeat(first, COLS), KERNEL, COLS)
+        sums = move_on(sums, repeat(first, COLS), KERNEL, COLS)
         ahead = new
 
 
@@ -217,11 +192,11 @@ def _backward(
         before += own
     taps = _taps(weight, c, exist, KERNEL, RESIDUAL, True)
     zero = tl.zeros((PARTS, CHANNELS), tl.float32)
-    sums, products, total = _repeat(zero, KERNEL * COLS), _repeat(zero, KERNEL * KERNEL), zero
+    sums, products, total = repeat(zero, KERNEL * COLS), repeat(zero, KERNEL * KERNEL), zero
     start = tl.maximum(top - REACH, start)
     stop = tl.minimum(bottom + REACH, stop)
     # Rows of the input that the first row of gradients joins; the last of them comes in the loop.
-    window = _repeat(zero, COLS)
+    window = repeat(zero, COLS)
     for i in tl.static_range(1, KERNEL):
         above = start + (i - 1 - REACH)
         numbers = _row(
@@ -234,10 +209,10 @@ def _backward(
         FITS, INDEX,
     )  # fmt: skip
     for y in range(start, bottom + REACH):
-        _fetch(
+        fetch(
             grad_out, image, y, left, c, height, width, channels, grad_b, grad_h, GRAD_W, COLS, CHANNELS, INDEX, AHEAD
         )  # fmt: skip
-        _fetch(
+        fetch(
             x, image, y + REACH, left, c, height, width, channels, stride_b, stride_h, STRIDE_W, COLS, CHANNELS, INDEX,
             AHEAD,
         )  # fmt: skip
@@ -260,7 +235,7 @@ def _backward(
         for i in tl.static_range(1, COLS):
             across += row[REACH + i]
         total += tl.where((y >= top) & (y < bottom), across, 0.0)
-        sums = move_on(sums, _repeat(zero, COLS), KERNEL, COLS)
+        sums = move_on(sums, repeat(zero, COLS), KERNEL, COLS)
     table = tl.program_id(1) * (tl.num_programs(0) // tl.cdiv(channels, CHANNELS))
     table += tl.program_id(0) // tl.cdiv(channels, CHANNELS)
     partial += table.to(tl.int64) * ((KERNEL * KERNEL + 1) * channels) + c

@@ -533,8 +533,8 @@ class _Problem:
             "INDEX": tl.int32 if max(extent, height * width * channels) < 2**31 else tl.int64,
         }
         # The shapes of the output, of the normalisers and of the bias gradient's partial tables.
-        self.out_shape = (batch, height, width, channels // 3)
-        self.lse_shape = 0 if self.is_whole else (batch, height, width, num_heads)
+        self.out_shape = (batch, height * width, channels // 3)
+        self.lse_shape = 0 if self.is_whole else (batch, height * width, num_heads)
         # Tiles are the same programs forward and backward, but for the gradient of the bias.
         name, owners = ("backward_whole", 1) if self.is_whole else ("backward_bias", tiles**2)
         groups = self._groups(name, owners * num_heads) * owners
@@ -567,10 +567,10 @@ _problem = lru_cache(maxsize=1024)(_Problem)
 
 
 def _problem_of(
-    qkv: Tensor, rel_pos_bias: Tensor | None, num_heads: int, window_size, shift, grid: bool, scale: float
+    qkv: Tensor, rel_pos_bias: Tensor | None, sides, num_heads: int, window_size, shift, grid: bool, scale: float
 ) -> tuple[_Problem, Tensor, Tensor]:
     """Return how the kernels are launched, and the inputs that they read: qkv with its channels side by side."""
-    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    qkv = (qkv if qkv.stride(-1) == 1 else qkv.contiguous()).unflatten(1, sides)
     tf32 = qkv.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     # Kernels have no use for a missing bias, but need a pointer.
     bias, strides = (qkv, None) if rel_pos_bias is None else (rel_pos_bias, rel_pos_bias.stride())
@@ -583,9 +583,9 @@ def _problem_of(
 
 def _window_attention(
     qkv: Tensor, rel_pos_bias: Tensor | None,
-    num_heads: int, window_size: list[int], shift: list[int], grid: bool, scale: float,
+    sides: list[int], num_heads: int, window_size: list[int], shift: list[int], grid: bool, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    problem, *inputs = _problem_of(qkv, rel_pos_bias, num_heads, window_size, shift, grid, scale)
+    problem, *inputs = _problem_of(qkv, rel_pos_bias, sides, num_heads, window_size, shift, grid, scale)
     out = qkv.new_empty(problem.out_shape)
     lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=qkv.device)
     if problem.is_whole:
@@ -597,9 +597,10 @@ def _window_attention(
 
 def _window_attention_backward(
     grad_out: Tensor, qkv: Tensor, rel_pos_bias: Tensor | None, out: Tensor, lse: Tensor,
-    num_heads: int, window_size: list[int], shift: list[int], grid: bool, scale: float,
+    sides: list[int], num_heads: int, window_size: list[int], shift: list[int], grid: bool, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    problem, *inputs = _problem_of(qkv, rel_pos_bias, num_heads, window_size, shift, grid, scale)
+    problem, *inputs = _problem_of(qkv, rel_pos_bias, sides, num_heads, window_size, shift, grid, scale)
+    grad_out = grad_out.unflatten(1, sides)
     # As it comes, such as a part of a map's channels, if offsets within an image fit 32 bits.
     if grad_out.stride(-1) != 1 or grad_out.stride(1) * grad_out.shape[1] >= 2**31:
         grad_out = grad_out.contiguous()
@@ -626,10 +627,10 @@ def _window_attention_backward(
     return grad_qkv, partial if rel_pos_bias is None else partial.sum(0).to(rel_pos_bias.dtype)
 
 
-def _fake(qkv, rel_pos_bias, num_heads, window_size, *options):
-    _, is_whole = _tile(qkv.shape[3] // (3 * num_heads), qkv.dtype, rel_pos_bias is not None, *window_size)
-    lse = qkv.new_empty(0 if is_whole else (*qkv.shape[:3], num_heads), dtype=torch.float32)
-    return qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3)), lse
+def _fake(qkv, rel_pos_bias, sides, num_heads, window_size, *options):
+    _, is_whole = _tile(qkv.shape[2] // (3 * num_heads), qkv.dtype, rel_pos_bias is not None, *window_size)
+    lse = qkv.new_empty(0 if is_whole else (*qkv.shape[:2], num_heads), dtype=torch.float32)
+    return qkv.new_empty((*qkv.shape[:2], qkv.shape[2] // 3)), lse
 
 
 def _fake_backward(grad_out, qkv, rel_pos_bias, *others):
@@ -639,25 +640,32 @@ def _fake_backward(grad_out, qkv, rel_pos_bias, *others):
     return qkv.new_empty(qkv.shape), grad_bias
 
 
+def _reference(qkv, rel_pos_bias, sides, *options):
+    return window_attention_reference(qkv.unflatten(1, sides), rel_pos_bias, *options).flatten(1, 2)
+
+
 _call = register(
-    "window_attention", _window_attention, _fake, _window_attention_backward, _fake_backward, window_attention_reference
-)
+    "window_attention", _window_attention, _fake, _window_attention_backward, _fake_backward, _reference
+)  # fmt: skip
 
 
 @register_flop_formula(torch.ops.densezoo.window_attention)
-def _(qkv, rel_pos_bias, num_heads, window_size, *args, **kwargs) -> int:
-    batch, height, width, channels = qkv
+def _(qkv, rel_pos_bias, sides, num_heads, window_size, *args, **kwargs) -> int:
+    batch, positions, channels = qkv
     # The products with the keys and with the values, each a multiplication and an addition.
-    return 4 * batch * height * width * (channels // 3) * window_size[0] * window_size[1]
+    return 4 * batch * positions * (channels // 3) * window_size[0] * window_size[1]
 
 
 @register_flop_formula(torch.ops.densezoo.window_attention_backward)
-def _(grad_out, qkv, rel_pos_bias, out, lse, num_heads, window_size, *args, **kwargs) -> int:
-    batch, height, width, channels = qkv
+def _(grad_out, qkv, rel_pos_bias, out, lse, sides, num_heads, window_size, *args, **kwargs) -> int:
+    batch, positions, channels = qkv
     # Five products: the scores once more, and the gradients of query, key, value and weights.
-    return 10 * batch * height * width * (channels // 3) * window_size[0] * window_size[1]
+    return 10 * batch * positions * (channels // 3) * window_size[0] * window_size[1]
 
 
 def window_attention_triton(qkv, rel_pos_bias, num_heads, window_size, shift, grid, scale) -> Tensor:
     """Compute `densezoo.ops.window_attention` with the kernels; arguments checked, one entry per axis."""
-    return _call(qkv, rel_pos_bias, num_heads, list(window_size), list(shift), grid, scale)
+    sides = qkv.shape[1:3]
+    # torch.compile would store what has four axes for the backward as it likes convolutions to, rows innermost.
+    out = _call(qkv.flatten(1, 2), rel_pos_bias, list(sides), num_heads, list(window_size), list(shift), grid, scale)
+    return out.unflatten(1, sides)

@@ -1,10 +1,13 @@
 """MaxViT beside timm's, and what timm's cannot do."""
 
+import copy
+
 import pytest
 import timm
 import torch
 from densezoo.backbones import maxvit
 from densezoo.backbones.maxvit import STYLES, VARIANTS, HalvingPool, SameConv2d, checkpoint_filter_fn
+from densezoo.ops import get_backend, set_backend
 from timm.layers import create_conv2d
 from timm.models import get_arch_pretrained_cfgs
 
@@ -18,6 +21,13 @@ MILLIONS |= dict(large_tf_224=211.8, large_tf_384=212.0, large_tf_512=212.3, xla
 MILLIONS |= dict(tiny_rw_224=29.06, nano_rw_256=15.45, pico_rw_256=7.46)
 
 SMALL = dict(embed_dim=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8), num_classes=7)
+
+
+@pytest.fixture(autouse=True)
+def restore_backend():
+    before = get_backend()
+    yield
+    set_backend(before)
 
 
 def build(name: str, **kwargs):
@@ -143,6 +153,53 @@ def test_windows_as_large_as_the_map_attend_to_all_of_it():
         torch.testing.assert_close(grid(x), block(x))
     x = torch.randn(2, 8, 9, 32)
     assert not torch.allclose(grid(x), block(x), atol=1e-3)
+
+
+def train_step(block, x):
+    leaves = [x.requires_grad_(), *block.parameters()]
+    out = block(x)
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)))
+    return [out.detach(), *(t.grad for t in leaves), *block.buffers()]
+
+
+@pytest.mark.parametrize("name", ["tiny_tf_224", "tiny_rw_224"])
+@pytest.mark.parametrize("block", [0, 1])
+@pytest.mark.parametrize("mode", ["inference", "frozen", "training"])
+def test_convolutions_with_kernels(name, block, mode):
+    model = fill(build(name, depths=(2, 1, 1, 1)))
+    conv = model.stages[0].blocks[block].conv.train(mode == "training")
+    x = torch.randn(3, 9, 6, conv.pre_norm.num_features)
+    results = []
+    for backend in ("triton", "reference"):
+        set_backend(backend)
+        each = copy.deepcopy(conv)
+        if mode == "inference":
+            with torch.no_grad():
+                results.append([each(x)])
+        else:
+            results.append(train_step(each, x.clone()))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * max(1, expected.abs().max().item()))
+
+
+@pytest.mark.gpu
+def test_convolutions_compiled(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    model = fill(build("tiny_tf_224", depths=(2, 1, 1, 1))).cuda()
+    x = torch.randn(4, 3, 75, 96, device="cuda")
+    for train in (False, True):
+        results = []
+        for compiled in (True, False):
+            set_backend("triton" if compiled else "reference")
+            each = copy.deepcopy(model).train(train)
+            run = torch.compile(each, fullgraph=True) if compiled else each
+            with torch.set_grad_enabled(train):
+                out = run(x)
+            if train:
+                out.square().mean().backward()
+            results.append([out.detach(), *(p.grad for p in each.parameters() if train), *each.buffers()])
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-3 * max(1e-3, expected.abs().max().item()))
 
 
 def test_wrong_arguments_are_named():

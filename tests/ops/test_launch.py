@@ -68,7 +68,7 @@ def test_settings_of_a_file(file, monkeypatch):
         ("{", "line 1"),
         ("[1]", "JSON object"),
         ('{"na2d": 1}', "JSON object"),
-        ('{"na3d": {}}', "got operator 'na3d', expected of agent_attention"),
+        ('{"na3d": {}}', "got operator 'na3d', expected of activated_conv"),
         ('{"na2d": {"forward 64": {"warps": 8}}}', "na2d: got 'forward 64'.*expected fields of one of 'forward 32'"),
         ('{"na2d": {"forward 32": 8}}', "na2d: got 'forward 32': 8"),
         ('{"na2d": {"forward 32": {"warps": 8, "stages": 2}}}', "forward 32: got stages 2, expected of tile"),

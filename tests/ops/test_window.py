@@ -218,10 +218,11 @@ def check_operator_contract(device):
 
     for setting in ((1, 4, 5, 1, 8, 3, 0, False), (1, 9, 8, 1, 8, (9, 8), 0, False)):
         qkv, bias = (t.to(device) for t in inputs(setting, torch.float32))
+        sides, qkv = list(qkv.shape[1:3]), qkv.flatten(1, 2)
         # As Swin passes it: turned around.
         for table in (bias.mT.contiguous().mT, None):
             leaves = [t if t is None else t.detach().requires_grad_() for t in (qkv, table)]
-            options = (1, list(pair(setting[5])), [0, 1], False, 0.3)
+            options = (sides, 1, list(pair(setting[5])), [0, 1], False, 0.3)
             torch.library.opcheck(torch.ops.densezoo.window_attention, (*leaves, *options))
             out, lse = (t.detach() for t in torch.ops.densezoo.window_attention(*leaves, *options))
             args = (torch.ones_like(out), qkv, table, out, lse)
