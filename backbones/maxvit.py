@@ -207,7 +207,8 @@ class MBConv(nn.Module):
         stride = conv.stride[0]
         padding = tuple(side % 2 for side in sides) if isinstance(conv, SameConv2d) else (1, 1)
         options = dict(stride=stride, padding=padding, act="silu" if isinstance(self.act, nn.SiLU) else "gelu_tanh")
-        tokens = x.flatten(1, 2)
+        # Of a map laid out otherwise than its gradient, PyTorch's BatchNorm gives wrong gradients on a CPU.
+        tokens = x.flatten(1, 2).contiguous()
         expand, weight = self.conv1_1x1.weight.flatten(1), conv.weight
         if torch.is_grad_enabled() or self.pre_norm.training or self.norm1.training or self.norm2.training:
             y = F.linear(_normalise(self.pre_norm, tokens), expand)
