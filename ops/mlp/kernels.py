@@ -156,12 +156,10 @@ LAUNCH = Table(
     {
         ("inference", 64): _Launch(64, 64, 4, 3, None),
         ("inference", 128): _Launch(128, 64, 8, 2, 128),
-        ("training", 64): _Launch(64, 64, 4, 3, None),
-        ("training", 128): _Launch(128, 64, 8, 2, None),
-        ("training", 256): _Launch(128, 64, 8, 2, None),
-        ("backward", 64): _BackwardLaunch(64, 32, 0, 4, 3, None),
-        ("backward", 128): _BackwardLaunch(128, 32, 0, 8, 3, None),
-        ("backward", 256): _BackwardLaunch(128, 64, 192, 8, 2, None),
+        ("training", 64): _Launch(64, 32, 4, 3, None),
+        ("training", 128): _Launch(64, 32, 4, 3, None),
+        ("backward", 64): _BackwardLaunch(64, 64, 0, 4, 2, 168),
+        ("backward", 128): _BackwardLaunch(64, 64, 192, 4, 2, None),
     },
 )
 # The interpreter takes no instructions of the GPU's own.

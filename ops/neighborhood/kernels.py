@@ -653,7 +653,7 @@ def _tiling(
     groups = triton.cdiv(batch, images)
     run = 1
     if chunks <= 2 and (dilation[1] > 1 or edge is not None):
-        run = _power(min(launch.batch // images, groups * programs // launch.programs))
+        run = _power(min(launch.batch // images, groups * programs // (2 * launch.programs), 4))
     slots = _slots(width, dilation[1], launch.tile[1], pads[1], edge or 0, cols, run)
     constants = {
         "TILE_H": launch.tile[0], "TILE_W": launch.tile[1], "ROWS": rows, "COLS": cols, "CHUNKS": chunks, "LAST": last,
