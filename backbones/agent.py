@@ -159,7 +159,10 @@ class AgentAttention(AgentBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a map of the shape of `x`."""
-        q, k, v = self.qkv(x).chunk(3, -1) if self.fused else (self.q(x), *self.kv(x).chunk(2, -1))
+        # As tokens: torch.compile would store a map that two layers take as it likes convolutions to, rows innermost.
+        sides, x = x.shape[1:3], x.flatten(1, 2)
+        parts = self.qkv(x).chunk(3, -1) if self.fused else (self.q(x), *self.kv(x).chunk(2, -1))
+        q, k, v = (part.unflatten(1, sides) for part in parts)
         return self.proj(self.attend(q, k, v) + self.dwc(v))
 
 
