@@ -75,8 +75,9 @@ def resize_tokens(
 def resize_table(table: Tensor, sizes: Mapping[int, int | torch.SymInt], mode: str = "bilinear") -> Tensor:
     """Resize axes of a learned table as F.interpolate does without aligned corners, by a product for each axis.
 
-    The gradient of a product is another one; that of F.interpolate is summed by atomics, slowly and in any order. An
-    exported graph has F.interpolate, where the size fits too, which changes nothing: views for products would bound it.
+    The gradient of a product is another one; that of F.interpolate is summed by atomics, slowly and in any order. Where
+    no gradients are wanted it is F.interpolate, and in an exported graph, there where the size fits too, which changes
+    nothing: views for products would bound it.
 
     Args:
         table: Any shape; 16-bit tables are resized in float32, under autocast too, whose dtype the gradient's products
@@ -87,7 +88,9 @@ def resize_table(table: Tensor, sizes: Mapping[int, int | torch.SymInt], mode: s
     Returns:
         A table of `table`'s dtype.
     """
-    if is_exporting():
+    if not is_exporting() and all(size == table.shape[axis] for axis, size in sizes.items()):
+        return table
+    if is_exporting() or not torch.is_grad_enabled():
         return _interpolate(table, sizes, mode)
     (x,) = widen(table)
     with without_autocast(x):
