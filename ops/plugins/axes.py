@@ -3,15 +3,19 @@
 The three axes are treated alike, so a map is P x Q x R numbers in the order of memory: channels, rows and columns, or
 rows, columns and channels.
 
-- `_reduce` reads the map once and reduces it over each axis: the forward to maximum and sum, the backward to the
-  fraction of a maximum's gradient that each of the numbers that equal it gets, and to the sum of the products with the
-  gradient, which is the gate's. What is known of P is kept in registers to the end, the rest written at every step.
+- `_reduce` reduces the map over each axis: the forward to maximum and sum, the backward to the fraction of a maximum's
+  gradient that each of the numbers that equal it gets, and to the sum of the products with the gradient, which is the
+  gate's. A program is one warp, so that nothing waits at a barrier. Some walk over a share of P with a vector of
+  positions, where all is elementwise; the others own a few planes Q x R, or a stretch of R of them, and walk over Q.
+  They read the same numbers, and those of one image follow one another, so that the second reading finds them in L2.
+- `_reduce_planes` does so for small planes, and reads the map once. A program owns a share of P of one image and walks
+  over it, some planes at a time. What is known of P is kept in registers to the end, the rest written at every step.
 - `_combine` reduces what programs know of a part of an axis, which they write in float32, always in the same order.
 - `_apply` scales: the forward the map; the backward the gradient, to which it adds what comes through the maxima and
-  means.
+  means. A program owns a tile Q x R of one image, all of a small plane, and walks over a share of P, some planes at a
+  time.
 
-A program of the first and the last owns a tile Q x R of one image and walks over a share of P, some planes at a time.
-Small maps are a single tile. A tile's axes are in the order Q, P, R, so that a warp holds several planes and a thread
+The tiles of `_reduce_planes` and `_apply` are in the order Q, P, R, so that a warp holds several planes and a thread
 all of a column, and sums over Q need no other thread's numbers.
 
 So the forward reads the map twice and writes it once, and the backward reads map and gradient twice and writes once.
@@ -31,25 +35,38 @@ from torch import Tensor
 
 
 class _Launch(NamedTuple):
-    """How a kernel is launched; the share of P is such that there are so many programs.
-
-    A single warp must not load ahead: Triton 3.6 leaves out a barrier then.
-    """
+    """How `_apply` and `_reduce_planes` are launched; the share of P is such that there are so many programs."""
 
     tile: int  # Numbers that a program holds at a time.
     warps: int
     stages: int
     programs: int = 4096
-    q: int = 64  # The most of Q in a tile.
+
+
+class _ReduceLaunch(NamedTuple):
+    """How `_reduce` is launched, on one warp, which must not load ahead: Triton 3.6 leaves out a barrier then."""
+
+    tile: int  # Numbers that a program holds at a time.
+    share: int  # Of P.
 
 
 # Measured on an H200.
 LAUNCH = {
-    "pool": _Launch(2048, 4, 1, 1024),
+    "pool": _ReduceLaunch(1024, 64),
     "scale": _Launch(2048, 4, 1),
-    "sums": _Launch(2048, 8, 1, 1024),
-    "backward": _Launch(2048, 8, 1, q=8),
+    "sums": _ReduceLaunch(512, 64),
+    "backward": _Launch(1024, 4, 1),
 }
+# With planes Q x R of at most SMALL numbers, which a tile takes whole.
+SMALL_LAUNCH = {
+    "pool": _Launch(1024, 2, 1, 1024),
+    "scale": _Launch(2048, 4, 1),
+    "sums": _Launch(1024, 2, 1, 1024),
+    "backward": _Launch(2048, 4, 1, 2048),
+}
+SMALL = 256
+# The most positions at which a program of `_reduce` walks over P, 8 a thread.
+POSITIONS = 256
 
 
 @triton.jit
@@ -59,6 +76,114 @@ def _store(out, tops, sums, inverse, place, size, exist, INVERT: tl.constexpr):
         tops = 1.0 / tl.maximum(tops, 1.0)
     tl.store(out + place, tops.to(out.dtype.element_ty), mask=exist)
     tl.store(out + size + place, (sums * inverse).to(out.dtype.element_ty), mask=exist)
+
+
+@triton.jit
+def _over_p(
+    x, grad, pool, out, piece, tiles, p_size, qr_size, share, inverse,
+    BACKWARD: tl.constexpr, INVERT: tl.constexpr, P: tl.constexpr, POSITIONS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    part, p = piece // tiles, tl.arange(0, P)
+    place = piece % tiles * POSITIONS + tl.arange(0, POSITIONS)
+    exist = place < qr_size
+    offsets = p[:, None] * qr_size + place[None, :]
+    left = tl.minimum(share, p_size - part * share)
+    x += part * share * qr_size
+    sums = tl.zeros((POSITIONS,), tl.float32)
+    if BACKWARD:
+        grad += part * share * qr_size
+        tops = tl.zeros((POSITIONS,), tl.float32)
+        top = tl.load(pool + place, mask=exist, other=0.0).to(tl.float32)
+    else:
+        tops = tl.full((POSITIONS,), float("-inf"), tl.float32)
+    for start in tl.range(0, left, P, num_stages=1):
+        # A condition that EVEN makes true is none to the compiler; what does not exist outside P may be counted.
+        real = (start + p < left)[:, None] | EVEN
+        tile = tl.load(x + offsets, mask=exist[None, :] & real, other=0.0).to(tl.float32)
+        if BACKWARD:
+            tops += tl.sum(tl.where((tile == top[None, :]) & real, 1.0, 0.0), 0)
+            tile *= tl.load(grad + offsets, mask=exist[None, :] & real, other=0.0).to(tl.float32)
+            grad += P * qr_size
+        else:
+            tops = tl.maximum(tops, tl.max(tl.where(real, tile, float("-inf")), 0))
+        sums += tl.sum(tile, 0)
+        x += P * qr_size
+    _store(out + part.to(tl.int64) * 2 * qr_size, tops, sums, inverse, place, qr_size, exist, INVERT)
+
+
+@triton.jit
+def _over_q_and_r(
+    x, grad, pool_q, pool_r, out_q, out_r, piece, p_size, q_size, r_size, inverse_q, inverse_r,
+    BACKWARD: tl.constexpr, INVERT_R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, R: tl.constexpr,
+    EVEN_P: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_R: tl.constexpr,
+):  # fmt: skip
+    r_parts = tl.cdiv(r_size, R)
+    p, q = piece // r_parts * P + tl.arange(0, P), tl.arange(0, Q)
+    r = piece % r_parts * R + tl.arange(0, R)
+    p_exist, r_exist = (p < p_size) | EVEN_P, (r < r_size) | EVEN_R
+    pr, pr_exist = p[:, None] * r_size + r[None, :], p_exist[:, None] & r_exist[None, :]
+    pq = p[:, None] * q_size + q[None, :]
+    offsets = (p[:, None] * (q_size * r_size))[:, :, None] + (q[:, None] * r_size + r[None, :])[None, :, :]
+    out_r += (piece % r_parts).to(tl.int64) * 2 * p_size * q_size
+    sums = tl.zeros((P, Q, R), tl.float32)
+    if BACKWARD:
+        tops = tl.zeros((P, Q, R), tl.float32)
+        top_q = tl.load(pool_q + pr, mask=pr_exist, other=0.0).to(tl.float32)
+    else:
+        tops = tl.full((P, Q, R), float("-inf"), tl.float32)
+    for start in tl.range(0, q_size, Q, num_stages=1):
+        q_exist = (start + q < q_size) | EVEN_Q
+        pq_exist, real = p_exist[:, None] & q_exist[None, :], q_exist[None, :, None] & r_exist[None, None, :]
+        exist = p_exist[:, None, None] & real
+        tile = tl.load(x + offsets, mask=exist, other=0.0).to(tl.float32)
+        if BACKWARD:
+            top_r = tl.load(pool_r + pq, mask=pq_exist, other=0.0).to(tl.float32)
+            product = tile * tl.load(grad + offsets, mask=exist, other=0.0).to(tl.float32)
+            tops += tl.where((tile == top_q[:, None, :]) & real, 1.0, 0.0)
+            tops_r = tl.sum(tl.where((tile == top_r[:, :, None]) & real, 1.0, 0.0), 2)
+            pool_r += Q
+            grad += Q * r_size
+        else:
+            product, tile = tile, tl.where(real, tile, float("-inf"))
+            tops, tops_r = tl.maximum(tops, tile), tl.max(tile, 2)
+        sums += product
+        _store(out_r, tops_r, tl.sum(product, 2), inverse_r, pq, p_size * q_size, pq_exist, INVERT_R)
+        out_r += Q
+        x += Q * r_size
+    tops = tl.sum(tops, 1) if BACKWARD else tl.max(tops, 1)
+    _store(out_q, tops, tl.sum(sums, 1), inverse_q, pr, p_size * r_size, pr_exist, BACKWARD)
+
+
+@triton.jit(do_not_specialize=["share"])
+def _reduce(
+    x, grad, pool_p, pool_q, pool_r, out_p, out_q, out_r, p_size, q_size, r_units, qr_units, share,
+    inverse_p, inverse_q, inverse_r,
+    BACKWARD: tl.constexpr, INVERT_P: tl.constexpr, INVERT_R: tl.constexpr, UNIT: tl.constexpr, QR_UNIT: tl.constexpr,
+    WALK: tl.constexpr, POSITIONS: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, R: tl.constexpr,
+    EVEN_WALK: tl.constexpr, EVEN_P: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_R: tl.constexpr,
+):  # fmt: skip
+    # Multiples of the units in the compiler's eyes: so many numbers are read at once.
+    r_size, qr_size = r_units * UNIT, qr_units * QR_UNIT
+    tiles, p_parts, r_parts = tl.cdiv(qr_size, POSITIONS), tl.cdiv(p_size, share), tl.cdiv(r_size, R)
+    walks, qp_size, pr_size = tiles * p_parts, p_size * q_size, p_size * r_size
+    programs = walks + tl.cdiv(p_size, P) * r_parts
+    image, piece = (tl.program_id(0) // programs).to(tl.int64), tl.program_id(0) % programs
+    x += image * p_size * qr_size
+    if BACKWARD:
+        grad += image * p_size * qr_size
+        pool_p += image * 2 * qr_size
+        pool_q += image * 2 * pr_size
+        pool_r += image * 2 * qp_size
+    if piece < walks:
+        _over_p(
+            x, grad, pool_p, out_p + image * p_parts * 2 * qr_size, piece, tiles, p_size, qr_size, share, inverse_p,
+            BACKWARD, INVERT_P, WALK, POSITIONS, EVEN_WALK,
+        )  # fmt: skip
+    else:
+        _over_q_and_r(
+            x, grad, pool_q, pool_r, out_q + image * 2 * pr_size, out_r + image * r_parts * 2 * qp_size, piece - walks,
+            p_size, q_size, r_size, inverse_q, inverse_r, BACKWARD, INVERT_R, P, Q, R, EVEN_P, EVEN_Q, EVEN_R,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -72,28 +197,25 @@ def _piece(p_size, q_size, r_size, share, P: tl.constexpr, Q: tl.constexpr, R: t
 
 
 @triton.jit(do_not_specialize=["share"])
-def _reduce(
+def _reduce_planes(
     x, grad, pool_p, pool_q, pool_r, out_p, out_q, out_r, p_size, q_size, r_units, share,
     inverse_p, inverse_q, inverse_r,
-    BACKWARD: tl.constexpr, INVERT_P: tl.constexpr, INVERT_Q: tl.constexpr, INVERT_R: tl.constexpr,
-    P: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, UNIT: tl.constexpr,
-    EVEN_P: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_R: tl.constexpr, STAGES: tl.constexpr,
+    BACKWARD: tl.constexpr, INVERT_P: tl.constexpr, INVERT_R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
+    R: tl.constexpr, UNIT: tl.constexpr, EVEN_P: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_R: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    # A multiple of UNIT in the compiler's eyes: so many numbers are read at once.
     r_size = r_units * UNIT
-    image, tiles, part, p, q, r = _piece(p_size, q_size, r_size, share, P, Q, R)
+    image, parts, part, p, q, r = _piece(p_size, q_size, r_size, share, P, Q, R)
     first = part[2] * share
     left = tl.minimum(share, p_size - first)
     qp_size, pr_size, qr_size = p_size * q_size, p_size * r_size, q_size * r_size
-    # A condition that EVEN makes true is none to the compiler.
     q_exist, r_exist = (q < q_size) | EVEN_Q, (r < r_size) | EVEN_R
     qr, qr_exist = q[:, None] * r_size + r[None, :], q_exist[:, None] & r_exist[None, :]
     pr, qp = (first + p)[:, None] * r_size + r[None, :], q[:, None] + (first + p)[None, :] * q_size
     offsets = qr[:, None, :] + (p * qr_size)[None, :, None]
     x += image * p_size * qr_size + first * qr_size
-    out_p += (image * tiles[2] + part[2]) * 2 * qr_size
-    out_q += (image * tiles[1] + part[1]) * 2 * pr_size
-    out_r += (image * tiles[0] + part[0]) * 2 * qp_size
+    out_p += (image * parts[2] + part[2]) * 2 * qr_size
+    out_q, out_r = out_q + image * 2 * pr_size, out_r + image * 2 * qp_size
     sums = tl.zeros((Q, P, R), tl.float32)
     if BACKWARD:
         grad += image * p_size * qr_size + first * qr_size
@@ -120,7 +242,7 @@ def _reduce(
         else:
             tops, tops_q, tops_r = tl.maximum(tops, tile), tl.max(tile, 0), tl.max(tile, 2)
         sums += product
-        _store(out_q, tops_q, tl.sum(product, 0), inverse_q, pr, pr_size, pr_exist, INVERT_Q)
+        _store(out_q, tops_q, tl.sum(product, 0), inverse_q, pr, pr_size, pr_exist, BACKWARD)
         _store(out_r, tops_r, tl.sum(product, 2), inverse_r, qp, qp_size, qp_exist, INVERT_R)
         x, pr, qp = x + P * qr_size, pr + P * r_size, qp + P * q_size
     tops = tl.sum(tops, 1) if BACKWARD else tl.max(tops, 1)
@@ -246,21 +368,51 @@ def _maps(x: Tensor, channels: int) -> list[list[int]]:
     return [[batch, channels, *sizes[:axis], *sizes[axis + 1 :]] for axis in range(3)]
 
 
-def _tiling(x: Tensor, launch: _Launch) -> tuple[int, tuple[int, int, int], list[int], dict]:
+def _plane(x: Tensor) -> int:
+    """Return the numbers of a plane Q x R of x as a tile takes it, its sides powers of 2."""
+    return triton.next_power_of_2(x.shape[2]) * triton.next_power_of_2(x.shape[3])
+
+
+def _evens(x: Tensor, *tile: int) -> dict:
+    return {f"EVEN_{axis}": size % n == 0 for axis, size, n in zip("PQR", x.shape[1:], tile, strict=True)}
+
+
+def _tiling(x: Tensor, kind: str) -> tuple[int, tuple[int, int, int], list[int], dict]:
     """Return the number of programs, the parts of each axis, the kernels' sizes, and their constants."""
-    batch, p_size, q_size, r_size = x.shape
+    is_small, (batch, p_size, q_size, r_size) = _plane(x) <= SMALL, x.shape
+    launch = (SMALL_LAUNCH if is_small else LAUNCH)[kind]
     p_most, q_most, r_most = (triton.next_power_of_2(size) for size in (p_size, q_size, r_size))
-    q_tile = min(launch.q, q_most, launch.tile // min(64, r_most))
+    q_tile = q_most if is_small else min(q_most, max(1, launch.tile // 256))
     r_tile = min(r_most, launch.tile // q_tile)
     p_tile = min(p_most, launch.tile // (q_tile * r_tile))
     down, across = triton.cdiv(q_size, q_tile), triton.cdiv(r_size, r_tile)
     shares = max(1, launch.programs // (batch * down * across))
     share = triton.cdiv(triton.cdiv(p_size, shares), p_tile) * p_tile
     parts, unit = (triton.cdiv(p_size, share), down, across), _unit(r_size)
-    constants = {"P": p_tile, "Q": q_tile, "R": r_tile, "UNIT": unit, "EVEN_P": p_size % p_tile == 0}
-    constants |= {"EVEN_Q": q_size % q_tile == 0, "EVEN_R": r_size % r_tile == 0}
+    constants = {"P": p_tile, "Q": q_tile, "R": r_tile, "UNIT": unit, **_evens(x, p_tile, q_tile, r_tile)}
     constants |= {"STAGES": launch.stages, "num_warps": launch.warps}
     return batch * math.prod(parts), parts, [p_size, q_size, r_size // unit, share], constants
+
+
+def _walks(x: Tensor, kind: str) -> tuple[int, tuple[int, int, int], list[int], dict]:
+    """Return the same for `_reduce`."""
+    (batch, p_size, q_size, r_size), launch = x.shape, LAUNCH[kind]
+    positions = min(POSITIONS, triton.next_power_of_2(q_size * r_size))
+    walk = launch.tile // positions
+    r_tile = min(launch.tile, triton.next_power_of_2(r_size))
+    q_tile = min(launch.tile // r_tile, triton.next_power_of_2(q_size))
+    if q_size % q_tile and q_size % (q_tile // 2) == 0:
+        q_tile //= 2
+    p_tile = min(launch.tile // (q_tile * r_tile), triton.next_power_of_2(p_size))
+    share = min(launch.share, triton.next_power_of_2(p_size))
+    parts = triton.cdiv(p_size, share), 1, triton.cdiv(r_size, r_tile)
+    programs = triton.cdiv(q_size * r_size, positions) * parts[0] + triton.cdiv(p_size, p_tile) * parts[2]
+    unit, qr_unit = _unit(r_size), _unit(q_size * r_size)
+    constants = {"WALK": walk, "POSITIONS": positions, "EVEN_WALK": share % walk == 0 and p_size % share % walk == 0}
+    constants |= {"P": p_tile, "Q": q_tile, "R": r_tile, "UNIT": unit, "QR_UNIT": qr_unit}
+    constants |= {"num_warps": 1, "num_stages": 1}
+    sizes = [p_size, q_size, r_size // unit, q_size * r_size // qr_unit, share]
+    return batch * programs, parts, sizes, constants | _evens(x, p_tile, q_tile, r_tile)
 
 
 def _partial(x: Tensor, parts: int, *shape: int) -> Tensor:
@@ -281,17 +433,19 @@ def _combined(x: Tensor, partial: Tensor, inverse: float, backward: bool) -> Ten
 
 def _reductions(x: Tensor, grad: Tensor | None, pools: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
     backward = grad is not None
-    programs, parts, sizes, constants = _tiling(x, LAUNCH["sums" if backward else "pool"])
+    # The smallest planes `_reduce` takes faster, several at a time.
+    kernel, tiling = (_reduce_planes, _tiling) if 64 < _plane(x) <= SMALL else (_reduce, _walks)
+    programs, parts, sizes, constants = tiling(x, "sums" if backward else "pool")
     outs = [_partial(x, n, *shape[1:]) for n, shape in zip(parts, _maps(x, 2), strict=True)]
     inverses = [1.0 if backward else 1 / size for size in x.shape[1:]]
     early = [inverse if n == 1 else 1.0 for inverse, n in zip(inverses, parts, strict=True)]
-    inverts = {f"INVERT_{axis}": backward and n == 1 for axis, n in zip("PQR", parts, strict=True)}
-    _reduce[(programs,)](x, grad, *pools, *outs, *sizes, *early, BACKWARD=backward, **inverts, **constants)
+    inverts = {"INVERT_P": backward and parts[0] == 1, "INVERT_R": backward and parts[2] == 1}
+    kernel[(programs,)](x, grad, *pools, *outs, *sizes, *early, BACKWARD=backward, **inverts, **constants)
     return tuple(_combined(x, out, inverse, backward) for out, inverse in zip(outs, inverses, strict=True))
 
 
-def _launch_apply(launch: _Launch, x: Tensor, grad: Tensor | None, *maps: Tensor | None) -> Tensor:
-    out, (programs, _, sizes, constants) = torch.empty_like(x), _tiling(x, launch)
+def _launch_apply(kind: str, x: Tensor, grad: Tensor | None, *maps: Tensor | None) -> Tensor:
+    out, (programs, _, sizes, constants) = torch.empty_like(x), _tiling(x, kind)
     inverses = [1 / size for size in x.shape[1:]]
     _apply[(programs,)](x, grad, out, *maps, *sizes, *inverses, BACKWARD=grad is not None, **constants)
     return out
@@ -304,7 +458,7 @@ def _pool_axes(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _gate_axes(x: Tensor, gates: Sequence[Tensor]) -> Tensor:
     x = x.contiguous()
     maps = *(gate.contiguous() for gate in gates), *[None] * 9
-    return _launch_apply(LAUNCH["scale"], x, None, *maps)
+    return _launch_apply("scale", x, None, *maps)
 
 
 def _gate_axes_sums(grad_out: Tensor, x: Tensor, pools: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -317,7 +471,7 @@ def _gate_axes_backward(
 ) -> Tensor:  # fmt: skip
     x = x.contiguous()
     maps = [t.contiguous() for t in (*gates, *pools, *fractions, *grad_pools)]
-    return _launch_apply(LAUNCH["backward"], x, grad_out.contiguous(), *maps)
+    return _launch_apply("backward", x, grad_out.contiguous(), *maps)
 
 
 def _register(function: Callable, fake: Callable) -> Callable:

@@ -45,12 +45,13 @@ class _Launch(NamedTuple):
 
 # Measured on an H200.
 LAUNCH = {
-    "pool_columns": _Launch(4096, 256, 4, 1, 2048),
-    "pool_rows": _Launch(4096, 256, 4, 1),
-    "scale": _Launch(2048, 256, 4, 1, 16384),
+    "pool_columns": _Launch(2048, 256, 4, 3, 1024),
+    "pool_rows": _Launch(2048, 256, 4, 1),
+    "scale": _Launch(4096, 256, 4, 1, 16384),
     "sums": _Launch(512, 256, 1, 1, 8192),
-    "through_maps": _Launch(512, 256, 1, 1, 8192),
-    "backward": _Launch(2048, 256, 8, 1, 8192),
+    "narrow_sums": _Launch(1024, 256, 1, 1),
+    "through_maps": _Launch(512, 256, 1, 1),
+    "backward": _Launch(1024, 256, 4, 1),
 }
 
 
@@ -334,7 +335,9 @@ def _gate_twice_sums(
     grad_out: Tensor, x: Tensor, channel: Tensor, position: Tensor, pool: Tensor, maps: Tensor, first: bool
 ) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
-    parts, tiles, sizes, constants = _tiling(x, LAUNCH["sums"])
+    # A tile that holds all columns, and not few, is worth more rows.
+    launch = LAUNCH["narrow_sums" if 128 < x.shape[2] < 256 else "sums"]
+    parts, tiles, sizes, constants = _tiling(x, launch)
     pairs = (channel, position), (pool, maps)
     sides = [t.contiguous() for pair in pairs for t in (pair if first else pair[::-1])]
     outs = _partial(x, tiles, 2, x.shape[1]), _partial(x, parts, 2, x.shape[2])

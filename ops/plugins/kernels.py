@@ -4,6 +4,9 @@ With so few channels tensor cores have too little to share, but for this: COLUMN
 numbers of each row about it, so that each row of taps is a product with a banded matrix WINDOW x COLUMNS, whose
 diagonals hold the taps.
 
+A map of at most COLUMNS columns is all of a window, and the more rows there are, the fuller is a product. So one of as
+few rows but more columns, WIDE, is convolved as its transpose, read where it lies, with the transposed weight.
+
 - `_conv`: a program owns ROWS rows of COLUMNS numbers, of all channels. The forward has two channels in and one out,
   and the windows of both side by side; the gradient of the input one in and two out, with the weights turned by 180
   degrees.
@@ -23,8 +26,19 @@ from torch.utils.flop_counter import register_flop_formula
 
 # The most rows and the columns of a program, its warps, its loads ahead from 2, and the programs over which weights'
 # gradients are shared out.
-ROWS, COLUMNS, WARPS, STAGES, PROGRAMS = 128, 16, 4, 1, 512
+ROWS, COLUMNS, WARPS, STAGES, PROGRAMS = 128, 16, 4, 1, 1024
 _COLUMNS = tl.constexpr(COLUMNS)
+
+
+@triton.jit
+def _sizes(lines, line_units, WIDE: tl.constexpr, UNIT: tl.constexpr):
+    """Height and width of a map that is so many lines in memory, and the distances of its rows and columns."""
+    # A multiple of UNIT in the compiler's eyes: so many numbers are read at once.
+    line = line_units * UNIT
+    if WIDE:
+        return line, lines, 1, line
+    else:
+        return lines, line, line, 1
 
 
 @triton.jit
@@ -36,22 +50,22 @@ def _place(piece, height, width, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _tile(x, row, first, height, width, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
+def _tile(x, row, first, height, width, to_row, to_column, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
     """Numbers of some rows and, from the first, of WIDTH columns of all channels of a map, zeros outside it."""
     place = tl.arange(0, CHANNELS * WIDTH)
     channel, column = place // WIDTH, first + place % WIDTH
     exist = ((row >= 0) & (row < height))[:, None] & ((column >= 0) & (column < width))[None, :]
-    return tl.load(x + (row * width)[:, None] + (channel * height * width + column)[None, :], mask=exist, other=0.0)
+    place = (row * to_row)[:, None] + (channel * height * width + column * to_column)[None, :]
+    return tl.load(x + place, mask=exist, other=0.0)
 
 
 @triton.jit
 def _conv(
-    x, weight, out, height, width_units, weight_channel, weight_row, weight_column,
-    IN: tl.constexpr, OUT: tl.constexpr, TURNED: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
-    WINDOW: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
+    x, weight, out, lines, line_units, weight_channel, weight_row, weight_column,
+    IN: tl.constexpr, OUT: tl.constexpr, TURNED: tl.constexpr, WIDE: tl.constexpr, SIZE: tl.constexpr,
+    ROWS: tl.constexpr, WINDOW: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    # A multiple of UNIT in the compiler's eyes: so many numbers are read at once.
-    width = width_units * UNIT
+    height, width, to_row, to_column = _sizes(lines, line_units, WIDE, UNIT)
     image, row, column = _place(tl.program_id(0), height, width, ROWS)
     n, k = tl.arange(0, OUT * _COLUMNS), tl.arange(0, IN * WINDOW)
     beyond, channel = (WINDOW - _COLUMNS) // 2, (k // WINDOW)[:, None] + (n // _COLUMNS)[None, :]
@@ -61,27 +75,32 @@ def _conv(
     x += image * IN * height * width
     sums = tl.zeros((ROWS, OUT * _COLUMNS), tl.float32)
     for i in tl.range(0, SIZE, num_stages=STAGES):
-        window = _tile(x, row + (i - SIZE // 2), column - beyond, height, width, IN, WINDOW)
+        window = _tile(
+            x, row + (i - SIZE // 2), column - beyond, height, width, to_row, to_column, IN, WINDOW
+        )  # fmt: skip
         band = tl.load(weight + (SIZE - 1 - i if TURNED else i) * weight_row, mask=in_band, other=0.0)
         sums = tl.dot(window, band.to(window.dtype), sums, input_precision="tf32x3")
     column += n % _COLUMNS
-    place = (row * width)[:, None] + (n // _COLUMNS * height * width + column)[None, :]
+    place = (row * to_row)[:, None] + (n // _COLUMNS * height * width + column * to_column)[None, :]
     exist = (row < height)[:, None] & (column < width)[None, :]
     tl.store(out + image * OUT * height * width + place, sums.to(out.dtype.element_ty), mask=exist)
 
 
 @triton.jit(do_not_specialize=["pieces"])
 def _weight_gradient(
-    x, grad_out, partial, pieces, height, width_units,
-    SIZE: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
+    x, grad_out, partial, pieces, lines, line_units,
+    WIDE: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr, UNIT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    width, i = width_units * UNIT, tl.program_id(0)
+    height, width, to_row, to_column = _sizes(lines, line_units, WIDE, UNIT)
+    i = tl.program_id(0)
     sums = tl.zeros((2 * WINDOW, _COLUMNS), tl.float32)
     for piece in tl.range(tl.program_id(1), pieces, tl.num_programs(1), num_stages=STAGES):
         image, row, column = _place(piece, height, width, ROWS)
-        grad = _tile(grad_out + image * height * width, row, column, height, width, 1, _COLUMNS)
-        first = column - (WINDOW - _COLUMNS) // 2
-        window = _tile(x + image * 2 * height * width, row + (i - SIZE // 2), first, height, width, 2, WINDOW)
+        grad_out_image, x_image = grad_out + image * height * width, x + image * 2 * height * width
+        grad = _tile(grad_out_image, row, column, height, width, to_row, to_column, 1, _COLUMNS)
+        row, column = row + (i - SIZE // 2), column - (WINDOW - _COLUMNS) // 2
+        window = _tile(x_image, row, column, height, width, to_row, to_column, 2, WINDOW)
         sums = tl.dot(tl.trans(window), grad, sums, input_precision="tf32x3")
     partial += (tl.program_id(1) * SIZE + i) * 2 * WINDOW * _COLUMNS
     k, n = tl.arange(0, 2 * WINDOW), tl.arange(0, _COLUMNS)
@@ -89,7 +108,9 @@ def _weight_gradient(
 
 
 @triton.jit(do_not_specialize=["shares"])
-def _diagonals(partial, out, shares, SIZE: tl.constexpr, WINDOW: tl.constexpr, SHARES: tl.constexpr):
+def _diagonals(
+    partial, out, shares, out_row, out_column, SIZE: tl.constexpr, WINDOW: tl.constexpr, SHARES: tl.constexpr
+):  # fmt: skip
     channel, i, j = tl.program_id(0) // SIZE // SIZE, tl.program_id(0) // SIZE % SIZE, tl.program_id(0) % SIZE
     share, n = tl.arange(0, SHARES), tl.arange(0, _COLUMNS)
     k = n + (WINDOW - _COLUMNS) // 2 + j - SIZE // 2
@@ -99,41 +120,52 @@ def _diagonals(partial, out, shares, SIZE: tl.constexpr, WINDOW: tl.constexpr, S
     for start in range(0, shares, SHARES):
         offsets = (start + share)[:, None] * (SIZE * 2 * WINDOW * _COLUMNS) + place[None, :]
         sums += tl.load(partial + offsets, mask=in_window & (start + share < shares)[:, None], other=0.0)
-    tl.store(out + tl.program_id(0), tl.sum(tl.sum(sums, 1), 0).to(out.dtype.element_ty))
+    out += channel * SIZE * SIZE + i * out_row + j * out_column
+    tl.store(out, tl.sum(tl.sum(sums, 1), 0).to(out.dtype.element_ty))
+
+
+def _is_wide(height: int, width: int) -> bool:
+    return height <= COLUMNS < width
+
+
+def _strides(weight: Tensor, wide: bool) -> list[int]:
+    """Return the distances of a weight's rows and of its columns, of the transpose for a wide map."""
+    return [*(weight.mT if wide else weight).stride()[2:]]
 
 
 def _tiling(x: Tensor, weight: Tensor) -> tuple[int, list[int], dict]:
     """Return the number of pieces of maps (B, ..., H, W), the kernels' sizes, and their constants."""
-    batch, _, height, width = x.shape
-    size, unit = weight.shape[-1], next(n for n in (8, 4, 2, 1) if width % n == 0)
+    batch, _, lines, line = x.shape
+    size, unit, wide = weight.shape[-1], next(n for n in (8, 4, 2, 1) if line % n == 0), _is_wide(lines, line)
+    height, width = (line, lines) if wide else (lines, line)
     rows = min(ROWS, max(16, triton.next_power_of_2(height)))
     # A map of a piece's columns is all of the window.
     window = COLUMNS if width <= COLUMNS else triton.next_power_of_2(COLUMNS + 2 * max(8, size // 2))
-    constants = {"SIZE": size, "ROWS": rows, "WINDOW": window, "UNIT": unit, "STAGES": STAGES, "num_warps": WARPS}
-    return batch * triton.cdiv(height, rows) * triton.cdiv(width, COLUMNS), [height, width // unit], constants
+    constants = {"WIDE": wide, "SIZE": size, "ROWS": rows, "WINDOW": window, "UNIT": unit}
+    constants |= {"STAGES": STAGES, "num_warps": WARPS}
+    return batch * triton.cdiv(height, rows) * triton.cdiv(width, COLUMNS), [lines, line // unit], constants
 
 
 def _map_conv(x: Tensor, weight: Tensor) -> Tensor:
     batch, channels, height, width = x.shape
     out, (pieces, sizes, constants) = x.new_empty(batch, 1, height, width), _tiling(x, weight)
-    _conv[(pieces,)](
-        x.contiguous(), weight, out, *sizes, *weight.stride()[1:], IN=channels, OUT=1, TURNED=False, **constants
-    )
+    strides = weight.stride(1), *_strides(weight, constants["WIDE"])
+    _conv[(pieces,)](x.contiguous(), weight, out, *sizes, *strides, IN=channels, OUT=1, TURNED=False, **constants)
     return out
 
 
 def _map_conv_backward(grad_out: Tensor, x: Tensor, weight: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     x, grad_out, (pieces, sizes, constants) = x.contiguous(), grad_out.contiguous(), _tiling(x, weight)
-    grad_x, channels = torch.empty_like(x), x.shape[1]
-    _conv[(pieces,)](
-        grad_out, weight, grad_x, *sizes, *weight.stride()[1:], IN=1, OUT=channels, TURNED=True, **constants
-    )
+    grad_x, channels, wide = torch.empty_like(x), x.shape[1], constants["WIDE"]
+    strides = weight.stride(1), *_strides(weight, wide)
+    _conv[(pieces,)](grad_out, weight, grad_x, *sizes, *strides, IN=1, OUT=channels, TURNED=True, **constants)
     size, window = constants["SIZE"], constants["WINDOW"]
     shares = min(triton.cdiv(PROGRAMS, size), pieces)
     partial = x.new_empty(shares, size, channels * window, COLUMNS, dtype=torch.float32)
     _weight_gradient[(size, shares)](x, grad_out, partial, pieces, *sizes, **constants)
     grad_weight = weight.new_empty(weight.shape)
-    _diagonals[(weight.numel(),)](partial, grad_weight, shares, SIZE=size, WINDOW=window, SHARES=64)
+    strides = _strides(grad_weight, wide)
+    _diagonals[(weight.numel(),)](partial, grad_weight, shares, *strides, SIZE=size, WINDOW=window, SHARES=64)
     return grad_x, grad_weight
 
 

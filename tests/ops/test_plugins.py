@@ -319,7 +319,7 @@ def test_map_norm(turned):
 
 
 # Of one tile and of several along each axis, and sizes that fill none.
-GATED = [(2, 5, 7, 9), (1, 70, 6, 8), (2, 3, 70, 67), (3, 8, 5, 1), (1, 1, 1, 6), (1, 66, 3, 4)]
+GATED = [(2, 5, 7, 9), (1, 70, 6, 8), (2, 3, 70, 67), (3, 8, 5, 1), (1, 1, 1, 6), (1, 66, 3, 4), (1, 21, 12, 10)]
 GPU_GATED = [(128, 256, 56, 56), (128, 1024, 14, 14), (2, 512, 7, 7), (2, 256, 200, 304), (256, 64, 7, 7)]
 layouts = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 
@@ -355,14 +355,19 @@ def gated_results(shape, layout, dtype, device, through_kernels):
 
 
 @layouts
+@pytest.mark.parametrize("small", [0, 256], ids=["large", "small"])
 @pytest.mark.parametrize("shape", GATED, ids=str)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU, in the tests below")
-def test_gate_axes_interpreted(shape, layout, nan_filled_memory, monkeypatch):
+def test_gate_axes_interpreted(shape, small, layout, nan_filled_memory, monkeypatch):
     from densezoo.ops.plugins import axes
 
     # Tiles of several steps, and of several parts along each axis.
     tile = 64 if max(shape) < 16 else 4096
-    monkeypatch.setattr(axes, "LAUNCH", dict.fromkeys(axes.LAUNCH, axes._Launch(tile, 4, 1, 4)))
+    apply, reduce = axes._Launch(tile, 4, 1, 4), axes._ReduceLaunch(tile, 32)
+    monkeypatch.setattr(axes, "LAUNCH", {"pool": reduce, "scale": apply, "sums": reduce, "backward": apply})
+    monkeypatch.setattr(axes, "SMALL_LAUNCH", dict.fromkeys(axes.LAUNCH, axes._Launch(512, 4, 1, 4)))
+    monkeypatch.setattr(axes, "SMALL", small)
+    monkeypatch.setattr(axes, "POSITIONS", tile // 2)
     got, expected = (gated_results(shape, layout, torch.float32, "cpu", way) for way in (True, False))
     assert worst_error(got, expected) < 1e-6
 
