@@ -113,8 +113,8 @@ def batch_norm_affine(norm: nn.BatchNorm2d, tokens: Tensor) -> tuple[Tensor, Ten
         mean, rstd = _Statistics.apply(tokens, mean, rstd)
     else:
         mean, rstd = norm.running_mean, (norm.running_var + norm.eps).rsqrt()
-    scale = norm.weight * rstd
-    return scale, norm.bias - mean * scale
+    # Not by the scale: Triton 3.6 fails on what torch.compile makes of that next to the statistics' own reduction.
+    return norm.weight * rstd, norm.bias - norm.weight * (mean * rstd)
 
 
 class _Statistics(torch.autograd.Function):
