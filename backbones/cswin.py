@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from densezoo.backbones.nat import spread_drop_path
-from densezoo.backbones.staged import Blocks, StagedBackbone, check_per_stage, init_weights, square_side
+from densezoo.backbones.staged import Blocks, StagedBackbone, check_per_stage, convolve, init_weights, square_side
 from densezoo.ops import window_attention
 from densezoo.ops.depthwise import DepthwiseConv
 from densezoo.ops.mlp import Mlp
@@ -42,11 +42,6 @@ class LePEAttention(nn.Module):
         window = tuple(side or size for side, size in zip(self.window_size, qkv.shape[1:3], strict=True))
         y = window_attention(qkv, num_heads=self.num_heads, window_size=window)
         return y + self.get_v(qkv.chunk(3, -1)[2])
-
-
-def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Apply a convolution to a map (B, H, W, C)."""
-    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class CSwinBlock(nn.Module):

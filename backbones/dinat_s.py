@@ -18,7 +18,7 @@ from densezoo.backbones.nat import (
 )
 from densezoo.backbones.staged import (
     StagedBackbone,
-    convolve_patches,
+    convolve,
     init_weights,
     pad_to_multiple,
     pretrained_filter,
@@ -41,7 +41,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the map."""
-        return self.norm(convolve_patches(self.proj, pad_to_multiple(x.permute(0, 2, 3, 1), self.size)))
+        return self.norm(convolve(self.proj, pad_to_multiple(x.permute(0, 2, 3, 1), self.size)))
 
 
 class PatchMerging(nn.Module):

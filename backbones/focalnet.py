@@ -17,7 +17,7 @@ from densezoo.backbones.staged import (
     Blocks,
     StagedBackbone,
     check_per_stage,
-    convolve_patches,
+    convolve,
     init_weights,
     pad_to_multiple,
     pretrained_filter,
@@ -143,7 +143,7 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the map."""
         x = pad_to_multiple(x.permute(0, 2, 3, 1), self.proj.stride[0])
-        return self.norm(convolve_patches(self.proj, x))
+        return self.norm(convolve(self.proj, x))
 
 
 class FocalNet(StagedBackbone):

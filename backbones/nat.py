@@ -12,6 +12,7 @@ import torch
 from densezoo.backbones.staged import (
     Blocks,
     StagedBackbone,
+    convolve,
     crop_map,
     init_weights,
     pad_map,
@@ -101,7 +102,9 @@ class ConvTokenizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the map."""
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        first, second = self.proj
+        x = second(convolve(first, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+        return self.norm(x.permute(0, 2, 3, 1))
 
 
 class ConvDownsampler(nn.Module):

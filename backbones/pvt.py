@@ -11,6 +11,7 @@ from densezoo.backbones.staged import (
     StagedBackbone,
     check_out_norms,
     check_per_stage,
+    convolve,
     init_weights,
     resize_tokens,
     square_side,
@@ -39,7 +40,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the map."""
-        return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return self.norm(convolve(self.proj, x))
 
 
 class ConvMlp(nn.Module):

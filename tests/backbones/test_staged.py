@@ -2,18 +2,23 @@
 
 import pytest
 import torch
-from densezoo.backbones.staged import convolve_patches
+from densezoo.backbones.staged import convolve
 from torch import nn
 
 
-@pytest.mark.parametrize("channels, size, dynamic", [(3, 4, False), (3, 4, True), (8, 2, False)])
-def test_patches_in_a_compiled_graph_are_the_convolution(channels, size, dynamic):
-    conv = nn.Conv2d(channels, 6, size, stride=size).double()
-    compiled = torch.compile(convolve_patches, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    for shape in ((2, 3 * size, 5 * size), (1, 4 * size, 2 * size)):
+@pytest.mark.parametrize(
+    "channels, size, stride, dynamic",
+    [(3, 4, 4, False), (3, 4, 4, True), (3, 3, 2, False), (3, 7, 4, True), (4, 7, 4, False), (8, 2, 2, False)],
+)
+def test_convolutions_of_images_in_a_compiled_graph(channels, size, stride, dynamic):
+    torch._dynamo.reset()
+    padding = size // 2 if size > stride else 0
+    conv = nn.Conv2d(channels, 6, size, stride, padding, bias=size != 3).double()
+    compiled = torch.compile(convolve, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for shape in ((2, 3 * stride, 5 * stride), (1, 17, 22)):
         x = torch.randn(*shape, channels, dtype=torch.float64)
         results = []
-        for function in (convolve_patches, compiled):
+        for function in (convolve, compiled):
             out = function(conv, x)
             results.append([out, *torch.autograd.grad(out.square().sum(), conv.parameters())])
         torch.testing.assert_close(*results)
