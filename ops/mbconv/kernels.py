@@ -370,10 +370,12 @@ class _Problem:
         self.tables = groups * self.pieces
         self.grid = (groups * blocks, self.pieces)
         linear, cubic = ACTS[act]
+        # An odd side without zeros before it lacks the last column of the last strip.
+        fits = width % cols == 0 and (stride == 1 or sides[1] % 2 == 0 or padding[1] == 1)
         self.constants = {
             "channels": channels, "STRIDE": stride, "PAD_H": padding[0], "PAD_W": padding[1], "LINEAR": linear,
             "CUBIC": cubic, "NARROW": HAS_PTX and dtype == torch.bfloat16, "COLS": cols, "PARTS": parts,
-            "CHANNELS": block, "FITS": width % cols == 0,
+            "CHANNELS": block, "FITS": fits,
             # 32-bit offsets within an image halve the registers of addresses; images themselves are 64 bits apart.
             "INDEX": tl.int32 if sides[0] * sides[1] * channels < 2**30 else tl.int64,
             "AHEAD": launch.ahead if HAS_PTX else 0, "num_warps": launch.warps, "num_stages": 1,

@@ -82,6 +82,7 @@ def test_wrong_arguments(change, message):
 
 # Whole and cut strips, pieces of rows, odd and even sides, both ways of padding.
 CASES = [
+    ((1, 7, 9, 20), dict(stride=2, padding=(0, 0))),
     ((2, 9, 8, 12), {}),
     ((1, 15, 7, 8), {"act": "silu"}),
     ((2, 16, 14, 8), {"stride": 2, "padding": (0, 0)}),
