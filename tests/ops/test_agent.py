@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from densezoo.ops import agent_attention, get_backend, set_backend
+from densezoo.ops import agent_attention, set_backend
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -11,13 +11,6 @@ cuda = torch.cuda.is_available()
 # batch, tokens, agents, heads, dim, biased
 SETTINGS = [(2, 30, 9, 3, 8, True), (1, 50, 49, 1, 16, True), (2, 7, 16, 2, 5, True), (3, 12, 4, 2, 8, False)]
 BIASES = ("aggregation_bias", "broadcast_bias")
-
-
-@pytest.fixture(autouse=True)
-def restore_backend():
-    before = get_backend()
-    yield
-    set_backend(before)
 
 
 def inputs(setting, dtype=torch.float32, device="cpu"):
@@ -266,14 +259,6 @@ GPU_SETTINGS = [
     (1, 1000, 25, 3, 128, True),
     (5, 1, 1, 3, 80, True),
 ]
-
-
-@pytest.fixture
-def nan_filled_memory():
-    """Fill uninitialised memory with NaN, so that an element which a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.gpu

@@ -4,19 +4,12 @@ import math
 
 import pytest
 import torch
-from densezoo.ops import channel_attention, channel_attention_qkv, get_backend, set_backend
+from densezoo.ops import channel_attention, channel_attention_qkv, set_backend
 from timm.models.davit import ChannelAttention, ChannelAttentionV2
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 cuda = torch.cuda.is_available()
-
-
-@pytest.fixture(autouse=True)
-def restore_backend():
-    before = get_backend()
-    yield
-    set_backend(before)
 
 
 def inputs(*shape, dtype=torch.float64, device="cpu", seed=0):
@@ -140,14 +133,6 @@ def test_operator_contract(device):
 
 
 GPU_SHAPES = [(128, 14, 14, 12, 32), (256, 7, 7, 24, 32), (2, 200, 304, 3, 32), (1, 37, 41, 2, 128), (3, 24, 24, 4, 80)]
-
-
-@pytest.fixture
-def nan_filled_memory():
-    """Fill uninitialised memory with NaN, so that an element which a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from densezoo.ops import get_backend, ms_deform_attn, set_backend
+from densezoo.ops import ms_deform_attn, set_backend
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -17,13 +17,6 @@ SETTINGS = [
     (1, [(3, 7)], 9, 1, 12, 1),
     (1, [(6, 4), (3, 2), (1, 1)], 4, 3, 5, 2),
 ]
-
-
-@pytest.fixture(autouse=True)
-def restore_backend():
-    before = get_backend()
-    yield
-    set_backend(before)
 
 
 def inputs(setting, dtype=torch.float32, device="cpu", location_dtype=None):
@@ -175,14 +168,6 @@ GPU_SETTINGS = [
     (1, [(20, 20), (10, 10)], 77, 4, 128, 8),
     (256, [(4, 4)], 16, 2, 64, 4),
 ]
-
-
-@pytest.fixture
-def nan_filled_memory():
-    """Fill uninitialised memory with NaN, so that an element which a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.gpu

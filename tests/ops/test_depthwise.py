@@ -3,20 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from densezoo.ops import depthwise_conv, get_backend, set_backend
+from densezoo.ops import depthwise_conv, set_backend
 from densezoo.ops.depthwise import DepthwiseConv
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 cuda = torch.cuda.is_available()
-
-
-@pytest.fixture(autouse=True)
-def restore_backend():
-    before = get_backend()
-    yield
-    set_backend(before)
 
 
 def inputs(*shape, size=3, dtype=torch.float64, device="cpu", seed=0):
@@ -173,14 +166,6 @@ GPU_CASES = [
     ((2, 14, 14, 128), 3, {"window_size": (None, 7)}),
     ((1, 37, 41, 40), 7, {"window_size": (8, 8)}),
 ]
-
-
-@pytest.fixture
-def nan_filled_memory():
-    """Fill uninitialised memory with NaN, so that an element which a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.gpu

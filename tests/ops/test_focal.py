@@ -6,7 +6,7 @@ import parity
 import pytest
 import torch
 import torch.nn.functional as F
-from densezoo.ops import focal_modulation, get_backend, set_backend
+from densezoo.ops import focal_modulation, set_backend
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -20,13 +20,6 @@ SETTINGS = [
     (2, 1, 1, 2, (1, 3)),
     (1, 8, 8, 2, (9, 3)),
 ]
-
-
-@pytest.fixture(autouse=True)
-def restore_backend():
-    before = get_backend()
-    yield
-    set_backend(before)
 
 
 def inputs(setting, dtype=torch.float64, device="cpu"):
@@ -173,14 +166,6 @@ GPU_SETTINGS = [
     (3, 23, 41, 52, (9, 11)),
     (2, 30, 19, 72, (3, 5, 7, 9)),
 ]
-
-
-@pytest.fixture
-def nan_filled_memory():
-    """Fill uninitialised memory with NaN, so that an element which a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from densezoo.ops import focused_linear_attention, get_backend, set_backend
+from densezoo.ops import focused_linear_attention, set_backend
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -13,13 +13,6 @@ cuda = torch.cuda.is_available()
 
 # batch, tokens, heads, dim, focusing_factor, positional
 SETTINGS = [(2, 30, 3, 8, 3, True), (1, 49, 1, 16, 3, True), (2, 12, 2, 5, 2.5, True), (3, 20, 2, 8, 1, False)]
-
-
-@pytest.fixture(autouse=True)
-def restore_backend():
-    before = get_backend()
-    yield
-    set_backend(before)
 
 
 def inputs(setting, dtype=torch.float32, device="cpu"):
@@ -248,14 +241,6 @@ GPU_SETTINGS = [
     (1, 1000, 3, 128, 3, True),
     (5, 1, 3, 80, 3.5, True),
 ]
-
-
-@pytest.fixture
-def nan_filled_memory():
-    """Fill uninitialised memory with NaN, so that an element which a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.gpu

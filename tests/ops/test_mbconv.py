@@ -3,19 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from densezoo.ops import get_backend, set_backend
+from densezoo.ops import set_backend
 from densezoo.ops.mbconv import activated_conv, activated_conv_mean
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 cuda = torch.cuda.is_available()
-
-
-@pytest.fixture(autouse=True)
-def restore_backend():
-    before = get_backend()
-    yield
-    set_backend(before)
 
 
 def inputs(*shape, dtype=torch.float64, device="cpu"):
@@ -144,14 +137,6 @@ GPU_CASES = [
     ((2, 75, 101, 96), {"stride": 2}),
     ((2, 64, 96, 40), {"stride": 2, "act": "silu"}),
 ]
-
-
-@pytest.fixture
-def nan_filled_memory():
-    """Fill uninitialised memory with NaN, so that an element which a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.gpu

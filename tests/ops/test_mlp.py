@@ -7,7 +7,7 @@ import pytest
 import timm.layers
 import torch
 import torch.nn.functional as F
-from densezoo.ops import get_backend, mlp, set_backend
+from densezoo.ops import mlp, set_backend
 from densezoo.ops.mlp import Mlp
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -22,21 +22,6 @@ GPU_CASES = [
     ((128, 28, 28, 128), 384, 128), ((5, 56, 56, 96), 384, 96), ((3, 14, 14, 320), 1280, 320), ((1, 512), 2048, 512),
     ((256, 7, 7, 768), 3072, 768), ((50, 1000), 333, 10),
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def restore_backend():
-    before = get_backend()
-    yield
-    set_backend(before)
-
-
-@pytest.fixture
-def nan_filled_memory():
-    """Fill uninitialised memory with NaN, so that an element which a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def error(got, expected):

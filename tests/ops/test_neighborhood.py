@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from densezoo.ops import get_backend, na2d, na2d_qkv, set_backend
+from densezoo.ops import na2d, na2d_qkv, set_backend
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -23,13 +23,6 @@ SETTINGS = [
     (1, 27, 15, 1, 8, 13, (2, 1), (2, 1), False),
 ]
 ids = ["-".join(str(v).replace(" ", "") for v in s) for s in SETTINGS]
-
-
-@pytest.fixture(autouse=True)
-def restore_backend():
-    before = get_backend()
-    yield
-    set_backend(before)
 
 
 def pair(value):
@@ -212,11 +205,15 @@ def test_runs_of_tiles(setting, device, monkeypatch):
     # As if few programs filled the GPU.
     for key, launch in kernels.LAUNCH.items():
         monkeypatch.setitem(kernels.LAUNCH, key, launch._replace(programs=1))
+    slots, runs = kernels._slots, []
+    monkeypatch.setattr(kernels, "_slots", lambda *args: runs.append(args[-1]) or slots(*args))
     kernels._problem.cache_clear()
     tensors = inputs(setting, device=device)
     set_backend("triton")
     got = gradients(run(setting), tensors)
     kernels._problem.cache_clear()
+    # What a causal tile sees depends on its place.
+    assert (max(runs) > 1) == (setting is not WIDE[-1])
     set_backend("reference")
     assert max(map(error, got, gradients(run(setting), [t.double() for t in tensors]))) < 1e-5
 
@@ -296,14 +293,6 @@ def test_kernels(setting, dtype, allowed, nan_filled_memory):
     set_backend("triton")
     packed = gradients(run_qkv(setting), [torch.stack(tensors[:3], 3), tensors[3]])
     assert all(torch.equal(a, b) for a, b in zip(packed, stacked(got), strict=True)), "the packed form differs"
-
-
-@pytest.fixture
-def nan_filled_memory():
-    """Fill uninitialised memory with NaN, so that an element which a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.gpu

@@ -3,20 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from densezoo.ops import get_backend, layer_norm, set_backend
+from densezoo.ops import layer_norm, set_backend
 from densezoo.ops.norm import LayerNorm, PreNorm
 from torch._dynamo.testing import CompileCounterWithBackend
 
 cuda = torch.cuda.is_available()
 SHAPES = [(2, 3, 5, 96), (7, 8), (1, 1, 100), (3, 0, 16), (130, 33)]
 GPU_SHAPES = [(2, 56, 56, 96), (1, 14, 14, 384), (5, 7, 7, 768), (300, 4096)]
-
-
-@pytest.fixture(autouse=True)
-def restore_backend():
-    before = get_backend()
-    yield
-    set_backend(before)
 
 
 def error(got, expected):

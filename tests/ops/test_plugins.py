@@ -324,14 +324,6 @@ GPU_GATED = [(128, 256, 56, 56), (128, 1024, 14, 14), (2, 512, 7, 7), (2, 256, 2
 layouts = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 
 
-@pytest.fixture
-def nan_filled_memory():
-    """Fill uninitialised memory with NaN, so that an element which a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def axis_gates(*pools):
     return tuple((pool * torch.tensor([0.3, 2.0]).to(pool)[:, None, None]).sum(1, True).sigmoid() / 3 for pool in pools)
 

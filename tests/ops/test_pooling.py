@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from densezoo.ops import get_backend, pool_mix, set_backend
+from densezoo.ops import pool_mix, set_backend
 from densezoo.ops.pooling import add_branch
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -12,13 +12,6 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SHAPES = [(1, 1, 1, 8), (2, 1, 5, 8), (1, 6, 1, 12), (2, 5, 6, 16), (1, 31, 9, 80), (0, 3, 3, 8)]
 GPU_SHAPES = [(3, 56, 56, 64), (2, 28, 29, 128), (5, 14, 14, 320), (256, 7, 7, 512), (1, 200, 304, 96), (2, 15, 9, 20)]
 EPS = 1e-6
-
-
-@pytest.fixture(autouse=True)
-def restore_backend():
-    before = get_backend()
-    yield
-    set_backend(before)
 
 
 def error(got, expected):

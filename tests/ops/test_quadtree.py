@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from densezoo.ops import get_backend, quadtree_attention, set_backend
+from densezoo.ops import quadtree_attention, set_backend
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -18,13 +18,6 @@ SETTINGS = [
     (1, 1, 1, 1, 4, 3, 2),
 ]
 TYPES = ["A", "B"]
-
-
-@pytest.fixture(autouse=True)
-def restore_backend():
-    before = get_backend()
-    yield
-    set_backend(before)
 
 
 def inputs(setting, dtype=torch.float32):
@@ -305,14 +298,6 @@ GPU_SETTINGS = [
 @pytest.mark.parametrize("setting", GPU_SETTINGS, ids=str)
 def test_kernels(setting, dense, dtype, allowed, nan_filled_memory):
     check_kernels(setting, allowed, dtype, "cuda", dense)
-
-
-@pytest.fixture
-def nan_filled_memory():
-    """Fill uninitialised memory with NaN, so that an element which a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.gpu

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from densezoo.ops import get_backend, set_backend, window_attention
+from densezoo.ops import set_backend, window_attention
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -41,13 +41,6 @@ KERNEL_SETTINGS = [
     (1, 13, 9, 2, 8, (6, 11), (4, 7), False),
     (1, 20, 9, 1, 8, (10, 9), 0, True),
 ]
-
-
-@pytest.fixture(autouse=True)
-def restore_backend():
-    before = get_backend()
-    yield
-    set_backend(before)
 
 
 def pair(value):
@@ -253,14 +246,6 @@ GPU_SETTINGS = [
     (1, 40, 33, 1, 32, 32, 0, False),
     *(random_setting(random.Random(seed)) for seed in range(30)),
 ]
-
-
-@pytest.fixture
-def nan_filled_memory():
-    """Fill uninitialised memory with NaN, so that an element which a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.gpu
