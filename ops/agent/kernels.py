@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from densezoo.ops.agent.reference import agent_attention_reference
 from densezoo.ops.launch import Table
+from densezoo.ops.partials import total
 from densezoo.ops.products import product
 from densezoo.ops.registration import register
 from torch import Tensor
@@ -687,10 +688,10 @@ def _agent_backward(
         else:
             grad_values = torch.empty((runs, *agent_value.shape), dtype=torch.float32, device=query.device)
             launch(grad_values, True, False)
-            launch(grad_values.sum(0), False, True)
-            grad_agent = grad_agent.sum(0).to(agent.dtype)
+            launch(total(grad_values), False, True)
+            grad_agent = total(grad_agent, dtype=agent.dtype)
     grad_biases = (
-        query.new_empty(0) if bias is None else table.sum(0).to(bias.dtype)
+        query.new_empty(0) if bias is None else total(table, dtype=bias.dtype)
         for table, bias in zip(tables, biases, strict=True)
     )
     return grad_q, grad_k, grad_v, grad_agent, *grad_biases

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from densezoo.ops.channel.reference import channel_attention_qkv_reference, channel_attention_reference
 from densezoo.ops.launch import Table
+from densezoo.ops.partials import total
 from densezoo.ops.registration import register
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -300,7 +301,7 @@ def _product_of_pieces(problem: _Problem, a: Tensor, b: Tensor, a_strides: tuple
     _sums[grid](
         a, b, partial, problem.tokens, problem.heads, problem.splits, problem.chunk, *a_strides, *b_strides, **constants
     )
-    return partial.sum(1)
+    return total(partial, 1)
 
 
 def _channel_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,8 @@ The backward goes the other way. `_backward_mean` sums what reaches the mean, an
 each position. `_backward_gates` sees all channels of a few positions, for the gradients of the gates, and takes those
 of the last level through its GELU. Then two kernels a level: `_backward_level` goes through the convolution, in
 the manner of `_level`, and the GELU before it. `_backward_weight` holds KERNEL rows of the level that was convolved and
-multiplies them by each row of gradients, for the kernel's gradient: one partial table a program, added up by
-`_sum_rows`. Partial values take two deterministic stages everywhere.
+multiplies them by each row of gradients, for the kernel's gradient: one partial table a program. Partial values
+take two deterministic stages everywhere.
 
 Of the levels what precedes the GELU is kept for the backward, in the context's dtype: to convolve all of them again
 would cost a third of the backward's arithmetic.
@@ -32,6 +32,7 @@ import triton.language as tl
 from densezoo.ops.focal.reference import focal_modulation_reference
 from densezoo.ops.gelu import gelu, gelu_slope, normal
 from densezoo.ops.launch import Table
+from densezoo.ops.partials import total
 from densezoo.ops.registration import register
 from densezoo.ops.strips import correlate, move_on, spread, wide, widen
 from torch import Tensor
@@ -422,17 +423,6 @@ def _backward_weight(
         tl.store(partial + i * channels, sums[i], mask=exist)
 
 
-@triton.jit(do_not_specialize=["rows", "first"])
-def _sum_rows(partial, out, first, rows, count, ROWS: tl.constexpr, COUNT: tl.constexpr):
-    at = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
-    acc = tl.zeros((ROWS, COUNT), tl.float32)
-    for start in range(0, rows, ROWS):
-        row = start + tl.arange(0, ROWS)
-        mask = (row < rows)[:, None] & (at < count)[None, :]
-        acc += tl.load(partial + row.to(tl.int64)[:, None] * count + at[None, :], mask=mask, other=0.0)
-    tl.store(out + first + at, tl.sum(acc, 0).to(out.dtype.element_ty), mask=at < count)
-
-
 class _Launch(NamedTuple):
     """Positions and channels of a program, and warps."""
 
@@ -455,7 +445,6 @@ LAUNCH = {
     "gates": _Launch(8, 128, 4),
     # Tiles and channels at a time.
     "means": _Launch(32, 32, 1),
-    "table": _Launch(256, 32, 8),
     # By kernel size: taps, sums under way and a row's numbers fit the registers of a thread.
     ("level", 3): _Walk(7),
     ("level", 5): _Walk(7, 168),
@@ -628,7 +617,7 @@ def _focal_modulation_backward(
         *plan.gate_strides, **plan.gates.constants,
     )  # fmt: skip
 
-    grad_weights, table = torch.empty_like(weights), LAUNCH["table"]
+    grad_weights = torch.empty_like(weights)
     for level in reversed(range(len(sizes))):
         x, first, strips = inputs[level], plan.starts[level], plan.backward_weight[level]
         groups, count = triton.cdiv(batch, strips.images), sizes[level] ** 2 * channels
@@ -637,10 +626,7 @@ def _focal_modulation_backward(
             grad_level, x, partial, batch, strips.images, height, width, channels, strips.rows,
             *(plan.dense if level else plan.strides), **strips.constants,
         )  # fmt: skip
-        _sum_rows[triton.cdiv(count, table.channels),](
-            partial, grad_weights, first * channels, len(partial), count, table.positions, table.channels,
-            num_warps=table.warps,
-        )  # fmt: skip
+        total(partial, out=grad_weights.view(-1)[first * channels :][:count])
         strips = plan.backward_level[level]
         _backward_level[strips.programs, batch](
             grad_level, weights, x, grad_out, gates, spare, first, height, width, channels, strips.rows, plan.factor,

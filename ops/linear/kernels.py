@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from densezoo.ops.launch import Table
 from densezoo.ops.linear.reference import focused_linear_attention_reference
+from densezoo.ops.partials import total
 from densezoo.ops.products import product
 from densezoo.ops.registration import register
 from torch import Tensor
@@ -557,10 +558,10 @@ def _linear_backward(
     else:
         launch(VALUES=True, KEYS=False)
         launch(VALUES=False, KEYS=True)
-    grad_scale = grad_scales.sum((0, 1)).to(feature_scale.dtype)
+    grad_scale = total(grad_scales.flatten(0, 1), dtype=feature_scale.dtype)
     if positional_encoding is None:
         return grad_q, grad_k, grad_v, grad_scale, grad_q.new_empty(0)
-    return grad_q, grad_k, grad_v, grad_scale, grad_k.sum(0, dtype=torch.float32).to(positional_encoding.dtype)
+    return grad_q, grad_k, grad_v, grad_scale, total(grad_k, dtype=positional_encoding.dtype)
 
 
 def _fake(query, key, value, feature_scale, positional_encoding, factor):

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from densezoo.ops.launch import Table
 from densezoo.ops.mbconv.reference import activated_conv_reference
+from densezoo.ops.partials import total
 from densezoo.ops.registration import define, register
 from densezoo.ops.strips import fetch, move_on, repeat, wide, widen
 from torch import Tensor
@@ -425,7 +426,7 @@ def _conv_backward(
             grad_out, x, scale, shift, weight, grad_x, partial, x.shape[0], *sides, *plan.out_sides, plan.rows,
             **plan.constants,
         )  # fmt: skip
-    sums = partial.sum(0)
+    sums = total(partial)
     # Outputs of operators are no views of one another.
     grad_scale, grad_shift, grad_weight = (
         part.to(t.dtype, memory_format=torch.contiguous_format, copy=True).view(t.shape)
@@ -442,7 +443,7 @@ def _conv_inference(
     tables = (x.shape[0], plan.strips * plan.pieces, x.shape[2])
     partial = torch.empty(tables, dtype=torch.float32, device=x.device)
     _launch_forward(x, scale, shift, weight, bias.contiguous(), sides, stride, padding, act, out, partial, plan)
-    return out, partial.sum(1).div_(_positions(sides, stride))
+    return out, total(partial, 1, factor=1 / _positions(sides, stride))
 
 
 def _fake(x, scale, shift, weight, sides, stride, *others):

@@ -24,6 +24,7 @@ import triton.language as tl
 from densezoo.ops.backend import fall_back
 from densezoo.ops.gelu import gelu_slope, normal
 from densezoo.ops.launch import Table
+from densezoo.ops.partials import total
 from densezoo.ops.registration import define
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -258,7 +259,7 @@ def _mlp_backward(
             torch.mm(grad_hidden, weight1, out=grad_x)
     if constants["SPAN"] < channels:
         torch.mm(grad_hidden, weight1, out=grad_x)
-    return grad_x, grad_hidden, act, partial.sum(0)
+    return grad_x, grad_hidden, act, total(partial)
 
 
 def _fake_narrow(x, weight1, bias1, weight2, bias2, approximate):

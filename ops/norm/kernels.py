@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from densezoo.ops.launch import Table, multiprocessors
+from densezoo.ops.partials import total
 from densezoo.ops.registration import define
 from torch import Tensor
 
@@ -75,7 +76,7 @@ def _layer_norm_backward(
         grad_out, x, weight, mean, rstd, grad_x, partial, rows, channels, block, tile,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
-    return grad_x, partial.sum(0)
+    return grad_x, total(partial)
 
 
 def _fake(grad_out, x, weight, mean, rstd):

@@ -20,8 +20,8 @@ Backward, of the norm's gradient and the sum's:
 
 `_branch` is the backward of x + drop * (branch + bias): the branch's gradient in its own dtype, and the bias's.
 Under autocast, x and the sum in float32 and the norm in 16 bits, the forward moves 4 + 8 + 6 bytes an element and the
-backward 6 + 18 + 12, and `_branch` 6. Sums over programs are stored as partial ones, which `_add_rows` adds in the same
-order every time.
+backward 6 + 18 + 12, and `_branch` 6. Sums over programs are stored as partial ones, which are added up in the
+same order every time.
 """
 
 from functools import cache
@@ -31,6 +31,7 @@ import torch
 import triton
 import triton.language as tl
 from densezoo.ops.launch import Table
+from densezoo.ops.partials import total
 from densezoo.ops.precision import autocast_dtype
 from densezoo.ops.registration import define
 from torch import Tensor
@@ -335,18 +336,6 @@ def _branch(
     tl.store(partial + rank * CHANNELS + channel, tl.sum(total, 0), exist)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _add_rows(partial, sums, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    exist = column < WIDTH
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for first in range(0, rows, ROWS):
-        row = first + tl.arange(0, ROWS)
-        mask = (row < rows)[:, None] & exist[None, :]
-        total += tl.load(partial + row[:, None] * WIDTH + column[None, :], mask, 0.0)
-    tl.store(sums + column, tl.sum(total, 0), exist)
-
-
 class _Launch(NamedTuple):
     """Elements of a program's tile, and rows that it goes down, or tiles that it reads one after the other; warps."""
 
@@ -355,7 +344,7 @@ class _Launch(NamedTuple):
     warps: int
 
 
-# Measured on an H200; the last entry is a guess.
+# Measured on an H200.
 LAUNCH = {
     "statistics": _Launch(4096, 1, 4),
     "mix": _Launch(512, 28, 4),
@@ -364,7 +353,6 @@ LAUNCH = {
     "join": _Launch(1024, 28, 4),
     "spread": _Launch(1024, 28, 4),
     "branch": _Launch(1024, 8, 2),
-    "add_rows": _Launch(8192, 1, 8),
 }
 LAUNCH = Table("pool_mix", LAUNCH)
 # Channels of a tile at most, and programs that fill a large GPU.
@@ -421,16 +409,6 @@ def _tiles(name: str, batch: int, height: int, width: int, channels: int) -> _Ti
 def _block(pieces: int) -> int:
     """Return the numbers that a kernel merges at once: seldom others where only the batch is another."""
     return max(64, triton.next_power_of_2(pieces))
-
-
-def _sum_of(partial: Tensor) -> Tensor:
-    """Return the sum over the first axis."""
-    launch, width, block = LAUNCH["add_rows"], partial[0].numel(), 16
-    sums = torch.empty(partial.shape[1:], dtype=torch.float32, device=partial.device)
-    _add_rows[triton.cdiv(width, block),](
-        partial, sums, len(partial), width, launch.elements // block, block, num_warps=launch.warps
-    )
-    return sums
 
 
 def _pool_mix(
@@ -500,7 +478,7 @@ def _pool_mix_backward(
         grad, x, scale, drop, statistics, slopes, grad_x, height, width, spread.step, spread.strips, join.pieces,
         PIECES=_block(join.pieces), **spread.constants,
     )  # fmt: skip
-    return grad_x, _sum_of(grad_scale), _sum_of(partial)
+    return grad_x, total(grad_scale), total(partial)
 
 
 def _fake_backward(grad_out, grad_norm, x, out, scale, drop, weight, statistics, width):
@@ -521,7 +499,7 @@ def _add_branch_backward(grad: Tensor, drop: Tensor | None, dtype: torch.dtype) 
     tiles = _tiles("branch", batch, 1, positions, channels)
     partial = torch.empty(batch * tiles.ranks, channels, dtype=torch.float32, device=grad.device)
     _branch[tiles.programs,](grad, drop, grad_branch, partial, positions, tiles.ranks, tiles.step, **tiles.constants)
-    return grad_branch, _sum_of(partial)
+    return grad_branch, total(partial)
 
 
 def _fake_add_branch_backward(grad, drop, dtype):

@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from densezoo.ops.launch import Table, multiprocessors
+from densezoo.ops.partials import total
 from densezoo.ops.registration import register
 from densezoo.ops.window.reference import window_attention_reference
 from torch import Tensor
@@ -624,7 +625,7 @@ def _window_attention_backward(
             _backward_bias[problem.sums_grid](
                 *inputs, lse, grad_out, delta, partial, *problem.arguments, *grad_strides, **problem.sums
             )
-    return grad_qkv, partial if rel_pos_bias is None else partial.sum(0).to(rel_pos_bias.dtype)
+    return grad_qkv, partial if rel_pos_bias is None else total(partial, dtype=rel_pos_bias.dtype)
 
 
 def _fake(qkv, rel_pos_bias, sides, num_heads, window_size, *options):
