@@ -15,6 +15,7 @@ from densezoo.backbones.staged import (
     Blocks,
     StagedBackbone,
     check_per_stage,
+    convolve,
     crop_map,
     init_weights,
     pad_to_multiple,
@@ -123,8 +124,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the map."""
-        x = pad_to_multiple(x.permute(0, 2, 3, 1), 4).permute(0, 3, 1, 2)
-        return self.norm(self.conv(x).permute(0, 2, 3, 1))
+        return self.norm(convolve(self.conv, pad_to_multiple(x.permute(0, 2, 3, 1), 4)))
 
 
 class Downsample(nn.Module):

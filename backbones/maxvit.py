@@ -24,6 +24,7 @@ from densezoo.backbones.staged import (
     Blocks,
     StagedBackbone,
     check_per_stage,
+    convolve,
     pretrained_filter,
     rename_keys,
     square_side,
@@ -102,7 +103,12 @@ class SameConv2d(nn.Conv2d):
             # The same from the other end, where padding does not depend on the size: remainders of free sizes pile up.
             x = F.conv2d(x.flip(2, 3), self.weight.flip(2, 3), self.bias, 2, padding=1, groups=self.groups)
             return x.flip(2, 3)
-        return super().forward(F.pad(x, (x.shape[3] % 2, 1, x.shape[2] % 2, 1)))
+        return super().forward(F.pad(x, self.pads(*x.shape[2:])))
+
+    @staticmethod
+    def pads(height: int | torch.SymInt, width: int | torch.SymInt) -> tuple[int | torch.SymInt, ...]:
+        """Return the zeros before and after columns, and before and after rows."""
+        return width % 2, 1, height % 2, 1
 
 
 def conv3x3(in_chans: int, out_chans: int, stride: int, style: Style, groups: int = 1, bias: bool = False) -> nn.Conv2d:
@@ -148,7 +154,10 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the map."""
-        return self.conv2(self.act(self.norm1(self.conv1(x)))).permute(0, 2, 3, 1)
+        x = x.permute(0, 2, 3, 1)
+        pads = self.conv1.pads(*x.shape[1:3]) if isinstance(self.conv1, SameConv2d) else None
+        x = convolve(self.conv1, x, pads).permute(0, 3, 1, 2)
+        return self.conv2(self.act(self.norm1(x))).permute(0, 2, 3, 1)
 
 
 class MBConv(nn.Module):

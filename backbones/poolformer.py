@@ -18,6 +18,7 @@ from densezoo.backbones.staged import (
     Blocks,
     StagedBackbone,
     check_per_stage,
+    convolve,
     init_weights,
     pretrained_filter,
     rename_keys,
@@ -259,7 +260,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the map."""
-        return self.norm(self.conv(x).permute(0, 2, 3, 1))
+        return self.norm(convolve(self.conv, x.permute(0, 2, 3, 1)))
 
 
 class Downsample(nn.Module):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from densezoo.backbones.maxvit import SameConv2d
 from densezoo.backbones.staged import convolve
 from torch import nn
 
@@ -22,3 +23,12 @@ def test_convolutions_of_images_in_a_compiled_graph(channels, size, stride, dyna
             out = function(conv, x)
             results.append([out, *torch.autograd.grad(out.square().sum(), conv.parameters())])
         torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 16, 18), (2, 3, 17, 9)])
+def test_convolutions_that_pad_by_themselves(shape):
+    torch._dynamo.reset()
+    conv, x = SameConv2d(3, 6).double(), torch.randn(shape, dtype=torch.float64)
+    compiled = torch.compile(convolve, backend="aot_eager", fullgraph=True)
+    out = compiled(conv, x.permute(0, 2, 3, 1), conv.pads(*shape[2:]))
+    torch.testing.assert_close(out.permute(0, 3, 1, 2), conv(x))
