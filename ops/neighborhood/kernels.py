@@ -88,28 +88,32 @@ def _run_of(slot, size, before, stop, DILATION: tl.constexpr, TILE: tl.constexpr
         group = tl.where(run < runs_longer, run * RUN, longer + (run - runs_longer) * RUN)
         count = tl.minimum(RUN, tl.where(run < runs_longer, longer, DILATION) - group)
         return group * tl.cdiv(tl.cdiv(size, DILATION) + PAD, TILE) + slot // runs, count
-    run = tl.minimum(slot - before, tl.cdiv(stop - before, RUN))
-    after = slot - before - run
-    tile = tl.where(run < 0, slot, tl.minimum(before + run * RUN, stop) + after)
-    return tile, tl.where((run < 0) | (tile >= stop), 1, tl.minimum(RUN, stop - tile))
+    tile = before + slot * RUN
+    single = slot - tl.cdiv(stop - before, RUN)
+    alone = tl.where(single < before, single, single - before + stop)
+    return tl.where(single < 0, tile, alone), tl.where(single < 0, tl.minimum(RUN, stop - tile), 1)
 
 
 @triton.jit
 def _bias(
-    rpb, rank_h, rank_w, key_h, key_w, length_h, length_w,
+    rpb, rank_h, rank_w, exists, key_h, key_w, length_h, length_w,
     K_H: tl.constexpr, K_W: tl.constexpr, S_H: tl.constexpr, S_W: tl.constexpr, C_H: tl.constexpr, C_W: tl.constexpr,
     HAS_RPB: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Bias of each (query, key) pair, -inf where the query does not see the key. Ranks broadcast against each other."""
+    """Bias of each (query, key) pair, -inf where the query does not see the key or does not exist.
+
+    Ranks of queries and of keys broadcast against each other.
+    """
     start_h, stop_h = _window(rank_h, length_h, K_H, S_H, C_H)
     start_w, stop_w = _window(rank_w, length_w, K_W, S_W, C_W)
-    seen = (key_h >= start_h) & (key_h < stop_h) & (key_w >= start_w) & (key_w < stop_w)
+    # One comparison an axis: what lies before the window is a large number without a sign.
+    size_h, size_w = tl.where(exists, stop_h - start_h, 0).to(tl.uint32), (stop_w - start_w).to(tl.uint32)
+    seen = ((key_h - start_h).to(tl.uint32) < size_h) & ((key_w - start_w).to(tl.uint32) < size_w)
     if HAS_RPB:
-        entry = (key_h - rank_h + K_H - 1) * (2 * K_W - 1) + key_w - rank_w + K_W - 1
-        bias = tl.load(rpb + entry, mask=seen, other=0.0).to(tl.float32) * 1.4426950408889634
-    else:
-        bias = tl.zeros(seen.shape, tl.float32)
-    return tl.where(seen, bias, float("-inf")).to(dtype)
+        at_key = (key_h + K_H - 1) * (2 * K_W - 1) + key_w + K_W - 1
+        entry = at_key - (rank_h * (2 * K_W - 1) + rank_w)
+        return (tl.load(rpb + entry, mask=seen, other=float("-inf")).to(tl.float32) * 1.4426950408889634).to(dtype)
+    return tl.where(seen, 0.0, float("-inf")).to(dtype)
 
 
 @triton.jit
@@ -135,12 +139,11 @@ def _query_bias(
 ):  # fmt: skip
     """Bias (queries, keys) of a chunk of keys; -inf for queries that are not `inside`."""
     key_h, key_w = _chunk(first_h, first_w, ROWS, COLS)
-    bias = _bias(
-        rpb, rank_h[:, None], rank_w[:, None], key_h[None, :], key_w[None, :], length_h, length_w,
+    # A query beyond the map repeats the last one: it must not count twice in the bias' gradient.
+    return _bias(
+        rpb, rank_h[:, None], rank_w[:, None], inside[:, None], key_h[None, :], key_w[None, :], length_h, length_w,
         K_H, K_W, S_H, S_W, C_H, C_W, HAS_RPB, dtype,
     )  # fmt: skip
-    # A query beyond the map repeats the last one: it must not count twice in the bias' gradient.
-    return tl.where(inside[:, None], bias, float("-inf")).to(dtype)
 
 
 @triton.jit
@@ -173,9 +176,9 @@ def _forward_chunk(q_tile, k, v, k_rows, bias, top, total, acc, DIM: tl.constexp
     return new, total, acc
 
 
-@triton.jit(do_not_specialize=["slots", "before", "stop"])
+@triton.jit(do_not_specialize=["tiles_w", "before", "stop"])
 def _forward(
-    q, k, v, rpb, out, lse, slots, before, stop, batch, height, width, heads, scale,
+    q, k, v, rpb, out, lse, tiles_w, before, stop, batch, height, width, heads, scale,
     stride_b, stride_h, stride_w, stride_n,
     K_H: tl.constexpr, K_W: tl.constexpr, S_H: tl.constexpr, S_W: tl.constexpr, D_H: tl.constexpr, D_W: tl.constexpr,
     C_H: tl.constexpr, C_W: tl.constexpr, HAS_RPB: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
@@ -185,9 +188,9 @@ def _forward(
 ):  # fmt: skip
     head = tl.program_id(0) % heads
     slot = tl.program_id(0) // heads
-    group_h, length_h, first_h = _tile_of(slot // slots, height, D_H, TILE_H)
-    tile_w, count = _run_of(slot % slots, width, before, stop, D_W, TILE_W, 0, RUN)
-    group_w, length_w, first_w = _tile_of(tile_w, width, D_W, TILE_W)
+    tile_h, count = _run_of(slot // tiles_w, height, before, stop, D_H, TILE_H, 0, RUN)
+    group_h, length_h, first_h = _tile_of(tile_h, height, D_H, TILE_H)
+    group_w, length_w, first_w = _tile_of(slot % tiles_w, width, D_W, TILE_W)
     if (first_h >= length_h) | (first_w >= length_w):
         return
 
@@ -225,8 +228,9 @@ def _forward(
     o_rows = (token * heads * DIM)[:, None] + d[None, :]
     first_image = tl.program_id(1) * BATCH
     for turn in range(tl.minimum(BATCH, batch - first_image) * count):
-        image, moved = (first_image + turn // count).to(tl.int64), turn % count * (TILE_W if D_W == 1 else 1)
-        origin = image * stride_b + moved * stride_w + head * stride_n
+        image = (first_image + turn // count).to(tl.int64)
+        moved = tl.cast(turn % count * (TILE_H if D_H == 1 else 1), tl.int64)
+        origin = image * stride_b + moved * stride_h + head * stride_n
         q_tile = tl.load(q + origin + (q_rows[:, None] + d[None, :]), mask=d_inside[None, :], other=0.0)
         q_tile = (q_tile * (scale * 1.4426950408889634)).to(dtype)
         top = tl.full((TILE_H * TILE_W,), float("-inf"), tl.float32)
@@ -251,7 +255,7 @@ def _forward(
                     q_tile, k + origin, v + origin, k_rows, bias, top, total, acc, DIM, PRECISION
                 )
         acc /= total[:, None]
-        first = (image * height * width + moved) * heads + head
+        first = (image * height + moved) * width * heads + head
         tl.store(out + first * DIM + o_rows, acc.to(dtype), mask=inside[:, None] & d_inside[None, :])
         tl.store(lse + first + token * heads, top + tl.log2(total), mask=inside)
 
@@ -275,22 +279,41 @@ def _query_chunk(
 
 
 @triton.jit
+def _sums(x, members, EXACT: tl.constexpr):
+    """Return x @ members, where they are ones and zeros; not EXACT to 16 bits or more."""
+    if EXACT:
+        return tl.dot(x, members.to(tl.float32), input_precision="ieee")
+    members = members.to(tl.bfloat16)
+    high = x.to(tl.bfloat16)
+    return tl.dot((x - high.to(tl.float32)).to(tl.bfloat16), members, tl.dot(high, members))
+
+
+@triton.jit
 def _fold(
-    grad_bias, rank_h, rank_w, base_h, base_w,
-    K_H: tl.constexpr, K_W: tl.constexpr, COLS: tl.constexpr, BINS_H: tl.constexpr, BINS_W: tl.constexpr,
+    grad_bias, shift_h, shift_w, TILE_H: tl.constexpr, TILE_W: tl.constexpr, COLS: tl.constexpr,
+    BINS_H: tl.constexpr, BINS_W: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Sum gradients of scores (queries, keys) along diagonals: bin (a, b) is the key at query + (a, b) - (K - 1)."""
-    bins = tl.arange(0, BINS_H * BINS_W)
-    row = rank_h[:, None] + (bins // BINS_W)[None, :] - (K_H - 1) - base_h
-    col = rank_w[:, None] + (bins % BINS_W)[None, :] - (K_W - 1) - base_w
-    here = (row >= 0) & (row < grad_bias.shape[1] // COLS) & (col >= 0) & (col < COLS)
-    folded = tl.gather(grad_bias, tl.where(here, row * COLS + col, 0), 1)
-    return tl.sum(tl.where(here, folded, 0.0), 0)
+    """Sum gradients of scores (queries, keys) along diagonals, to entries (BINS_W, BINS_H) of the table.
+
+    The entry of the first query and the first key is (shift_h, shift_w).
+    """
+    ROWS: tl.constexpr = grad_bias.shape[1] // COLS
+    pairs = tl.permute(grad_bias.reshape(TILE_H, TILE_W, ROWS, COLS), 0, 2, 1, 3)
+    n = tl.arange(0, TILE_W * COLS)
+    entry = n % COLS - n // COLS + shift_w
+    pairs = _sums(
+        pairs.reshape(TILE_H * ROWS, TILE_W * COLS), entry[:, None] == tl.arange(0, BINS_W)[None, :], EXACT
+    ).T
+    n = tl.arange(0, TILE_H * ROWS)
+    here = (n % ROWS - n // ROWS + shift_h)[:, None] == tl.arange(0, BINS_H)[None, :]
+    if TILE_H * ROWS < 16:
+        return tl.sum(tl.where(here[None, :, :], pairs[:, :, None], 0.0), 1)
+    return _sums(pairs, here, EXACT)
 
 
-@triton.jit(do_not_specialize=["slots", "before", "stop"])
+@triton.jit(do_not_specialize=["tiles_w", "before", "stop"])
 def _backward_query(
-    q, k, v, rpb, out, lse, grad_out, delta, grad_q, partial, slots, before, stop, batch, height, width, heads, scale,
+    q, k, v, rpb, out, lse, grad_out, delta, grad_q, partial, tiles_w, before, stop, batch, height, width, heads, scale,
     stride_b, stride_h, stride_w, stride_n,
     K_H: tl.constexpr, K_W: tl.constexpr, S_H: tl.constexpr, S_W: tl.constexpr, D_H: tl.constexpr, D_W: tl.constexpr,
     C_H: tl.constexpr, C_W: tl.constexpr, HAS_RPB: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
@@ -302,17 +325,17 @@ def _backward_query(
     """With GRAD_Q over all chunks from that of program axis 2; with GRAD_RPB too only where they are hoisted."""
     head = tl.program_id(0) % heads
     slot = tl.program_id(0) // heads
-    group_h, length_h, first_h = _tile_of(slot // slots, height, D_H, TILE_H)
-    tile_w, count = _run_of(slot % slots, width, before, stop, D_W, TILE_W, 0, RUN)
-    group_w, length_w, first_w = _tile_of(tile_w, width, D_W, TILE_W)
-    bins = tl.arange(0, BINS_H * BINS_W)
-    entry = bins // BINS_W * (2 * K_W - 1) + bins % BINS_W
-    is_entry = (bins // BINS_W < 2 * K_H - 1) & (bins % BINS_W < 2 * K_W - 1)
+    tile_h, count = _run_of(slot // tiles_w, height, before, stop, D_H, TILE_H, 0, RUN)
+    group_h, length_h, first_h = _tile_of(tile_h, height, D_H, TILE_H)
+    group_w, length_w, first_w = _tile_of(slot % tiles_w, width, D_W, TILE_W)
+    bin_h, bin_w = tl.arange(0, BINS_H)[None, :], tl.arange(0, BINS_W)[:, None]
+    entry = bin_h * (2 * K_W - 1) + bin_w
+    is_entry = (bin_h < 2 * K_H - 1) & (bin_w < 2 * K_W - 1)
     program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
     partial += program * ((2 * K_H - 1) * (2 * K_W - 1))
     if (first_h >= length_h) | (first_w >= length_w):
         if GRAD_RPB:
-            tl.store(partial + entry, tl.zeros((BINS_H * BINS_W,), tl.float32), mask=is_entry)
+            tl.store(partial + entry, tl.zeros((BINS_W, BINS_H), tl.float32), mask=is_entry)
         return
 
     m = tl.arange(0, TILE_H * TILE_W)
@@ -353,10 +376,11 @@ def _backward_query(
     g_rows = (token * GRADS * heads * DIM)[:, None] + d[None, :]
     first_image = tl.program_id(1) * BATCH
     for turn in range(tl.minimum(BATCH, batch - first_image) * count):
-        image, moved = (first_image + turn // count).to(tl.int64), turn % count * (TILE_W if D_W == 1 else 1)
-        origin = image * stride_b + moved * stride_w + head * stride_n
-        first = (image * height * width + moved) * heads + head
-        first_grad = ((image * height * width + moved) * GRADS * heads + head) * DIM
+        image = (first_image + turn // count).to(tl.int64)
+        moved = tl.cast(turn % count * (TILE_H if D_H == 1 else 1), tl.int64)
+        origin = image * stride_b + moved * stride_h + head * stride_n
+        first = (image * height + moved) * width * heads + head
+        first_grad = ((image * height + moved) * width * GRADS * heads + head) * DIM
         q_tile = tl.load(q + origin + (q_rows[:, None] + d[None, :]), mask=d_inside[None, :], other=0.0)
         q_tile = (q_tile * (scale * 1.4426950408889634)).to(dtype)
         do_tile = tl.load(grad_out + first * DIM + o_rows, mask=d_inside[None, :], other=0.0)
@@ -395,9 +419,12 @@ def _backward_query(
             tl.store(grad_q + first_grad + g_rows, acc.to(dtype), mask=inside[:, None] & d_inside[None, :])
 
     if GRAD_RPB:
-        folded = tl.zeros((BINS_H * BINS_W,), tl.float32)
+        folded = tl.zeros((BINS_W, BINS_H), tl.float32)
         for c in tl.static_range(CHUNKS):
-            folded += _fold(grad_bias[c], rank_h, rank_w, base_h + c * ROWS, base_w, K_H, K_W, COLS, BINS_H, BINS_W)
+            folded += _fold(
+                grad_bias[c], base_h + c * ROWS - first_h + K_H - 1, base_w - first_w + K_W - 1,
+                TILE_H, TILE_W, COLS, BINS_H, BINS_W, dtype == tl.float32,
+            )  # fmt: skip
         tl.store(partial + entry, folded, mask=is_entry)
 
 
@@ -423,11 +450,10 @@ def _key_bias(
     rank_h, rank_w = _chunk(low_h, low_w, ROWS, COLS)
     exists = (rank_h < length_h) & (rank_w < length_w)
     rank_h, rank_w = tl.minimum(rank_h, length_h - 1), tl.minimum(rank_w, length_w - 1)
-    bias = _bias(
-        rpb, rank_h[None, :], rank_w[None, :], key_h[:, None], key_w[:, None], length_h, length_w,
+    return _bias(
+        rpb, rank_h[None, :], rank_w[None, :], exists[None, :], key_h[:, None], key_w[:, None], length_h, length_w,
         K_H, K_W, S_H, S_W, C_H, C_W, HAS_RPB, dtype,
     )  # fmt: skip
-    return tl.where(exists[None, :], bias, float("-inf")).to(dtype)
 
 
 @triton.jit
@@ -457,9 +483,9 @@ def _key_chunk(
     return acc_k, acc_v
 
 
-@triton.jit(do_not_specialize=["rows", "slots", "before", "stop"])
+@triton.jit(do_not_specialize=["rows", "tiles_w", "before", "stop"])
 def _backward_key(
-    q, k, v, rpb, lse, grad_out, delta, grad_k, grad_v, partial, grad_rpb, rows, slots, before, stop,
+    q, k, v, rpb, lse, grad_out, delta, grad_k, grad_v, partial, grad_rpb, rows, tiles_w, before, stop,
     batch, height, width, heads, scale, stride_b, stride_h, stride_w, stride_n,
     K_H: tl.constexpr, K_W: tl.constexpr, S_H: tl.constexpr, S_W: tl.constexpr, D_H: tl.constexpr, D_W: tl.constexpr,
     C_H: tl.constexpr, C_W: tl.constexpr, HAS_RPB: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
@@ -475,9 +501,9 @@ def _backward_key(
         return
     head = program % heads
     slot = program // heads
-    group_h, length_h, first_h = _tile_of(slot // slots, height, D_H, TILE_H, PAD_H)
-    tile_w, count = _run_of(slot % slots, width, before, stop, D_W, TILE_W, PAD_W, RUN)
-    group_w, length_w, first_w = _tile_of(tile_w, width, D_W, TILE_W, PAD_W)
+    tile_h, count = _run_of(slot // tiles_w, height, before, stop, D_H, TILE_H, PAD_H, RUN)
+    group_h, length_h, first_h = _tile_of(tile_h, height, D_H, TILE_H, PAD_H)
+    group_w, length_w, first_w = _tile_of(slot % tiles_w, width, D_W, TILE_W, PAD_W)
     if (first_h >= length_h) | (first_w >= length_w):
         return
 
@@ -513,10 +539,11 @@ def _backward_key(
     chunks_w = tl.cdiv(high_w - low_w + 1, COLS)
     first_image = tl.program_id(1) * BATCH
     for turn in range(tl.minimum(BATCH, batch - first_image) * count):
-        image, moved = (first_image + turn // count).to(tl.int64), turn % count * (TILE_W if D_W == 1 else 1)
-        origin = image * stride_b + moved * stride_w + head * stride_n
-        first = (image * height * width + moved) * heads + head
-        first_grad = ((image * height * width + moved) * GRADS * heads + head) * DIM
+        image = (first_image + turn // count).to(tl.int64)
+        moved = tl.cast(turn % count * (TILE_H if D_H == 1 else 1), tl.int64)
+        origin = image * stride_b + moved * stride_h + head * stride_n
+        first = (image * height + moved) * width * heads + head
+        first_grad = ((image * height + moved) * width * GRADS * heads + head) * DIM
         k_tile = tl.load(k + origin + k_rows, mask=d_inside[None, :], other=0.0)
         k_tile = (k_tile * (scale * 1.4426950408889634)).to(dtype)
         v_tile = tl.load(v + origin + k_rows, mask=d_inside[None, :], other=0.0)
@@ -550,7 +577,8 @@ def _backward_key(
 
 
 class _Launch(NamedTuple):
-    """Tile, positions a chunk and images a program at most, programs at least; warps, loads in flight, registers."""
+    """A program's tile, positions a chunk, images and tiles that see alike, with how few programs it takes several of
+    either; its warps, loads in flight and registers."""
 
     tile: tuple[int, int]
     chunk: int
@@ -559,6 +587,7 @@ class _Launch(NamedTuple):
     warps: int
     stages: int
     registers: int | None = None
+    run: int = 4
 
 
 # By kernel and by the shape of a dilation group: at most 8x8, at most 16 wide, or another; measured on an H200. Filling
@@ -596,11 +625,12 @@ def _most_queries(size: int, dilation: int, tile: int, kernel_size: int, stride:
 
 
 class _Tiling(NamedTuple):
-    """A launch: its runs of tiles times heads, its groups of images, how runs lie on the width, and the constants."""
+    """A launch: its runs of tiles times heads, its groups of images, the tiles of the width and how runs lie on the
+    height, and the constants."""
 
     tiles: int
     groups: int
-    slots: tuple[int, int, int]
+    places: tuple[int, int, int]
     constants: dict
 
 
@@ -611,11 +641,11 @@ def _padded(size: int, dilation: int, tile: int, *window: int) -> tuple[int, int
     return min(((pad, _most_queries(size, dilation, tile, *window, pad)) for pad in pads), key=lambda pair: pair[::-1])
 
 
-def _slots(size: int, dilation: int, tile: int, pad: int, edge: int, seen: int, run: int) -> tuple[int, int, int]:
+def _runs(size: int, dilation: int, tile: int, pad: int, edge: int, seen: int, run: int) -> tuple[int, int, int]:
     """Return how many runs of at most `run` tiles an axis has, and the first and one past the last tile of those.
 
-    A tile is part of a run where it is at least `edge` positions from both borders, and what it sees, `seen` positions
-    from no more than `edge` before it, is on the map. Others are runs of one. With dilation, runs are of groups.
+    A tile is part of a run where it is at least `edge` positions from both borders, and the `seen` positions from its
+    first are on the map. Others are runs of one, which come last. With dilation, runs are of groups.
     """
     tiles = triton.cdiv(triton.cdiv(size, dilation) + pad, tile)
     if dilation > 1:
@@ -626,13 +656,13 @@ def _slots(size: int, dilation: int, tile: int, pad: int, edge: int, seen: int, 
 
 
 def _tiling(
-    launch: _Launch, sizes: tuple[int, ...], dilation: tuple[int, int], spans: tuple[int, int], edge: int | None,
-    pads: tuple[int, int] = (0, 0),
+    launch: _Launch, sizes: tuple[int, ...], dilation: tuple[int, int], spans: tuple[int, int],
+    alike: tuple[int, int] | None, pads: tuple[int, int] = (0, 0),
 ) -> _Tiling:  # fmt: skip
     """Return the launch for `sizes`: batch, height, width, heads and bytes of a head; a tile sees `spans` positions.
 
-    Tiles at least `edge` positions from the left and right borders see alike; with None, those at the same place of
-    dilated groups alone.
+    Tiles at least alike[0] positions from the upper and lower borders see alike, from alike[1] rows before them on;
+    with None, those at the same place of dilated groups alone.
     """
     batch, height, width, heads, nbytes = sizes
     tiles = [
@@ -651,17 +681,18 @@ def _tiling(
     # A power of two, so that few kernels are compiled.
     images = _power(min(launch.batch, batch, batch * programs // launch.programs))
     groups = triton.cdiv(batch, images)
-    # On an H200 runs of 16 took longer than runs of 4, and any where they left few programs.
     run = 1
-    if chunks <= 2 and (dilation[1] > 1 or edge is not None):
-        run = _power(min(launch.batch // images, groups * programs // (2 * launch.programs), 4))
-    slots = _slots(width, dilation[1], launch.tile[1], pads[1], edge or 0, cols, run)
+    if chunks <= 2 and (dilation[0] > 1 or alike is not None):
+        run = _power(min(launch.batch // images, groups * programs // launch.programs, launch.run))
+    edge, before = alike or (0, 0)
+    seen = (chunks - 1) * rows + last - before
+    runs, *place = _runs(height, dilation[0], launch.tile[0], pads[0], edge, seen, run)
     constants = {
         "TILE_H": launch.tile[0], "TILE_W": launch.tile[1], "ROWS": rows, "COLS": cols, "CHUNKS": chunks, "LAST": last,
         "HOIST": chunks <= 2, "BATCH": images, "RUN": run,
         "num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.registers,
     }  # fmt: skip
-    return _Tiling(heads * tiles[0] * slots[0], groups, slots, constants)
+    return _Tiling(heads * runs * tiles[1], groups, (tiles[1], *place), constants)
 
 
 def _power(n: int) -> int:
@@ -705,16 +736,16 @@ def _problem(
         axes = zip(launch.tile, kernel_size, stride, lengths, strict=True)
         return tuple(min(tile + kernel + step - 2, length) for tile, kernel, step, length in axes)
 
-    alike = stride[1] == 1 and not is_causal[1]
+    sees_alike = stride[0] == 1 and not is_causal[0]
     by_query = [LAUNCH[name, form] for name in ("forward", "backward_query")]
-    edge = kernel_size[1] // 2 if alike else None
-    forward, backward_query = (_tiling(launch, sizes, dilation, spans(launch), edge) for launch in by_query)
+    alike = (kernel_size[0] // 2, kernel_size[0] // 2) if sees_alike else None
+    forward, backward_query = (_tiling(launch, sizes, dilation, spans(launch), alike) for launch in by_query)
     launch = LAUNCH["backward_key", form]
     axes = zip((height, width), dilation, launch.tile, kernel_size, stride, is_causal, strict=True)
     pads, most = zip(*(_padded(*axis) for axis in axes), strict=True)
     # Queries this far from a border have their windows in the middle.
-    edge = kernel_size[1] if alike else None
-    backward_key = _tiling(launch, sizes, dilation, most, edge, pads)
+    alike = (kernel_size[0], (kernel_size[0] - 1) // 2) if sees_alike else None
+    backward_key = _tiling(launch, sizes, dilation, most, alike, pads)
     if not backward_key.constants["HOIST"]:
         pads = 0, 0
         backward_key = _tiling(LAUNCH_MANY, sizes, dilation, spans(LAUNCH_MANY), None)
@@ -745,9 +776,9 @@ def _na2d(
     query, key, value, table, strides, problem = _prepare(query, key, value, rpb, options)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:4], dtype=torch.float32, device=query.device)
-    tiles, groups, slots, constants = problem.forward
+    tiles, groups, places, constants = problem.forward
     _forward[(tiles, groups)](
-        query, key, value, table, out, lse, *slots, *query.shape[:4], scale, *strides, **problem.constants, **constants
+        query, key, value, table, out, lse, *places, *query.shape[:4], scale, *strides, **problem.constants, **constants
     )
     return out, lse
 
@@ -763,7 +794,7 @@ def _backward(
     delta = torch.empty_like(lse)
     sizes = (*query.shape[:4], scale, *strides)
 
-    tiles, groups, slots, constants = problem.backward_query
+    tiles, groups, places, constants = problem.backward_query
     heads = query.shape[3]
     kernel_size = options[0]
     parts = 1 if constants["HOIST"] else constants["CHUNKS"]
@@ -775,7 +806,7 @@ def _backward(
 
     def backward_query(chunks: int, grad_q_too: bool, grad_rpb_too: bool, constants: dict) -> None:
         _backward_query[(tiles, groups, chunks)](
-            query, key, value, table, out, lse, grad_out, delta, grad_q, partial, *slots, *sizes,
+            query, key, value, table, out, lse, grad_out, delta, grad_q, partial, *places, *sizes,
             **problem.constants, **constants,
             GRADS=packed, GRAD_Q=grad_q_too, GRAD_RPB=grad_rpb_too, BINS_H=bins[0], BINS_W=bins[1],
         )  # fmt: skip
@@ -785,12 +816,12 @@ def _backward(
         one_chunk = {"HOIST": True, "CHUNKS": 1, "LAST": constants["ROWS"]}
         backward_query(constants["CHUNKS"], False, True, constants | one_chunk)
 
-    tiles, groups, slots, constants = problem.backward_key
+    tiles, groups, places, constants = problem.backward_key
     sums = triton.cdiv(heads * entries[0] * entries[1], COLUMNS) if has_rpb else 0
     grad_rpb = torch.empty(partial.shape[1:], dtype=rpb.dtype, device=rpb.device) if has_rpb else partial
     # Of no images too, the sums are written.
     _backward_key[(sums + tiles, max(groups, 1))](
-        query, key, value, table, lse, grad_out, delta, grad_k, grad_v, partial, grad_rpb, rows, *slots, *sizes,
+        query, key, value, table, lse, grad_out, delta, grad_k, grad_v, partial, grad_rpb, rows, *places, *sizes,
         **problem.constants, **constants, GRADS=packed, SUMS=sums, COLUMNS=COLUMNS,
     )  # fmt: skip
     return grad_rpb

@@ -205,8 +205,8 @@ def test_runs_of_tiles(setting, device, monkeypatch):
     # As if few programs filled the GPU.
     for key, launch in kernels.LAUNCH.items():
         monkeypatch.setitem(kernels.LAUNCH, key, launch._replace(programs=1))
-    slots, runs = kernels._slots, []
-    monkeypatch.setattr(kernels, "_slots", lambda *args: runs.append(args[-1]) or slots(*args))
+    runs_of, runs = kernels._runs, []
+    monkeypatch.setattr(kernels, "_runs", lambda *args: runs.append(args[-1]) or runs_of(*args))
     kernels._problem.cache_clear()
     tensors = inputs(setting, device=device)
     set_backend("triton")
