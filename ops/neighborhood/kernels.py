@@ -95,6 +95,14 @@ def _run_of(slot, size, before, stop, DILATION: tl.constexpr, TILE: tl.constexpr
 
 
 @triton.jit
+def _turn(turn, first_image, count, STEP: tl.constexpr):
+    """Image of a program's turn, and how many rows after the run's first tile its tile lies."""
+    # turn // count, without a division each turn; turns and tiles of a run are few.
+    images = turn * tl.cdiv(65536, count) >> 16
+    return tl.cast(first_image + images, tl.int64), tl.cast((turn - images * count) * STEP, tl.int64)
+
+
+@triton.jit
 def _bias(
     rpb, rank_h, rank_w, exists, key_h, key_w, length_h, length_w,
     K_H: tl.constexpr, K_W: tl.constexpr, S_H: tl.constexpr, S_W: tl.constexpr, C_H: tl.constexpr, C_W: tl.constexpr,
@@ -228,8 +236,7 @@ def _forward(
     o_rows = (token * heads * DIM)[:, None] + d[None, :]
     first_image = tl.program_id(1) * BATCH
     for turn in range(tl.minimum(BATCH, batch - first_image) * count):
-        image = (first_image + turn // count).to(tl.int64)
-        moved = tl.cast(turn % count * (TILE_H if D_H == 1 else 1), tl.int64)
+        image, moved = _turn(turn, first_image, count, TILE_H if D_H == 1 else 1)
         origin = image * stride_b + moved * stride_h + head * stride_n
         q_tile = tl.load(q + origin + (q_rows[:, None] + d[None, :]), mask=d_inside[None, :], other=0.0)
         q_tile = (q_tile * (scale * 1.4426950408889634)).to(dtype)
@@ -254,7 +261,7 @@ def _forward(
                 top, total, acc = _forward_chunk(
                     q_tile, k + origin, v + origin, k_rows, bias, top, total, acc, DIM, PRECISION
                 )
-        acc /= total[:, None]
+        acc *= (1 / total)[:, None]
         first = (image * height + moved) * width * heads + head
         tl.store(out + first * DIM + o_rows, acc.to(dtype), mask=inside[:, None] & d_inside[None, :])
         tl.store(lse + first + token * heads, top + tl.log2(total), mask=inside)
@@ -376,8 +383,7 @@ def _backward_query(
     g_rows = (token * GRADS * heads * DIM)[:, None] + d[None, :]
     first_image = tl.program_id(1) * BATCH
     for turn in range(tl.minimum(BATCH, batch - first_image) * count):
-        image = (first_image + turn // count).to(tl.int64)
-        moved = tl.cast(turn % count * (TILE_H if D_H == 1 else 1), tl.int64)
+        image, moved = _turn(turn, first_image, count, TILE_H if D_H == 1 else 1)
         origin = image * stride_b + moved * stride_h + head * stride_n
         first = (image * height + moved) * width * heads + head
         first_grad = ((image * height + moved) * width * GRADS * heads + head) * DIM
@@ -539,8 +545,7 @@ def _backward_key(
     chunks_w = tl.cdiv(high_w - low_w + 1, COLS)
     first_image = tl.program_id(1) * BATCH
     for turn in range(tl.minimum(BATCH, batch - first_image) * count):
-        image = (first_image + turn // count).to(tl.int64)
-        moved = tl.cast(turn % count * (TILE_H if D_H == 1 else 1), tl.int64)
+        image, moved = _turn(turn, first_image, count, TILE_H if D_H == 1 else 1)
         origin = image * stride_b + moved * stride_h + head * stride_n
         first = (image * height + moved) * width * heads + head
         first_grad = ((image * height + moved) * width * GRADS * heads + head) * DIM
