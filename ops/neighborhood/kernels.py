@@ -531,12 +531,14 @@ def _backward_key(
         bias = ()
         for c in tl.static_range(CHUNKS):
             ranks += (_chunk(low_h + c * ROWS, low_w, ROWS if c < CHUNKS - 1 else LAST, COLS),)
-            bias += (
-                _key_bias(
+            chunk_bias = tl.full((TILE_H * TILE_W, (ROWS if c < CHUNKS - 1 else LAST) * COLS), 0, bias_dtype)
+            # Windows shift at the borders, so that more queries see the keys there than elsewhere.
+            if c == 0 or low_h + c * ROWS <= high_h:
+                chunk_bias = _key_bias(
                     rpb, low_h + c * ROWS, low_w, key_h, key_w, length_h, length_w,
                     K_H, K_W, S_H, S_W, C_H, C_W, HAS_RPB, ROWS if c < CHUNKS - 1 else LAST, COLS, bias_dtype,
-                ),
-            )  # fmt: skip
+                )  # fmt: skip
+            bias += (chunk_bias,)
 
     k_rows = _rows(key_h, key_w, group_h, group_w, stride_h, stride_w, D_H, D_W, INDEX)
     k_rows = k_rows[:, None] + d[None, :]
@@ -556,7 +558,6 @@ def _backward_key(
         acc_v = tl.zeros((TILE_H * TILE_W, BLOCK_DIM), tl.float32)
         if HOIST:
             for c in tl.static_range(CHUNKS):
-                # Windows shift at the borders, so that more queries see the keys there than elsewhere.
                 if c == 0 or low_h + c * ROWS <= high_h:
                     acc_k, acc_v = _key_chunk(
                         q + origin, grad_out + first * DIM, lse + first, delta + first, *ranks[c], bias[c],
