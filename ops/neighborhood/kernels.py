@@ -4,17 +4,17 @@ Work is cut into tiles of TILE_H x TILE_W positions of one dilation group, of on
 can see lie in one small rectangle (its halo); a program scores its tile against the halo in chunks of ROWS x COLS keys
 with the tensor cores and masks what lies outside of each query's window. The score tile never leaves the chip.
 
-- `_forward`: a program owns one query tile, or a run of up to RUN tiles that see alike, for BATCH images in turn: mask
-  and bias are the same for all of them. Tiles see alike side by side where no border is near, and with dilation at the
-  same place of groups of one length, one position apart. Where the halo is one chunk or two (HOIST), mask and bias are
-  gathered from the table once; the last chunk has LAST rows.
+- `_forward`: a program owns one query tile, or a run of tiles that see alike (RUNS), for some images in turn: mask and
+  bias are the same for all of them. Tiles below one another see alike where neither border is near, and with dilation
+  at the same place of groups of one length, one position apart. Where the halo is one chunk or two (HOIST), mask and
+  bias are gathered from the table once; the last chunk has LAST rows. Runs come first, being longest.
 - `_backward_query`: the same tiles. It writes the gradient of the queries, and sum(out * grad_out) per query for the
   next kernel. The gradient of the bias is summed over the program's tiles and images in registers, folded along the
-  diagonals of equal (key - query), and written as one partial table a program; the next kernel sums those: two
-  deterministic stages.
+  diagonals of equal (key - query) by products with ones, and written as one partial table a program; the next kernel
+  sums those: two deterministic stages.
 - `_backward_key`: a program owns a run of key tiles likewise, and visits the chunks of queries that can see a tile:
   with HOIST as above, or whatever their number. Its first programs sum the partial tables instead. Keys near a
-  border are seen from further away, those in the middle of a short axis from both of its ends: there tiles start PAD
+  border are seen from further away, those in the middle of a short axis from both of its ends: there tiles start `pad`
   positions before the map, so that none holds keys of both halves.
 
 Gradients of query, key and value are three tensors, or where the inputs came as one tensor, one like it (GRADS is 3).
@@ -35,6 +35,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 LOG2E = 1.4426950408889634
+# What may differ from one stage of a model to the next, so that one kernel serves all.
+UNSPECIALIZED = ["tiles_w", "before", "stop", "run", "images", "batch", "height", "width", "heads"]
 
 
 @triton.jit
@@ -68,30 +70,30 @@ def _queries_of(first, last, length, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
 
 
 @triton.jit
-def _tile_of(tile, size, DILATION: tl.constexpr, TILE: tl.constexpr, PAD: tl.constexpr = 0):
+def _tile_of(tile, size, pad, DILATION: tl.constexpr, TILE: tl.constexpr):
     """Dilation group, its length and the tile's first rank, from the tile's number on this axis."""
-    tiles = tl.cdiv(tl.cdiv(size, DILATION) + PAD, TILE)
+    tiles = tl.cdiv(tl.cdiv(size, DILATION) + pad, TILE)
     group = tile // tiles
-    return group, tl.cdiv(size - group, DILATION), tile % tiles * TILE - PAD
+    return group, tl.cdiv(size - group, DILATION), tile % tiles * TILE - pad
 
 
 @triton.jit
-def _run_of(slot, size, before, stop, DILATION: tl.constexpr, TILE: tl.constexpr, PAD: tl.constexpr, RUN: tl.constexpr):
-    """First tile of a run on an axis, and how many it has; `_slots` says which runs there are."""
-    if RUN == 1:
+def _run_of(slot, size, before, stop, run, pad, DILATION: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr):
+    """First tile of a run of up to `run` on an axis, and how many it has; `_runs` says which runs there are."""
+    if not RUNS:
         return slot, 1
     if DILATION > 1:
         longer = size % DILATION
-        runs_longer = tl.cdiv(longer, RUN)
-        runs = runs_longer + tl.cdiv(DILATION - longer, RUN)
-        run = slot % runs
-        group = tl.where(run < runs_longer, run * RUN, longer + (run - runs_longer) * RUN)
-        count = tl.minimum(RUN, tl.where(run < runs_longer, longer, DILATION) - group)
-        return group * tl.cdiv(tl.cdiv(size, DILATION) + PAD, TILE) + slot // runs, count
-    tile = before + slot * RUN
-    single = slot - tl.cdiv(stop - before, RUN)
+        runs_longer = tl.cdiv(longer, run)
+        runs = runs_longer + tl.cdiv(DILATION - longer, run)
+        place = slot % runs
+        group = tl.where(place < runs_longer, place * run, longer + (place - runs_longer) * run)
+        count = tl.minimum(run, tl.where(place < runs_longer, longer, DILATION) - group)
+        return group * tl.cdiv(tl.cdiv(size, DILATION) + pad, TILE) + slot // runs, count
+    tile = before + slot * run
+    single = slot - tl.cdiv(stop - before, run)
     alone = tl.where(single < before, single, single - before + stop)
-    return tl.where(single < 0, tile, alone), tl.where(single < 0, tl.minimum(RUN, stop - tile), 1)
+    return tl.where(single < 0, tile, alone), tl.where(single < 0, tl.minimum(run, stop - tile), 1)
 
 
 @triton.jit
@@ -184,21 +186,21 @@ def _forward_chunk(q_tile, k, v, k_rows, bias, top, total, acc, DIM: tl.constexp
     return new, total, acc
 
 
-@triton.jit(do_not_specialize=["tiles_w", "before", "stop"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _forward(
-    q, k, v, rpb, out, lse, tiles_w, before, stop, batch, height, width, heads, scale,
+    q, k, v, rpb, out, lse, tiles_w, before, stop, run, images, batch, height, width, heads, scale,
     stride_b, stride_h, stride_w, stride_n,
     K_H: tl.constexpr, K_W: tl.constexpr, S_H: tl.constexpr, S_W: tl.constexpr, D_H: tl.constexpr, D_W: tl.constexpr,
     C_H: tl.constexpr, C_W: tl.constexpr, HAS_RPB: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNKS: tl.constexpr,
-    LAST: tl.constexpr, HOIST: tl.constexpr, BATCH: tl.constexpr, RUN: tl.constexpr, PRECISION: tl.constexpr,
+    LAST: tl.constexpr, HOIST: tl.constexpr, RUNS: tl.constexpr, PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % heads
     slot = tl.program_id(0) // heads
-    tile_h, count = _run_of(slot // tiles_w, height, before, stop, D_H, TILE_H, 0, RUN)
-    group_h, length_h, first_h = _tile_of(tile_h, height, D_H, TILE_H)
-    group_w, length_w, first_w = _tile_of(slot % tiles_w, width, D_W, TILE_W)
+    tile_h, count = _run_of(slot // tiles_w, height, before, stop, run, 0, D_H, TILE_H, RUNS)
+    group_h, length_h, first_h = _tile_of(tile_h, height, 0, D_H, TILE_H)
+    group_w, length_w, first_w = _tile_of(slot % tiles_w, width, 0, D_W, TILE_W)
     if (first_h >= length_h) | (first_w >= length_w):
         return
 
@@ -234,8 +236,8 @@ def _forward(
     q_rows = _rows(rank_h, rank_w, group_h, group_w, stride_h, stride_w, D_H, D_W, INDEX)
     token = _rows(rank_h, rank_w, group_h, group_w, width, 1, D_H, D_W, INDEX)
     o_rows = (token * heads * DIM)[:, None] + d[None, :]
-    first_image = tl.program_id(1) * BATCH
-    for turn in range(tl.minimum(BATCH, batch - first_image) * count):
+    first_image = tl.program_id(1) * images
+    for turn in range(tl.minimum(images, batch - first_image) * count):
         image, moved = _turn(turn, first_image, count, TILE_H if D_H == 1 else 1)
         origin = image * stride_b + moved * stride_h + head * stride_n
         q_tile = tl.load(q + origin + (q_rows[:, None] + d[None, :]), mask=d_inside[None, :], other=0.0)
@@ -308,9 +310,7 @@ def _fold(
     pairs = tl.permute(grad_bias.reshape(TILE_H, TILE_W, ROWS, COLS), 0, 2, 1, 3)
     n = tl.arange(0, TILE_W * COLS)
     entry = n % COLS - n // COLS + shift_w
-    pairs = _sums(
-        pairs.reshape(TILE_H * ROWS, TILE_W * COLS), entry[:, None] == tl.arange(0, BINS_W)[None, :], EXACT
-    ).T
+    pairs = _sums(pairs.reshape(TILE_H * ROWS, TILE_W * COLS), entry[:, None] == tl.arange(0, BINS_W)[None, :], EXACT).T
     n = tl.arange(0, TILE_H * ROWS)
     here = (n % ROWS - n // ROWS + shift_h)[:, None] == tl.arange(0, BINS_H)[None, :]
     if TILE_H * ROWS < 16:
@@ -318,23 +318,23 @@ def _fold(
     return _sums(pairs, here, EXACT)
 
 
-@triton.jit(do_not_specialize=["tiles_w", "before", "stop"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _backward_query(
-    q, k, v, rpb, out, lse, grad_out, delta, grad_q, partial, tiles_w, before, stop, batch, height, width, heads, scale,
-    stride_b, stride_h, stride_w, stride_n,
+    q, k, v, rpb, out, lse, grad_out, delta, grad_q, partial, tiles_w, before, stop, run, images,
+    batch, height, width, heads, scale, stride_b, stride_h, stride_w, stride_n,
     K_H: tl.constexpr, K_W: tl.constexpr, S_H: tl.constexpr, S_W: tl.constexpr, D_H: tl.constexpr, D_W: tl.constexpr,
     C_H: tl.constexpr, C_W: tl.constexpr, HAS_RPB: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNKS: tl.constexpr,
-    LAST: tl.constexpr, HOIST: tl.constexpr, BATCH: tl.constexpr, RUN: tl.constexpr, PRECISION: tl.constexpr,
+    LAST: tl.constexpr, HOIST: tl.constexpr, RUNS: tl.constexpr, PRECISION: tl.constexpr,
     INDEX: tl.constexpr, GRADS: tl.constexpr, GRAD_Q: tl.constexpr, GRAD_RPB: tl.constexpr, BINS_H: tl.constexpr,
     BINS_W: tl.constexpr,
 ):  # fmt: skip
     """With GRAD_Q over all chunks from that of program axis 2; with GRAD_RPB too only where they are hoisted."""
     head = tl.program_id(0) % heads
     slot = tl.program_id(0) // heads
-    tile_h, count = _run_of(slot // tiles_w, height, before, stop, D_H, TILE_H, 0, RUN)
-    group_h, length_h, first_h = _tile_of(tile_h, height, D_H, TILE_H)
-    group_w, length_w, first_w = _tile_of(slot % tiles_w, width, D_W, TILE_W)
+    tile_h, count = _run_of(slot // tiles_w, height, before, stop, run, 0, D_H, TILE_H, RUNS)
+    group_h, length_h, first_h = _tile_of(tile_h, height, 0, D_H, TILE_H)
+    group_w, length_w, first_w = _tile_of(slot % tiles_w, width, 0, D_W, TILE_W)
     bin_h, bin_w = tl.arange(0, BINS_H)[None, :], tl.arange(0, BINS_W)[:, None]
     entry = bin_h * (2 * K_W - 1) + bin_w
     is_entry = (bin_h < 2 * K_H - 1) & (bin_w < 2 * K_W - 1)
@@ -381,8 +381,8 @@ def _backward_query(
     token = _rows(rank_h, rank_w, group_h, group_w, width, 1, D_H, D_W, INDEX)
     o_rows = (token * heads * DIM)[:, None] + d[None, :]
     g_rows = (token * GRADS * heads * DIM)[:, None] + d[None, :]
-    first_image = tl.program_id(1) * BATCH
-    for turn in range(tl.minimum(BATCH, batch - first_image) * count):
+    first_image = tl.program_id(1) * images
+    for turn in range(tl.minimum(images, batch - first_image) * count):
         image, moved = _turn(turn, first_image, count, TILE_H if D_H == 1 else 1)
         origin = image * stride_b + moved * stride_h + head * stride_n
         first = (image * height + moved) * width * heads + head
@@ -489,27 +489,27 @@ def _key_chunk(
     return acc_k, acc_v
 
 
-@triton.jit(do_not_specialize=["rows", "tiles_w", "before", "stop"])
+@triton.jit(do_not_specialize=["sums", "rows", "pad_h", "pad_w", *UNSPECIALIZED])
 def _backward_key(
-    q, k, v, rpb, lse, grad_out, delta, grad_k, grad_v, partial, grad_rpb, rows, tiles_w, before, stop,
-    batch, height, width, heads, scale, stride_b, stride_h, stride_w, stride_n,
+    q, k, v, rpb, lse, grad_out, delta, grad_k, grad_v, partial, grad_rpb, sums, rows, tiles_w, before, stop,
+    run, images, batch, height, width, heads, scale, stride_b, stride_h, stride_w, stride_n, pad_h, pad_w,
     K_H: tl.constexpr, K_W: tl.constexpr, S_H: tl.constexpr, S_W: tl.constexpr, D_H: tl.constexpr, D_W: tl.constexpr,
     C_H: tl.constexpr, C_W: tl.constexpr, HAS_RPB: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNKS: tl.constexpr,
-    LAST: tl.constexpr, HOIST: tl.constexpr, BATCH: tl.constexpr, RUN: tl.constexpr, PRECISION: tl.constexpr,
-    INDEX: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, GRADS: tl.constexpr, SUMS: tl.constexpr,
+    LAST: tl.constexpr, HOIST: tl.constexpr, RUNS: tl.constexpr, PRECISION: tl.constexpr,
+    INDEX: tl.constexpr, GRADS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0) - SUMS
+    program = tl.program_id(0) - sums
     if program < 0:
         if tl.program_id(1) == 0:
             _sum_partial(partial, grad_rpb, heads * ((2 * K_H - 1) * (2 * K_W - 1)), rows, COLUMNS)
         return
     head = program % heads
     slot = program // heads
-    tile_h, count = _run_of(slot // tiles_w, height, before, stop, D_H, TILE_H, PAD_H, RUN)
-    group_h, length_h, first_h = _tile_of(tile_h, height, D_H, TILE_H, PAD_H)
-    group_w, length_w, first_w = _tile_of(slot % tiles_w, width, D_W, TILE_W, PAD_W)
+    tile_h, count = _run_of(slot // tiles_w, height, before, stop, run, pad_h, D_H, TILE_H, RUNS)
+    group_h, length_h, first_h = _tile_of(tile_h, height, pad_h, D_H, TILE_H)
+    group_w, length_w, first_w = _tile_of(slot % tiles_w, width, pad_w, D_W, TILE_W)
     if (first_h >= length_h) | (first_w >= length_w):
         return
 
@@ -545,8 +545,8 @@ def _backward_key(
     token = _rows(key_h, key_w, group_h, group_w, width, 1, D_H, D_W, INDEX)
     g_rows = (token * GRADS * heads * DIM)[:, None] + d[None, :]
     chunks_w = tl.cdiv(high_w - low_w + 1, COLS)
-    first_image = tl.program_id(1) * BATCH
-    for turn in range(tl.minimum(BATCH, batch - first_image) * count):
+    first_image = tl.program_id(1) * images
+    for turn in range(tl.minimum(images, batch - first_image) * count):
         image, moved = _turn(turn, first_image, count, TILE_H if D_H == 1 else 1)
         origin = image * stride_b + moved * stride_h + head * stride_n
         first = (image * height + moved) * width * heads + head
@@ -583,8 +583,10 @@ def _backward_key(
 
 
 class _Launch(NamedTuple):
-    """A program's tile, positions a chunk, images and tiles that see alike, with how few programs it takes several of
-    either; its warps, loads in flight and registers."""
+    """A program's tile, positions a chunk, images at most, programs at least; warps, loads in flight, registers.
+
+    Tiles that see alike, up to `run`, take the place of images, where this leaves as many programs.
+    """
 
     tile: tuple[int, int]
     chunk: int
@@ -631,12 +633,15 @@ def _most_queries(size: int, dilation: int, tile: int, kernel_size: int, stride:
 
 
 class _Tiling(NamedTuple):
-    """A launch: its runs of tiles times heads, its groups of images, the tiles of the width and how runs lie on the
-    height, and the constants."""
+    """A launch.
+
+    `tiles` are its runs of tiles times heads, `groups` those of images; `places` the tiles of the width, how many runs
+    lie on the height from which tile to which, and how many tiles and images a program takes at most.
+    """
 
     tiles: int
     groups: int
-    places: tuple[int, int, int]
+    places: tuple[int, ...]
     constants: dict
 
 
@@ -684,26 +689,20 @@ def _tiling(
         rows = min(most, max(rows // 2, 16 // cols))
     chunks = triton.cdiv(spans[0], rows)
     last = max(triton.next_power_of_2(spans[0] - (chunks - 1) * rows), 16 // cols)
-    # A power of two, so that few kernels are compiled.
-    images = _power(min(launch.batch, batch, batch * programs // launch.programs))
+    images = max(min(launch.batch, batch, batch * programs // launch.programs), 1)
     groups = triton.cdiv(batch, images)
     run = 1
     if chunks <= 2 and (dilation[0] > 1 or alike is not None):
-        run = _power(min(launch.batch // images, groups * programs // launch.programs, launch.run))
+        run = max(min(launch.batch // images, groups * programs // launch.programs, launch.run), 1)
     edge, before = alike or (0, 0)
     seen = (chunks - 1) * rows + last - before
     runs, *place = _runs(height, dilation[0], launch.tile[0], pads[0], edge, seen, run)
     constants = {
         "TILE_H": launch.tile[0], "TILE_W": launch.tile[1], "ROWS": rows, "COLS": cols, "CHUNKS": chunks, "LAST": last,
-        "HOIST": chunks <= 2, "BATCH": images, "RUN": run,
+        "HOIST": chunks <= 2, "RUNS": run > 1,
         "num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.registers,
     }  # fmt: skip
-    return _Tiling(heads * runs * tiles[1], groups, (tiles[1], *place), constants)
-
-
-def _power(n: int) -> int:
-    """Return the largest power of two up to n, or 1."""
-    return 1 << (max(1, n).bit_length() - 1)
+    return _Tiling(heads * runs * tiles[1], groups, (tiles[1], *place, run, images), constants)
 
 
 class _Problem(NamedTuple):
@@ -756,7 +755,7 @@ def _problem(
         pads = 0, 0
         backward_key = _tiling(LAUNCH_MANY, sizes, dilation, spans(LAUNCH_MANY), None)
         backward_key.constants["HOIST"] = False
-    backward_key.constants.update(zip(("PAD_H", "PAD_W"), pads, strict=True))
+    backward_key.constants.update(zip(("pad_h", "pad_w"), pads, strict=True))
     return _Problem(constants, forward, backward_query, backward_key)
 
 
@@ -827,8 +826,8 @@ def _backward(
     grad_rpb = torch.empty(partial.shape[1:], dtype=rpb.dtype, device=rpb.device) if has_rpb else partial
     # Of no images too, the sums are written.
     _backward_key[(sums + tiles, max(groups, 1))](
-        query, key, value, table, lse, grad_out, delta, grad_k, grad_v, partial, grad_rpb, rows, *places, *sizes,
-        **problem.constants, **constants, GRADS=packed, SUMS=sums, COLUMNS=COLUMNS,
+        query, key, value, table, lse, grad_out, delta, grad_k, grad_v, partial, grad_rpb, sums, rows, *places, *sizes,
+        **problem.constants, **constants, GRADS=packed, COLUMNS=COLUMNS,
     )  # fmt: skip
     return grad_rpb
 
