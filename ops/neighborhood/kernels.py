@@ -313,9 +313,12 @@ def _fold(
     pairs = _sums(pairs.reshape(TILE_H * ROWS, TILE_W * COLS), entry[:, None] == tl.arange(0, BINS_W)[None, :], EXACT).T
     n = tl.arange(0, TILE_H * ROWS)
     here = (n % ROWS - n // ROWS + shift_h)[:, None] == tl.arange(0, BINS_H)[None, :]
+    # Too few for a product.
     if TILE_H * ROWS < 16:
-        return tl.sum(tl.where(here[None, :, :], pairs[:, :, None], 0.0), 1)
-    return _sums(pairs, here, EXACT)
+        folded = tl.sum(tl.where(here[None, :, :], pairs[:, :, None], 0.0), 1)
+    else:
+        folded = _sums(pairs, here, EXACT)
+    return folded
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -689,8 +692,8 @@ def _tiling(
         rows = min(most, max(rows // 2, 16 // cols))
     chunks = triton.cdiv(spans[0], rows)
     last = max(triton.next_power_of_2(spans[0] - (chunks - 1) * rows), 16 // cols)
-    images = max(min(launch.batch, batch, batch * programs // launch.programs), 1)
-    groups = triton.cdiv(batch, images)
+    groups = triton.cdiv(batch, max(min(launch.batch, batch, batch * programs // launch.programs), 1))
+    images = max(triton.cdiv(batch, max(groups, 1)), 1)
     run = 1
     if chunks <= 2 and (dilation[0] > 1 or alike is not None):
         run = max(min(launch.batch // images, groups * programs // launch.programs, launch.run), 1)
