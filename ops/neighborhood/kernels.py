@@ -4,17 +4,17 @@ Work is cut into tiles of TILE_H x TILE_W positions of one dilation group, of on
 can see lie in one small rectangle (its halo); a program scores its tile against the halo in chunks of ROWS x COLS keys
 with the tensor cores and masks what lies outside of each query's window. The score tile never leaves the chip.
 
-- `_forward`: a program owns one query tile, or a run of up to RUN tiles that see alike, for BATCH images in turn: mask
-  and bias are the same for all of them. Tiles see alike side by side where no border is near, and with dilation at the
-  same place of groups of one length, one position apart. Where the halo is one chunk or two (HOIST), mask and bias are
-  gathered from the table once; the last chunk has LAST rows.
+- `_forward`: a program owns one query tile, or a run of tiles that see alike (RUNS), for some images in turn: mask and
+  bias are the same for all of them. Tiles below one another see alike where neither border is near, and with dilation
+  at the same place of groups of one length, one position apart. Where the halo is one chunk or two (HOIST), mask and
+  bias are gathered from the table once; the last chunk has LAST rows. Runs come first, being longest.
 - `_backward_query`: the same tiles. It writes the gradient of the queries, and sum(out * grad_out) per query for the
   next kernel. The gradient of the bias is summed over the program's tiles and images in registers, folded along the
-  diagonals of equal (key - query), and written as one partial table a program; the next kernel sums those: two
-  deterministic stages.
+  diagonals of equal (key - query) by products with ones, and written as one partial table a program; the next kernel
+  sums those: two deterministic stages.
 - `_backward_key`: a program owns a run of key tiles likewise, and visits the chunks of queries that can see a tile:
   with HOIST as above, or whatever their number. Its first programs sum the partial tables instead. Keys near a
-  border are seen from further away, those in the middle of a short axis from both of its ends: there tiles start PAD
+  border are seen from further away, those in the middle of a short axis from both of its ends: there tiles start `pad`
   positions before the map, so that none holds keys of both halves.
 
 Gradients of query, key and value are three tensors, or where the inputs came as one tensor, one like it (GRADS is 3).
@@ -35,6 +35,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 LOG2E = 1.4426950408889634
+# What may differ from one stage of a model to the next, so that one kernel serves all.
+UNSPECIALIZED = ["tiles_w", "before", "stop", "run", "images", "batch", "height", "width", "heads"]
 
 
 @triton.jit
@@ -68,48 +70,60 @@ def _queries_of(first, last, length, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
 
 
 @triton.jit
-def _tile_of(tile, size, DILATION: tl.constexpr, TILE: tl.constexpr, PAD: tl.constexpr = 0):
+def _tile_of(tile, size, pad, DILATION: tl.constexpr, TILE: tl.constexpr):
     """Dilation group, its length and the tile's first rank, from the tile's number on this axis."""
-    tiles = tl.cdiv(tl.cdiv(size, DILATION) + PAD, TILE)
+    tiles = tl.cdiv(tl.cdiv(size, DILATION) + pad, TILE)
     group = tile // tiles
-    return group, tl.cdiv(size - group, DILATION), tile % tiles * TILE - PAD
+    return group, tl.cdiv(size - group, DILATION), tile % tiles * TILE - pad
 
 
 @triton.jit
-def _run_of(slot, size, before, stop, DILATION: tl.constexpr, TILE: tl.constexpr, PAD: tl.constexpr, RUN: tl.constexpr):
-    """First tile of a run on an axis, and how many it has; `_slots` says which runs there are."""
-    if RUN == 1:
+def _run_of(slot, size, before, stop, run, pad, DILATION: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr):
+    """First tile of a run of up to `run` on an axis, and how many it has; `_runs` says which runs there are."""
+    if not RUNS:
         return slot, 1
     if DILATION > 1:
         longer = size % DILATION
-        runs_longer = tl.cdiv(longer, RUN)
-        runs = runs_longer + tl.cdiv(DILATION - longer, RUN)
-        run = slot % runs
-        group = tl.where(run < runs_longer, run * RUN, longer + (run - runs_longer) * RUN)
-        count = tl.minimum(RUN, tl.where(run < runs_longer, longer, DILATION) - group)
-        return group * tl.cdiv(tl.cdiv(size, DILATION) + PAD, TILE) + slot // runs, count
-    run = tl.minimum(slot - before, tl.cdiv(stop - before, RUN))
-    after = slot - before - run
-    tile = tl.where(run < 0, slot, tl.minimum(before + run * RUN, stop) + after)
-    return tile, tl.where((run < 0) | (tile >= stop), 1, tl.minimum(RUN, stop - tile))
+        runs_longer = tl.cdiv(longer, run)
+        runs = runs_longer + tl.cdiv(DILATION - longer, run)
+        place = slot % runs
+        group = tl.where(place < runs_longer, place * run, longer + (place - runs_longer) * run)
+        count = tl.minimum(run, tl.where(place < runs_longer, longer, DILATION) - group)
+        return group * tl.cdiv(tl.cdiv(size, DILATION) + pad, TILE) + slot // runs, count
+    tile = before + slot * run
+    single = slot - tl.cdiv(stop - before, run)
+    alone = tl.where(single < before, single, single - before + stop)
+    return tl.where(single < 0, tile, alone), tl.where(single < 0, tl.minimum(run, stop - tile), 1)
+
+
+@triton.jit
+def _turn(turn, first_image, count, STEP: tl.constexpr):
+    """Image of a program's turn, and how many rows after the run's first tile its tile lies."""
+    # turn // count, without a division each turn; turns and tiles of a run are few.
+    images = turn * tl.cdiv(65536, count) >> 16
+    return tl.cast(first_image + images, tl.int64), tl.cast((turn - images * count) * STEP, tl.int64)
 
 
 @triton.jit
 def _bias(
-    rpb, rank_h, rank_w, key_h, key_w, length_h, length_w,
+    rpb, rank_h, rank_w, exists, key_h, key_w, length_h, length_w,
     K_H: tl.constexpr, K_W: tl.constexpr, S_H: tl.constexpr, S_W: tl.constexpr, C_H: tl.constexpr, C_W: tl.constexpr,
     HAS_RPB: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Bias of each (query, key) pair, -inf where the query does not see the key. Ranks broadcast against each other."""
+    """Bias of each (query, key) pair, -inf where the query does not see the key or does not exist.
+
+    Ranks of queries and of keys broadcast against each other.
+    """
     start_h, stop_h = _window(rank_h, length_h, K_H, S_H, C_H)
     start_w, stop_w = _window(rank_w, length_w, K_W, S_W, C_W)
-    seen = (key_h >= start_h) & (key_h < stop_h) & (key_w >= start_w) & (key_w < stop_w)
+    # One comparison an axis: what lies before the window is a large number without a sign.
+    size_h, size_w = tl.where(exists, stop_h - start_h, 0).to(tl.uint32), (stop_w - start_w).to(tl.uint32)
+    seen = ((key_h - start_h).to(tl.uint32) < size_h) & ((key_w - start_w).to(tl.uint32) < size_w)
     if HAS_RPB:
-        entry = (key_h - rank_h + K_H - 1) * (2 * K_W - 1) + key_w - rank_w + K_W - 1
-        bias = tl.load(rpb + entry, mask=seen, other=0.0).to(tl.float32) * 1.4426950408889634
-    else:
-        bias = tl.zeros(seen.shape, tl.float32)
-    return tl.where(seen, bias, float("-inf")).to(dtype)
+        at_key = (key_h + K_H - 1) * (2 * K_W - 1) + key_w + K_W - 1
+        entry = at_key - (rank_h * (2 * K_W - 1) + rank_w)
+        return (tl.load(rpb + entry, mask=seen, other=float("-inf")).to(tl.float32) * 1.4426950408889634).to(dtype)
+    return tl.where(seen, 0.0, float("-inf")).to(dtype)
 
 
 @triton.jit
@@ -135,12 +149,11 @@ def _query_bias(
 ):  # fmt: skip
     """Bias (queries, keys) of a chunk of keys; -inf for queries that are not `inside`."""
     key_h, key_w = _chunk(first_h, first_w, ROWS, COLS)
-    bias = _bias(
-        rpb, rank_h[:, None], rank_w[:, None], key_h[None, :], key_w[None, :], length_h, length_w,
+    # A query beyond the map repeats the last one: it must not count twice in the bias' gradient.
+    return _bias(
+        rpb, rank_h[:, None], rank_w[:, None], inside[:, None], key_h[None, :], key_w[None, :], length_h, length_w,
         K_H, K_W, S_H, S_W, C_H, C_W, HAS_RPB, dtype,
     )  # fmt: skip
-    # A query beyond the map repeats the last one: it must not count twice in the bias' gradient.
-    return tl.where(inside[:, None], bias, float("-inf")).to(dtype)
 
 
 @triton.jit
@@ -173,21 +186,21 @@ def _forward_chunk(q_tile, k, v, k_rows, bias, top, total, acc, DIM: tl.constexp
     return new, total, acc
 
 
-@triton.jit(do_not_specialize=["slots", "before", "stop"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _forward(
-    q, k, v, rpb, out, lse, slots, before, stop, batch, height, width, heads, scale,
+    q, k, v, rpb, out, lse, tiles_w, before, stop, run, images, batch, height, width, heads, scale,
     stride_b, stride_h, stride_w, stride_n,
     K_H: tl.constexpr, K_W: tl.constexpr, S_H: tl.constexpr, S_W: tl.constexpr, D_H: tl.constexpr, D_W: tl.constexpr,
     C_H: tl.constexpr, C_W: tl.constexpr, HAS_RPB: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNKS: tl.constexpr,
-    LAST: tl.constexpr, HOIST: tl.constexpr, BATCH: tl.constexpr, RUN: tl.constexpr, PRECISION: tl.constexpr,
+    LAST: tl.constexpr, HOIST: tl.constexpr, RUNS: tl.constexpr, PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % heads
     slot = tl.program_id(0) // heads
-    group_h, length_h, first_h = _tile_of(slot // slots, height, D_H, TILE_H)
-    tile_w, count = _run_of(slot % slots, width, before, stop, D_W, TILE_W, 0, RUN)
-    group_w, length_w, first_w = _tile_of(tile_w, width, D_W, TILE_W)
+    tile_h, count = _run_of(slot // tiles_w, height, before, stop, run, 0, D_H, TILE_H, RUNS)
+    group_h, length_h, first_h = _tile_of(tile_h, height, 0, D_H, TILE_H)
+    group_w, length_w, first_w = _tile_of(slot % tiles_w, width, 0, D_W, TILE_W)
     if (first_h >= length_h) | (first_w >= length_w):
         return
 
@@ -223,10 +236,10 @@ def _forward(
     q_rows = _rows(rank_h, rank_w, group_h, group_w, stride_h, stride_w, D_H, D_W, INDEX)
     token = _rows(rank_h, rank_w, group_h, group_w, width, 1, D_H, D_W, INDEX)
     o_rows = (token * heads * DIM)[:, None] + d[None, :]
-    first_image = tl.program_id(1) * BATCH
-    for turn in range(tl.minimum(BATCH, batch - first_image) * count):
-        image, moved = (first_image + turn // count).to(tl.int64), turn % count * (TILE_W if D_W == 1 else 1)
-        origin = image * stride_b + moved * stride_w + head * stride_n
+    first_image = tl.program_id(1) * images
+    for turn in range(tl.minimum(images, batch - first_image) * count):
+        image, moved = _turn(turn, first_image, count, TILE_H if D_H == 1 else 1)
+        origin = image * stride_b + moved * stride_h + head * stride_n
         q_tile = tl.load(q + origin + (q_rows[:, None] + d[None, :]), mask=d_inside[None, :], other=0.0)
         q_tile = (q_tile * (scale * 1.4426950408889634)).to(dtype)
         top = tl.full((TILE_H * TILE_W,), float("-inf"), tl.float32)
@@ -250,8 +263,8 @@ def _forward(
                 top, total, acc = _forward_chunk(
                     q_tile, k + origin, v + origin, k_rows, bias, top, total, acc, DIM, PRECISION
                 )
-        acc /= total[:, None]
-        first = (image * height * width + moved) * heads + head
+        acc *= (1 / total)[:, None]
+        first = (image * height + moved) * width * heads + head
         tl.store(out + first * DIM + o_rows, acc.to(dtype), mask=inside[:, None] & d_inside[None, :])
         tl.store(lse + first + token * heads, top + tl.log2(total), mask=inside)
 
@@ -275,44 +288,64 @@ def _query_chunk(
 
 
 @triton.jit
+def _sums(x, members, EXACT: tl.constexpr):
+    """Return x @ members, where they are ones and zeros; not EXACT to 16 bits or more."""
+    if EXACT:
+        return tl.dot(x, members.to(tl.float32), input_precision="ieee")
+    members = members.to(tl.bfloat16)
+    high = x.to(tl.bfloat16)
+    return tl.dot((x - high.to(tl.float32)).to(tl.bfloat16), members, tl.dot(high, members))
+
+
+@triton.jit
 def _fold(
-    grad_bias, rank_h, rank_w, base_h, base_w,
-    K_H: tl.constexpr, K_W: tl.constexpr, COLS: tl.constexpr, BINS_H: tl.constexpr, BINS_W: tl.constexpr,
+    grad_bias, shift_h, shift_w, TILE_H: tl.constexpr, TILE_W: tl.constexpr, COLS: tl.constexpr,
+    BINS_H: tl.constexpr, BINS_W: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Sum gradients of scores (queries, keys) along diagonals: bin (a, b) is the key at query + (a, b) - (K - 1)."""
-    bins = tl.arange(0, BINS_H * BINS_W)
-    row = rank_h[:, None] + (bins // BINS_W)[None, :] - (K_H - 1) - base_h
-    col = rank_w[:, None] + (bins % BINS_W)[None, :] - (K_W - 1) - base_w
-    here = (row >= 0) & (row < grad_bias.shape[1] // COLS) & (col >= 0) & (col < COLS)
-    folded = tl.gather(grad_bias, tl.where(here, row * COLS + col, 0), 1)
-    return tl.sum(tl.where(here, folded, 0.0), 0)
+    """Sum gradients of scores (queries, keys) along diagonals, to entries (BINS_W, BINS_H) of the table.
+
+    The entry of the first query and the first key is (shift_h, shift_w).
+    """
+    ROWS: tl.constexpr = grad_bias.shape[1] // COLS
+    pairs = tl.permute(grad_bias.reshape(TILE_H, TILE_W, ROWS, COLS), 0, 2, 1, 3)
+    n = tl.arange(0, TILE_W * COLS)
+    entry = n % COLS - n // COLS + shift_w
+    pairs = _sums(pairs.reshape(TILE_H * ROWS, TILE_W * COLS), entry[:, None] == tl.arange(0, BINS_W)[None, :], EXACT).T
+    n = tl.arange(0, TILE_H * ROWS)
+    here = (n % ROWS - n // ROWS + shift_h)[:, None] == tl.arange(0, BINS_H)[None, :]
+    # Too few for a product.
+    if TILE_H * ROWS < 16:
+        folded = tl.sum(tl.where(here[None, :, :], pairs[:, :, None], 0.0), 1)
+    else:
+        folded = _sums(pairs, here, EXACT)
+    return folded
 
 
-@triton.jit(do_not_specialize=["slots", "before", "stop"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _backward_query(
-    q, k, v, rpb, out, lse, grad_out, delta, grad_q, partial, slots, before, stop, batch, height, width, heads, scale,
-    stride_b, stride_h, stride_w, stride_n,
+    q, k, v, rpb, out, lse, grad_out, delta, grad_q, partial, tiles_w, before, stop, run, images,
+    batch, height, width, heads, scale, stride_b, stride_h, stride_w, stride_n,
     K_H: tl.constexpr, K_W: tl.constexpr, S_H: tl.constexpr, S_W: tl.constexpr, D_H: tl.constexpr, D_W: tl.constexpr,
     C_H: tl.constexpr, C_W: tl.constexpr, HAS_RPB: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNKS: tl.constexpr,
-    LAST: tl.constexpr, HOIST: tl.constexpr, BATCH: tl.constexpr, RUN: tl.constexpr, PRECISION: tl.constexpr,
+    LAST: tl.constexpr, HOIST: tl.constexpr, RUNS: tl.constexpr, PRECISION: tl.constexpr,
     INDEX: tl.constexpr, GRADS: tl.constexpr, GRAD_Q: tl.constexpr, GRAD_RPB: tl.constexpr, BINS_H: tl.constexpr,
     BINS_W: tl.constexpr,
 ):  # fmt: skip
     """With GRAD_Q over all chunks from that of program axis 2; with GRAD_RPB too only where they are hoisted."""
     head = tl.program_id(0) % heads
     slot = tl.program_id(0) // heads
-    group_h, length_h, first_h = _tile_of(slot // slots, height, D_H, TILE_H)
-    tile_w, count = _run_of(slot % slots, width, before, stop, D_W, TILE_W, 0, RUN)
-    group_w, length_w, first_w = _tile_of(tile_w, width, D_W, TILE_W)
-    bins = tl.arange(0, BINS_H * BINS_W)
-    entry = bins // BINS_W * (2 * K_W - 1) + bins % BINS_W
-    is_entry = (bins // BINS_W < 2 * K_H - 1) & (bins % BINS_W < 2 * K_W - 1)
+    tile_h, count = _run_of(slot // tiles_w, height, before, stop, run, 0, D_H, TILE_H, RUNS)
+    group_h, length_h, first_h = _tile_of(tile_h, height, 0, D_H, TILE_H)
+    group_w, length_w, first_w = _tile_of(slot % tiles_w, width, 0, D_W, TILE_W)
+    bin_h, bin_w = tl.arange(0, BINS_H)[None, :], tl.arange(0, BINS_W)[:, None]
+    entry = bin_h * (2 * K_W - 1) + bin_w
+    is_entry = (bin_h < 2 * K_H - 1) & (bin_w < 2 * K_W - 1)
     program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
     partial += program * ((2 * K_H - 1) * (2 * K_W - 1))
     if (first_h >= length_h) | (first_w >= length_w):
         if GRAD_RPB:
-            tl.store(partial + entry, tl.zeros((BINS_H * BINS_W,), tl.float32), mask=is_entry)
+            tl.store(partial + entry, tl.zeros((BINS_W, BINS_H), tl.float32), mask=is_entry)
         return
 
     m = tl.arange(0, TILE_H * TILE_W)
@@ -351,12 +384,12 @@ def _backward_query(
     token = _rows(rank_h, rank_w, group_h, group_w, width, 1, D_H, D_W, INDEX)
     o_rows = (token * heads * DIM)[:, None] + d[None, :]
     g_rows = (token * GRADS * heads * DIM)[:, None] + d[None, :]
-    first_image = tl.program_id(1) * BATCH
-    for turn in range(tl.minimum(BATCH, batch - first_image) * count):
-        image, moved = (first_image + turn // count).to(tl.int64), turn % count * (TILE_W if D_W == 1 else 1)
-        origin = image * stride_b + moved * stride_w + head * stride_n
-        first = (image * height * width + moved) * heads + head
-        first_grad = ((image * height * width + moved) * GRADS * heads + head) * DIM
+    first_image = tl.program_id(1) * images
+    for turn in range(tl.minimum(images, batch - first_image) * count):
+        image, moved = _turn(turn, first_image, count, TILE_H if D_H == 1 else 1)
+        origin = image * stride_b + moved * stride_h + head * stride_n
+        first = (image * height + moved) * width * heads + head
+        first_grad = ((image * height + moved) * width * GRADS * heads + head) * DIM
         q_tile = tl.load(q + origin + (q_rows[:, None] + d[None, :]), mask=d_inside[None, :], other=0.0)
         q_tile = (q_tile * (scale * 1.4426950408889634)).to(dtype)
         do_tile = tl.load(grad_out + first * DIM + o_rows, mask=d_inside[None, :], other=0.0)
@@ -395,9 +428,12 @@ def _backward_query(
             tl.store(grad_q + first_grad + g_rows, acc.to(dtype), mask=inside[:, None] & d_inside[None, :])
 
     if GRAD_RPB:
-        folded = tl.zeros((BINS_H * BINS_W,), tl.float32)
+        folded = tl.zeros((BINS_W, BINS_H), tl.float32)
         for c in tl.static_range(CHUNKS):
-            folded += _fold(grad_bias[c], rank_h, rank_w, base_h + c * ROWS, base_w, K_H, K_W, COLS, BINS_H, BINS_W)
+            folded += _fold(
+                grad_bias[c], base_h + c * ROWS - first_h + K_H - 1, base_w - first_w + K_W - 1,
+                TILE_H, TILE_W, COLS, BINS_H, BINS_W, dtype == tl.float32,
+            )  # fmt: skip
         tl.store(partial + entry, folded, mask=is_entry)
 
 
@@ -423,11 +459,10 @@ def _key_bias(
     rank_h, rank_w = _chunk(low_h, low_w, ROWS, COLS)
     exists = (rank_h < length_h) & (rank_w < length_w)
     rank_h, rank_w = tl.minimum(rank_h, length_h - 1), tl.minimum(rank_w, length_w - 1)
-    bias = _bias(
-        rpb, rank_h[None, :], rank_w[None, :], key_h[:, None], key_w[:, None], length_h, length_w,
+    return _bias(
+        rpb, rank_h[None, :], rank_w[None, :], exists[None, :], key_h[:, None], key_w[:, None], length_h, length_w,
         K_H, K_W, S_H, S_W, C_H, C_W, HAS_RPB, dtype,
     )  # fmt: skip
-    return tl.where(exists[None, :], bias, float("-inf")).to(dtype)
 
 
 @triton.jit
@@ -457,27 +492,27 @@ def _key_chunk(
     return acc_k, acc_v
 
 
-@triton.jit(do_not_specialize=["rows", "slots", "before", "stop"])
+@triton.jit(do_not_specialize=["sums", "rows", "pad_h", "pad_w", *UNSPECIALIZED])
 def _backward_key(
-    q, k, v, rpb, lse, grad_out, delta, grad_k, grad_v, partial, grad_rpb, rows, slots, before, stop,
-    batch, height, width, heads, scale, stride_b, stride_h, stride_w, stride_n,
+    q, k, v, rpb, lse, grad_out, delta, grad_k, grad_v, partial, grad_rpb, sums, rows, tiles_w, before, stop,
+    run, images, batch, height, width, heads, scale, stride_b, stride_h, stride_w, stride_n, pad_h, pad_w,
     K_H: tl.constexpr, K_W: tl.constexpr, S_H: tl.constexpr, S_W: tl.constexpr, D_H: tl.constexpr, D_W: tl.constexpr,
     C_H: tl.constexpr, C_W: tl.constexpr, HAS_RPB: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNKS: tl.constexpr,
-    LAST: tl.constexpr, HOIST: tl.constexpr, BATCH: tl.constexpr, RUN: tl.constexpr, PRECISION: tl.constexpr,
-    INDEX: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, GRADS: tl.constexpr, SUMS: tl.constexpr,
+    LAST: tl.constexpr, HOIST: tl.constexpr, RUNS: tl.constexpr, PRECISION: tl.constexpr,
+    INDEX: tl.constexpr, GRADS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0) - SUMS
+    program = tl.program_id(0) - sums
     if program < 0:
         if tl.program_id(1) == 0:
             _sum_partial(partial, grad_rpb, heads * ((2 * K_H - 1) * (2 * K_W - 1)), rows, COLUMNS)
         return
     head = program % heads
     slot = program // heads
-    group_h, length_h, first_h = _tile_of(slot // slots, height, D_H, TILE_H, PAD_H)
-    tile_w, count = _run_of(slot % slots, width, before, stop, D_W, TILE_W, PAD_W, RUN)
-    group_w, length_w, first_w = _tile_of(tile_w, width, D_W, TILE_W, PAD_W)
+    tile_h, count = _run_of(slot // tiles_w, height, before, stop, run, pad_h, D_H, TILE_H, RUNS)
+    group_h, length_h, first_h = _tile_of(tile_h, height, pad_h, D_H, TILE_H)
+    group_w, length_w, first_w = _tile_of(slot % tiles_w, width, pad_w, D_W, TILE_W)
     if (first_h >= length_h) | (first_w >= length_w):
         return
 
@@ -499,24 +534,26 @@ def _backward_key(
         bias = ()
         for c in tl.static_range(CHUNKS):
             ranks += (_chunk(low_h + c * ROWS, low_w, ROWS if c < CHUNKS - 1 else LAST, COLS),)
-            bias += (
-                _key_bias(
+            chunk_bias = tl.full((TILE_H * TILE_W, (ROWS if c < CHUNKS - 1 else LAST) * COLS), 0, bias_dtype)
+            # Windows shift at the borders, so that more queries see the keys there than elsewhere.
+            if c == 0 or low_h + c * ROWS <= high_h:
+                chunk_bias = _key_bias(
                     rpb, low_h + c * ROWS, low_w, key_h, key_w, length_h, length_w,
                     K_H, K_W, S_H, S_W, C_H, C_W, HAS_RPB, ROWS if c < CHUNKS - 1 else LAST, COLS, bias_dtype,
-                ),
-            )  # fmt: skip
+                )  # fmt: skip
+            bias += (chunk_bias,)
 
     k_rows = _rows(key_h, key_w, group_h, group_w, stride_h, stride_w, D_H, D_W, INDEX)
     k_rows = k_rows[:, None] + d[None, :]
     token = _rows(key_h, key_w, group_h, group_w, width, 1, D_H, D_W, INDEX)
     g_rows = (token * GRADS * heads * DIM)[:, None] + d[None, :]
     chunks_w = tl.cdiv(high_w - low_w + 1, COLS)
-    first_image = tl.program_id(1) * BATCH
-    for turn in range(tl.minimum(BATCH, batch - first_image) * count):
-        image, moved = (first_image + turn // count).to(tl.int64), turn % count * (TILE_W if D_W == 1 else 1)
-        origin = image * stride_b + moved * stride_w + head * stride_n
-        first = (image * height * width + moved) * heads + head
-        first_grad = ((image * height * width + moved) * GRADS * heads + head) * DIM
+    first_image = tl.program_id(1) * images
+    for turn in range(tl.minimum(images, batch - first_image) * count):
+        image, moved = _turn(turn, first_image, count, TILE_H if D_H == 1 else 1)
+        origin = image * stride_b + moved * stride_h + head * stride_n
+        first = (image * height + moved) * width * heads + head
+        first_grad = ((image * height + moved) * width * GRADS * heads + head) * DIM
         k_tile = tl.load(k + origin + k_rows, mask=d_inside[None, :], other=0.0)
         k_tile = (k_tile * (scale * 1.4426950408889634)).to(dtype)
         v_tile = tl.load(v + origin + k_rows, mask=d_inside[None, :], other=0.0)
@@ -524,7 +561,6 @@ def _backward_key(
         acc_v = tl.zeros((TILE_H * TILE_W, BLOCK_DIM), tl.float32)
         if HOIST:
             for c in tl.static_range(CHUNKS):
-                # Windows shift at the borders, so that more queries see the keys there than elsewhere.
                 if c == 0 or low_h + c * ROWS <= high_h:
                     acc_k, acc_v = _key_chunk(
                         q + origin, grad_out + first * DIM, lse + first, delta + first, *ranks[c], bias[c],
@@ -550,7 +586,10 @@ def _backward_key(
 
 
 class _Launch(NamedTuple):
-    """Tile, positions a chunk and images a program at most, programs at least; warps, loads in flight, registers."""
+    """A program's tile, positions a chunk, images at most, programs at least; warps, loads in flight, registers.
+
+    Tiles that see alike, up to `run`, take the place of images, where this leaves as many programs.
+    """
 
     tile: tuple[int, int]
     chunk: int
@@ -559,6 +598,7 @@ class _Launch(NamedTuple):
     warps: int
     stages: int
     registers: int | None = None
+    run: int = 4
 
 
 # By kernel and by the shape of a dilation group: at most 8x8, at most 16 wide, or another; measured on an H200. Filling
@@ -596,11 +636,15 @@ def _most_queries(size: int, dilation: int, tile: int, kernel_size: int, stride:
 
 
 class _Tiling(NamedTuple):
-    """A launch: its runs of tiles times heads, its groups of images, how runs lie on the width, and the constants."""
+    """A launch.
+
+    `tiles` are its runs of tiles times heads, `groups` those of images; `places` the tiles of the width, how many runs
+    lie on the height from which tile to which, and how many tiles and images a program takes at most.
+    """
 
     tiles: int
     groups: int
-    slots: tuple[int, int, int]
+    places: tuple[int, ...]
     constants: dict
 
 
@@ -611,11 +655,11 @@ def _padded(size: int, dilation: int, tile: int, *window: int) -> tuple[int, int
     return min(((pad, _most_queries(size, dilation, tile, *window, pad)) for pad in pads), key=lambda pair: pair[::-1])
 
 
-def _slots(size: int, dilation: int, tile: int, pad: int, edge: int, seen: int, run: int) -> tuple[int, int, int]:
+def _runs(size: int, dilation: int, tile: int, pad: int, edge: int, seen: int, run: int) -> tuple[int, int, int]:
     """Return how many runs of at most `run` tiles an axis has, and the first and one past the last tile of those.
 
-    A tile is part of a run where it is at least `edge` positions from both borders, and what it sees, `seen` positions
-    from no more than `edge` before it, is on the map. Others are runs of one. With dilation, runs are of groups.
+    A tile is part of a run where it is at least `edge` positions from both borders, and the `seen` positions from its
+    first are on the map. Others are runs of one, which come last. With dilation, runs are of groups.
     """
     tiles = triton.cdiv(triton.cdiv(size, dilation) + pad, tile)
     if dilation > 1:
@@ -626,13 +670,13 @@ def _slots(size: int, dilation: int, tile: int, pad: int, edge: int, seen: int, 
 
 
 def _tiling(
-    launch: _Launch, sizes: tuple[int, ...], dilation: tuple[int, int], spans: tuple[int, int], edge: int | None,
-    pads: tuple[int, int] = (0, 0),
+    launch: _Launch, sizes: tuple[int, ...], dilation: tuple[int, int], spans: tuple[int, int],
+    alike: tuple[int, int] | None, pads: tuple[int, int] = (0, 0),
 ) -> _Tiling:  # fmt: skip
     """Return the launch for `sizes`: batch, height, width, heads and bytes of a head; a tile sees `spans` positions.
 
-    Tiles at least `edge` positions from the left and right borders see alike; with None, those at the same place of
-    dilated groups alone.
+    Tiles at least alike[0] positions from the upper and lower borders see alike, from alike[1] rows before them on;
+    with None, those at the same place of dilated groups alone.
     """
     batch, height, width, heads, nbytes = sizes
     tiles = [
@@ -648,25 +692,20 @@ def _tiling(
         rows = min(most, max(rows // 2, 16 // cols))
     chunks = triton.cdiv(spans[0], rows)
     last = max(triton.next_power_of_2(spans[0] - (chunks - 1) * rows), 16 // cols)
-    # A power of two, so that few kernels are compiled.
-    images = _power(min(launch.batch, batch, batch * programs // launch.programs))
-    groups = triton.cdiv(batch, images)
-    # On an H200 runs of 16 took longer than runs of 4, and any where they left few programs.
+    groups = triton.cdiv(batch, max(min(launch.batch, batch, batch * programs // launch.programs), 1))
+    images = max(triton.cdiv(batch, max(groups, 1)), 1)
     run = 1
-    if chunks <= 2 and (dilation[1] > 1 or edge is not None):
-        run = _power(min(launch.batch // images, groups * programs // (2 * launch.programs), 4))
-    slots = _slots(width, dilation[1], launch.tile[1], pads[1], edge or 0, cols, run)
+    if chunks <= 2 and (dilation[0] > 1 or alike is not None):
+        run = max(min(launch.batch // images, groups * programs // launch.programs, launch.run), 1)
+    edge, before = alike or (0, 0)
+    seen = (chunks - 1) * rows + last - before
+    runs, *place = _runs(height, dilation[0], launch.tile[0], pads[0], edge, seen, run)
     constants = {
         "TILE_H": launch.tile[0], "TILE_W": launch.tile[1], "ROWS": rows, "COLS": cols, "CHUNKS": chunks, "LAST": last,
-        "HOIST": chunks <= 2, "BATCH": images, "RUN": run,
+        "HOIST": chunks <= 2, "RUNS": run > 1,
         "num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.registers,
     }  # fmt: skip
-    return _Tiling(heads * tiles[0] * slots[0], groups, slots, constants)
-
-
-def _power(n: int) -> int:
-    """Return the largest power of two up to n, or 1."""
-    return 1 << (max(1, n).bit_length() - 1)
+    return _Tiling(heads * runs * tiles[1], groups, (tiles[1], *place, run, images), constants)
 
 
 class _Problem(NamedTuple):
@@ -705,21 +744,21 @@ def _problem(
         axes = zip(launch.tile, kernel_size, stride, lengths, strict=True)
         return tuple(min(tile + kernel + step - 2, length) for tile, kernel, step, length in axes)
 
-    alike = stride[1] == 1 and not is_causal[1]
+    sees_alike = stride[0] == 1 and not is_causal[0]
     by_query = [LAUNCH[name, form] for name in ("forward", "backward_query")]
-    edge = kernel_size[1] // 2 if alike else None
-    forward, backward_query = (_tiling(launch, sizes, dilation, spans(launch), edge) for launch in by_query)
+    alike = (kernel_size[0] // 2, kernel_size[0] // 2) if sees_alike else None
+    forward, backward_query = (_tiling(launch, sizes, dilation, spans(launch), alike) for launch in by_query)
     launch = LAUNCH["backward_key", form]
     axes = zip((height, width), dilation, launch.tile, kernel_size, stride, is_causal, strict=True)
     pads, most = zip(*(_padded(*axis) for axis in axes), strict=True)
     # Queries this far from a border have their windows in the middle.
-    edge = kernel_size[1] if alike else None
-    backward_key = _tiling(launch, sizes, dilation, most, edge, pads)
+    alike = (kernel_size[0], (kernel_size[0] - 1) // 2) if sees_alike else None
+    backward_key = _tiling(launch, sizes, dilation, most, alike, pads)
     if not backward_key.constants["HOIST"]:
         pads = 0, 0
         backward_key = _tiling(LAUNCH_MANY, sizes, dilation, spans(LAUNCH_MANY), None)
         backward_key.constants["HOIST"] = False
-    backward_key.constants.update(zip(("PAD_H", "PAD_W"), pads, strict=True))
+    backward_key.constants.update(zip(("pad_h", "pad_w"), pads, strict=True))
     return _Problem(constants, forward, backward_query, backward_key)
 
 
@@ -745,9 +784,9 @@ def _na2d(
     query, key, value, table, strides, problem = _prepare(query, key, value, rpb, options)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:4], dtype=torch.float32, device=query.device)
-    tiles, groups, slots, constants = problem.forward
+    tiles, groups, places, constants = problem.forward
     _forward[(tiles, groups)](
-        query, key, value, table, out, lse, *slots, *query.shape[:4], scale, *strides, **problem.constants, **constants
+        query, key, value, table, out, lse, *places, *query.shape[:4], scale, *strides, **problem.constants, **constants
     )
     return out, lse
 
@@ -763,7 +802,7 @@ def _backward(
     delta = torch.empty_like(lse)
     sizes = (*query.shape[:4], scale, *strides)
 
-    tiles, groups, slots, constants = problem.backward_query
+    tiles, groups, places, constants = problem.backward_query
     heads = query.shape[3]
     kernel_size = options[0]
     parts = 1 if constants["HOIST"] else constants["CHUNKS"]
@@ -775,7 +814,7 @@ def _backward(
 
     def backward_query(chunks: int, grad_q_too: bool, grad_rpb_too: bool, constants: dict) -> None:
         _backward_query[(tiles, groups, chunks)](
-            query, key, value, table, out, lse, grad_out, delta, grad_q, partial, *slots, *sizes,
+            query, key, value, table, out, lse, grad_out, delta, grad_q, partial, *places, *sizes,
             **problem.constants, **constants,
             GRADS=packed, GRAD_Q=grad_q_too, GRAD_RPB=grad_rpb_too, BINS_H=bins[0], BINS_W=bins[1],
         )  # fmt: skip
@@ -785,13 +824,13 @@ def _backward(
         one_chunk = {"HOIST": True, "CHUNKS": 1, "LAST": constants["ROWS"]}
         backward_query(constants["CHUNKS"], False, True, constants | one_chunk)
 
-    tiles, groups, slots, constants = problem.backward_key
+    tiles, groups, places, constants = problem.backward_key
     sums = triton.cdiv(heads * entries[0] * entries[1], COLUMNS) if has_rpb else 0
     grad_rpb = torch.empty(partial.shape[1:], dtype=rpb.dtype, device=rpb.device) if has_rpb else partial
     # Of no images too, the sums are written.
     _backward_key[(sums + tiles, max(groups, 1))](
-        query, key, value, table, lse, grad_out, delta, grad_k, grad_v, partial, grad_rpb, rows, *slots, *sizes,
-        **problem.constants, **constants, GRADS=packed, SUMS=sums, COLUMNS=COLUMNS,
+        query, key, value, table, lse, grad_out, delta, grad_k, grad_v, partial, grad_rpb, sums, rows, *places, *sizes,
+        **problem.constants, **constants, GRADS=packed, COLUMNS=COLUMNS,
     )  # fmt: skip
     return grad_rpb
 

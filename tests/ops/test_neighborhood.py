@@ -185,18 +185,18 @@ def test_packed_kernels_interpreted(setting, biased):
     assert max(map(error, got, stacked(expected))) < 1e-6
 
 
-WIDE = [
-    (2, 3, 75, 2, 8, 3, 1, 1, False),
-    (1, 9, 62, 1, 8, (3, 7), 1, 1, False),
-    (2, 4, 66, 1, 8, (2, 4), 1, 1, False),
-    (1, 6, 47, 1, 8, 3, 1, (1, 7), False),
-    (1, 5, 40, 1, 8, (3, 5), (1, 2), (1, 3), (False, True)),
-    (1, 4, 50, 1, 8, 3, 1, 1, True),
+TALL = [
+    (2, 35, 3, 2, 8, 3, 1, 1, False),
+    (1, 38, 9, 1, 8, (7, 3), 1, 1, False),
+    (2, 26, 20, 1, 8, (4, 2), 1, 1, False),
+    (1, 47, 6, 1, 8, 3, 1, (7, 1), False),
+    (1, 40, 5, 1, 8, (5, 3), (2, 1), (3, 1), (True, False)),
+    (1, 30, 4, 1, 8, 3, 1, 1, True),
 ]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("setting", WIDE, ids=str)
+@pytest.mark.parametrize("setting", TALL, ids=str)
 def test_runs_of_tiles(setting, device, monkeypatch):
     if device == "cpu" and cuda:
         pytest.skip("the kernels run on the GPU")
@@ -205,15 +205,15 @@ def test_runs_of_tiles(setting, device, monkeypatch):
     # As if few programs filled the GPU.
     for key, launch in kernels.LAUNCH.items():
         monkeypatch.setitem(kernels.LAUNCH, key, launch._replace(programs=1))
-    slots, runs = kernels._slots, []
-    monkeypatch.setattr(kernels, "_slots", lambda *args: runs.append(args[-1]) or slots(*args))
+    runs_of, runs = kernels._runs, []
+    monkeypatch.setattr(kernels, "_runs", lambda *args: runs.append(args[-1]) or runs_of(*args))
     kernels._problem.cache_clear()
     tensors = inputs(setting, device=device)
     set_backend("triton")
     got = gradients(run(setting), tensors)
     kernels._problem.cache_clear()
     # What a causal tile sees depends on its place.
-    assert (max(runs) > 1) == (setting is not WIDE[-1])
+    assert (max(runs) > 1) == (setting is not TALL[-1])
     set_backend("reference")
     assert max(map(error, got, gradients(run(setting), [t.double() for t in tensors]))) < 1e-5
 
