@@ -18,10 +18,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from densezoo.backbones.pvt import PVT
-from densezoo.backbones.staged import check_per_stage, crop_map, pretrained_filter
+from densezoo.backbones.staged import check_per_stage, pretrained_filter
 from densezoo.ops import quadtree_attention
-from densezoo.ops.backend import is_exporting
-from densezoo.ops.quadtree import extend_to_even, halve
+from densezoo.ops.depthwise import DepthwiseConv, depthwise_conv
+from densezoo.ops.quadtree import halve, to_quads
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -29,15 +29,42 @@ from torch import Tensor, nn
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
+class MapNorm(nn.GroupNorm):
+    """Normalise a map (B, H, W, dim) over all that there is of an image; a GroupNorm of one group."""
+
+    def __init__(self, dim: int):
+        super().__init__(1, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a map of the shape of `x`."""
+        # Of rows as they lie in memory: a GroupNorm is compiled to passes over channels, a position after the other.
+        row = x.flatten(1)
+        x, sides = F.layer_norm(row, row.shape[1:], eps=self.eps).view(x.shape).flatten(1, 2), x.shape[1:3]
+        return (x * self.weight + self.bias).unflatten(1, sides)
+
+
+class PointConv(nn.Conv2d):
+    """nn.Conv2d's parameters of a 1x1 convolution, applied to the positions of a map (B, H, W, dim)."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a map of the shape of `x`."""
+        return F.linear(x.flatten(1, 2), self.weight.flatten(1), self.bias).unflatten(1, x.shape[1:3])
+
+
 class QuadConv(nn.Conv2d):
-    """Convolve the 2x2 quads of a map (B, dim, H, W) to (B, dim, ceil(H / 2), ceil(W / 2))."""
+    """Convolve the 2x2 quads of a map (B, H, W, dim) to (B, ceil(H / 2), ceil(W / 2), dim), as a product."""
 
     def __init__(self, dim: int):
         super().__init__(dim, dim, 2, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the map of half the sides."""
-        return super().forward(extend_to_even(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+        quads = to_quads(x).flatten(3)
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)
+        return F.linear(quads.flatten(1, 2), weight, self.bias).unflatten(1, quads.shape[1:3])
 
 
 class LevelMix(nn.Module):
@@ -47,30 +74,15 @@ class LevelMix(nn.Module):
         super().__init__()
         # Index 0 is the coarsest level, here and there.
         self.weight = nn.Parameter(torch.randn(levels))
-        self.get_vs = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1, groups=dim) for _ in range(levels))
+        self.get_vs = nn.ModuleList(DepthwiseConv(dim) for _ in range(levels))
 
-    def forward(self, value: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """Take the values (B, dim, H, W) of each level, the finest first, to weighted ones and to the encoding.
-
-        The encoding (B, dim, H, W) is the weighted sum over the levels: a position takes its ancestors' as they are.
-        """
-        weighted, encoding = [], None
-        for weight, conv, v in zip(self.weight.softmax(0), self.get_vs, reversed(value), strict=True):
-            weighted.insert(0, weight * v)
-            local = weight * conv(v)
-            encoding = local if encoding is None else local + spread(encoding, *v.shape[2:])
+    def forward(self, value: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Take the values (B, H, W, dim) of each level, the finest first, to weighted ones and to the encodings."""
+        weighted, encoding = [], []
+        for weight, conv, v in zip(self.weight.softmax(0).flip(0), reversed(self.get_vs), value, strict=True):
+            weighted.append((weight * v.flatten(1, 2)).unflatten(1, v.shape[1:3]))
+            encoding.append(depthwise_conv(v, weight * conv.weight, weight * conv.bias))
         return weighted, encoding
-
-
-def spread(x: Tensor, height: int | torch.SymInt, width: int | torch.SymInt) -> Tensor:
-    """Give each position of a map (B, dim, ceil(height / 2), ceil(width / 2)) to its quad in (B, dim, height, width).
-
-    It is F.interpolate's nearest neighbour, whose gradient is summed by atomics where compiled.
-    """
-    if is_exporting():
-        return F.interpolate(x, size=(height, width), mode="nearest")
-    quads = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)
-    return crop_map(quads.flatten(1, 2).flatten(2, 3), height, width).permute(0, 3, 1, 2)
 
 
 class QuadTreeAttention(nn.Module):
@@ -93,41 +105,37 @@ class QuadTreeAttention(nn.Module):
         self.levels = levels
         self.topk = topk
         self.attn_type = attn_type
-        self.q_proj = nn.Conv2d(dim, dim, 1)
-        self.k_proj = nn.Conv2d(dim, dim, 1)
-        self.v_proj = nn.Conv2d(dim, dim, 1)
+        self.q_proj = PointConv(dim)
+        self.k_proj = PointConv(dim)
+        self.v_proj = PointConv(dim)
         if attn_type == "B":
             act = ACTIVATIONS[value_act]
             self.py_att = LevelMix(dim, levels)
             self.value_branchs = nn.ModuleList(
-                nn.Sequential(
-                    nn.GroupNorm(1, dim), act(), QuadConv(dim), nn.GroupNorm(1, dim), act(), nn.Conv2d(dim, dim, 1)
-                )
+                nn.Sequential(MapNorm(dim), act(), QuadConv(dim), MapNorm(dim), act(), PointConv(dim))
                 for _ in range(levels - 1)
             )
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a map of the shape of `x`."""
-        x = x.permute(0, 3, 1, 2)
-        q, k, v = self.to_heads(self.q_proj(x)), self.to_heads(self.k_proj(x)), self.v_proj(x)
+        q, k, values = self.q_proj(x), self.k_proj(x), [self.v_proj(x)]
+        encoding = None
         if self.attn_type == "A":
-            values = [self.to_heads(v)]
             for _ in range(self.levels - 1):
                 values.append(halve(values[-1]))
-            encoding = 0
         else:
-            values = [v]
             for branch in self.value_branchs:
                 values.append(branch(values[-1]))
             values, encoding = self.py_att(values)
-            values, encoding = [self.to_heads(v) for v in values], encoding.permute(0, 2, 3, 1)
-        out = quadtree_attention(q, k, values, topk=self.topk, attn_type=self.attn_type)
-        return self.proj(out.flatten(3) + encoding)
+            encoding = self.to_heads(*encoding)
+        q, k, *values = self.to_heads(q, k, *values)
+        out = quadtree_attention(q, k, values, topk=self.topk, attn_type=self.attn_type, encoding=encoding)
+        return self.proj(out.flatten(3))
 
-    def to_heads(self, x: Tensor) -> Tensor:
-        """Return a map (B, dim, H, W) as (B, H, W, heads, head_dim)."""
-        return x.permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, -1))
+    def to_heads(self, *maps: Tensor) -> list[Tensor]:
+        """Return maps (B, H, W, dim) as (B, H, W, heads, head_dim)."""
+        return [x.unflatten(-1, (self.num_heads, -1)) for x in maps]
 
 
 class QuadTree(PVT):

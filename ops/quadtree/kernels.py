@@ -25,6 +25,7 @@ the first key of the coarser level.
 """
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -111,9 +112,10 @@ def _tokens(x, position, width, image, head, b, h, w, n, d, INDEX: tl.constexpr)
 
 @triton.jit(do_not_specialize=["begin", "height", "width", "heads"])
 def _all_forward(
-    q, k, v, out, lse, scores, begin, height, width, heads, scale,
+    q, k, v, added, out, lse, scores, begin, height, width, heads, scale,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
-    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, KEEP: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    KEEP: tl.constexpr, ADD: tl.constexpr,
     PRECISION: tl.constexpr, SCORES: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % heads
@@ -146,6 +148,8 @@ def _all_forward(
         top = new
     acc /= total[:, None]
     rows = ((image * count + m) * heads + head)[:, None] * DIM + d[None, :]
+    if ADD:
+        acc += tl.load(added + rows, mask=inside, other=0.0)
     tl.store(out + rows, acc.to(out.dtype.element_ty), mask=inside)
     tl.store(lse + first + m, top + tl.log2(total), mask=m < count)
 
@@ -266,7 +270,7 @@ def _all_backward(
 @triton.jit(do_not_specialize=["height", "width", "first", "first_coarser", "outside", "count", "queries"])
 def _keep(
     scores, kept, height, width, first, first_coarser, outside, count, queries,
-    TOPK: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COARSEST: tl.constexpr,
+    TOPK: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COARSEST: tl.constexpr,
 ):  # fmt: skip
     query = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = query < queries
@@ -275,31 +279,29 @@ def _keep(
     j = tl.arange(0, BLOCK)
     here = inside[:, None] & (j < count)[None, :]
     s = tl.load(scores + query[:, None].to(tl.int64) * count + j[None, :], mask=here, other=float("-inf"))
+    # Integers of the floats' order, and in the lower half the candidate's number, so that of equals the first is kept.
+    bits = s.to(tl.int32, bitcast=True)
+    bits ^= (bits >> 31) & 0x7FFFFFFF
+    ranked = (bits.to(tl.int64) << 32) | (BLOCK - 1 - j)[None, :]
+    ranked = tl.topk(ranked, KEPT)
+    j = BLOCK - 1 - (ranked & (BLOCK - 1)).to(tl.int32)
+    rank = tl.arange(0, KEPT)[None, :]
+    chosen = inside[:, None] & (rank < TOPK)
     if COARSEST:
-        key = tl.broadcast_to(j[None, :], s.shape)
+        key = j
     else:
         rows = (height + 1) // 2
         columns = (width + 1) // 2
         position = query % positions
         parent = map_of * rows * columns + position // width // 2 * columns + position % width // 2
-        slot = (first_coarser + parent.to(tl.int64))[:, None] * TOPK + (j // 4)[None, :]
-        key = tl.load(kept + slot, mask=here & (j // 4 < TOPK)[None, :], other=0)
+        slot = (first_coarser + parent.to(tl.int64))[:, None] * TOPK + j // 4
+        key = tl.load(kept + slot, mask=chosen & (j < count), other=0)
         key -= first_coarser + (map_of * rows * columns)[:, None]
-        key = (key // columns * 2 + (j % 4 // 2)[None, :]) * width + key % columns * 2 + (j % 2)[None, :]
-    # What lies outside of the map has the score -inf.
-    key = tl.where(s > float("-inf"), key + first + (map_of * positions)[:, None], outside)
-    # Integers of the floats' order, below which there is one for what has been chosen.
-    bits = s.to(tl.int32, bitcast=True)
-    bits ^= (bits >> 31) & 0x7FFFFFFF
-    rank = tl.full((ROWS, BLOCK), TOPK, tl.int32)
-    for r in range(TOPK):
-        best = tl.max(bits, 1)
-        place = tl.min(tl.where(bits == best[:, None], j[None, :], BLOCK), 1)
-        hit = j[None, :] == place[:, None]
-        rank = tl.where(hit, r, rank)
-        bits = tl.where(hit, -2147483648, bits)
+        key = (key // columns * 2 + j % 4 // 2) * width + key % columns * 2 + j % 2
+    # What lies outside of the map has the score -inf: the least of all.
+    key = tl.where((ranked >> 32) > -2139095041, key + first + (map_of * positions)[:, None], outside)
     place = (first + query.to(tl.int64))[:, None] * TOPK + rank
-    tl.store(kept + place, key, mask=inside[:, None] & (rank < TOPK))
+    tl.store(kept + place, key, mask=chosen)
 
 
 @triton.jit
@@ -342,10 +344,10 @@ def _candidates(
 
 @triton.jit(do_not_specialize=["begin", "first", "height", "width", "heads"])
 def _children_forward(
-    q, k, v, kept, coarser, out, lse, scores, begin, first, height, width, heads, scale,
+    q, k, v, added, kept, coarser, out, lse, scores, begin, first, height, width, heads, scale,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
     TOPK: tl.constexpr, CANDIDATES: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, TILES: tl.constexpr,
-    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, KEEP: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, KEEP: tl.constexpr, ADD: tl.constexpr,
     PRECISION: tl.constexpr, SCORES: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     rows = (height + 1) // 2
@@ -360,6 +362,7 @@ def _children_forward(
     v += image * v_b + head * v_n
     lse += begin + map_of * height * width
     scores += map_of * height * width * (TOPK * 4)
+    added += (image * height * width * heads + head) * DIM
     out += (image * height * width * heads + head) * DIM
     coarser += (image * rows * columns * heads + head) * DIM
     first += map_of * rows * columns
@@ -394,6 +397,8 @@ def _children_forward(
         above = ((row // 2 * columns + column // 2).to(INDEX) * (heads * DIM))[:, None] + d[None, :]
         acc += tl.load(coarser + above, mask=inside, other=0.0)
         here = (query.to(INDEX) * (heads * DIM))[:, None] + d[None, :]
+        if ADD:
+            acc += tl.load(added + here, mask=inside, other=0.0)
         tl.store(out + here, acc.to(out.dtype.element_ty), mask=inside)
         tl.store(lse + query, top + tl.log2(total), mask=exists)
 
@@ -494,7 +499,7 @@ def _children_backward_key(
         entry = at + i // 4
         own = (entry[None, :] >= start[:, None]) & (entry[None, :] < end[:, None])
         listed = entry < last
-        parent = tl.load(order + entry, mask=listed, other=0) // TOPK
+        parent = tl.load(order + entry, mask=listed, other=0).to(tl.int32) // TOPK
         parent = tl.where(listed, parent - first, 0).to(tl.int32)
         row = 2 * (parent // columns) + i % 4 // 2
         column = 2 * (parent % columns) + i % 2
@@ -644,7 +649,10 @@ class _Problem:
         block = triton.next_power_of_2(max(count, self.topk))
         rows = max(1, KEEP_TILE // block)
         first_coarser = first if coarsest else self.maps[level + 1].first
-        constants = {"TOPK": self.topk, "BLOCK": block, "ROWS": rows, "COARSEST": coarsest, "num_warps": 4}
+        constants = {
+            "TOPK": self.topk, "KEPT": triton.next_power_of_2(self.topk),
+            "BLOCK": block, "ROWS": rows, "COARSEST": coarsest, "num_warps": 4,
+        }  # fmt: skip
         arguments = height, width, first, first_coarser, self.coarse_keys, count, queries
         return (triton.cdiv(queries, rows),), arguments, constants
 
@@ -714,7 +722,7 @@ def _with_coarser(problem: _Problem, x: Tensor, dtype: torch.dtype) -> list[Tens
 
 def _quadtree(
     query: Tensor, key: Tensor, value: Tensor, value1: Tensor | None, value2: Tensor | None, value3: Tensor | None,
-    topk: int, scale: float,
+    added1: Tensor | None, added2: Tensor | None, added3: Tensor | None, topk: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     problem, query, key, values = _prepare(query, key, (value, value1, value2, value3), topk, scale)
     queries, keys = (_with_coarser(problem, x, torch.float32) for x in (query, key))
@@ -722,7 +730,9 @@ def _quadtree(
         q, k = queries[level], keys[level]
         # Without gradients there is nothing to read or write, but the kernel needs pointers.
         _coarsen[grid](q, k, q, queries[level + 1], keys[level + 1], q, *arguments, **constants, GRAD=False)
-    out, lse, kept = _fake(query, key, value, value1, value2, value3, topk, scale)
+    out, lse, kept = _fake(query, key, value, value1, value2, value3, added1, added2, added3, topk, scale)
+    # Nothing is added to the finest level here.
+    added = None, *(t if t is None else t.contiguous() for t in (added1, added2, added3))
     coarser = None
     for level in reversed(range(len(values))):
         result, scores = out, lse
@@ -731,11 +741,14 @@ def _quadtree(
             result = torch.empty(problem.shapes[level], dtype=torch.float32, device=query.device)
             scores = torch.empty((number, count), dtype=torch.float32, device=query.device)
         grid, constants = problem.forward[level]
-        inputs = queries[level], keys[level], values[level]
+        add = added[level] is not None
+        inputs = queries[level], keys[level], values[level], added[level] if add else query
         if coarser is None:
-            _all_forward[grid](*inputs, result, lse, scores, *problem.arguments[level], **constants)
+            _all_forward[grid](*inputs, result, lse, scores, *problem.arguments[level], **constants, ADD=add)
         else:
-            _children_forward[grid](*inputs, kept, coarser, result, lse, scores, *problem.arguments[level], **constants)
+            _children_forward[grid](
+                *inputs, kept, coarser, result, lse, scores, *problem.arguments[level], **constants, ADD=add
+            )
         if level:
             grid, arguments, constants = problem.keep[level]
             _keep[grid](scores, kept, *arguments, **constants)
@@ -745,8 +758,9 @@ def _quadtree(
 
 def _quadtree_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, value1: Tensor | None, value2: Tensor | None,
-    value3: Tensor | None, out: Tensor, lse: Tensor, kept: Tensor, topk: int, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    value3: Tensor | None, added1: Tensor | None, added2: Tensor | None, added3: Tensor | None,
+    out: Tensor, lse: Tensor, kept: Tensor, topk: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     problem, query, key, values = _prepare(query, key, (value, value1, value2, value3), topk, scale)
     levels = len(values)
     # Queries, keys and the gradients of the outputs of all levels. What to keep is known: no need for float32.
@@ -754,13 +768,16 @@ def _quadtree_backward(
     for level, (grid, arguments, constants) in enumerate(problem.coarsen):
         maps = (x[i] for i in (level, level + 1) for x in (queries, keys, grads))
         _coarsen[grid](*maps, *arguments, **constants, GRAD=True)
+    # What is added to a level's output has the same gradient.
+    pairs = zip((added1, added2, added3), grads[1:], strict=False)
+    grad_added = [query.new_empty(0) if t is None else grad for t, grad in pairs]
     delta = torch.empty_like(lse)
     order = starts = kept
     if levels > 1:
-        # For each key, where it stands in `kept`.
-        numbers, order = kept.sort(stable=True)
-        order = order.int()
-        keys_of_all = torch.arange(problem.coarse_keys + 1, device=kept.device, dtype=torch.int32)
+        # For each key, where it stands in `kept`. Numbers of 16 bits are sorted in half as many passes.
+        lowest, dtype = (-32768, torch.int16) if problem.coarse_keys < 65536 else (0, torch.int32)
+        numbers, order = torch.add(kept, lowest, out=torch.empty_like(kept, dtype=dtype)).sort(stable=True)
+        keys_of_all = torch.arange(lowest, lowest + problem.coarse_keys + 1, device=kept.device, dtype=dtype)
         starts = torch.searchsorted(numbers, keys_of_all, out_int32=True)
         del numbers, keys_of_all
     grad_values = []
@@ -793,10 +810,11 @@ def _quadtree_backward(
                 _all_backward_key[key_grid](*inputs, *saved, grad_k, grad_v, *arguments, **key_constants)
         grad_values.insert(0, grad_v)
         above_q, above_k = grad_q, grad_k
-    return grad_q, grad_k, *grad_values, *(query.new_empty(0) for _ in range(4 - levels))
+    none = [query.new_empty(0) for _ in range(2 * (4 - levels))]
+    return grad_q, grad_k, *grad_values, *none[: 4 - levels], *grad_added, *none[4 - levels :]
 
 
-def _fake(query, key, value, value1, value2, value3, topk, scale):
+def _fake(query, key, value, value1, value2, value3, added1, added2, added3, topk, scale):
     batch, height, width, heads, _ = query.shape
     coarse_keys = _maps(query.shape, 1 + sum(v is not None for v in (value1, value2, value3)))[1]
     out = query.new_empty(query.shape)
@@ -804,14 +822,16 @@ def _fake(query, key, value, value1, value2, value3, topk, scale):
     return out, lse, query.new_empty(coarse_keys * topk, dtype=torch.int32)
 
 
-def _fake_backward(grad_out, query, key, value, value1, value2, value3, *others):
-    tensors = (query, key, value, value1, value2, value3)
+def _fake_backward(grad_out, query, key, *others):
+    tensors = (query, key, *others[:7])
     return tuple(query.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors)
 
 
-def _reference(query, key, value, value1, value2, value3, topk, scale):
+def _reference(query, key, value, value1, value2, value3, added1, added2, added3, topk, scale):
     values = [v for v in (value, value1, value2, value3) if v is not None]
-    return quadtree_attention_reference(query, key, values, topk, "B", scale)
+    added = [t for t in (added1, added2, added3) if t is not None]
+    encoding = [torch.zeros_like(value), *added] if added else None
+    return quadtree_attention_reference(query, key, values, topk, "B", scale, encoding)
 
 
 _call = register("quadtree_attention", _quadtree, _fake, _quadtree_backward, _fake_backward, _reference)
@@ -826,17 +846,26 @@ def _products(query, values, topk: int) -> int:
 
 
 @register_flop_formula(torch.ops.densezoo.quadtree_attention)
-def _(query, key, value, value1, value2, value3, topk, *args, **kwargs) -> int:
+def _(query, key, value, value1, value2, value3, added1, added2, added3, topk, *args, **kwargs) -> int:
     # The products with the keys and with the values, each a multiplication and an addition.
     return 4 * _products(query, (value, value1, value2, value3), topk)
 
 
 @register_flop_formula(torch.ops.densezoo.quadtree_attention_backward)
-def _(grad_out, query, key, value, value1, value2, value3, out, lse, kept, topk, *args, **kwargs) -> int:
+def _(
+    grad_out, query, key, value, value1, value2, value3, added1, added2, added3, out, lse, kept, topk, *args, **kwargs
+) -> int:
     # Five products: the scores once more, and the gradients of query, key, value and weights.
     return 10 * _products(query, (value, value1, value2, value3), topk)
 
 
-def quadtree_attention_triton(query: Tensor, key: Tensor, value: list[Tensor], topk: int, scale: float) -> Tensor:
+def quadtree_attention_triton(
+    query: Tensor, key: Tensor, value: Sequence[Tensor], topk: int, scale: float, encoding: Sequence[Tensor] | None
+) -> Tensor:
     """Compute `densezoo.ops.quadtree_attention` of type B with the kernels; arguments checked, at most 4 levels."""
-    return _call(query, key, *value, *[None] * (4 - len(value)), topk, scale)
+    none = [None] * (4 - len(value))
+    if encoding is None:
+        return _call(query, key, *value, *none, None, None, None, topk, scale)
+    # Where compiled, adding to the finest level is one with what comes next.
+    finest, *added = encoding
+    return _call(query, key, *value, *none, *added, *none, topk, scale) + finest
