@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from densezoo.backbones.pvt import PVT
 from densezoo.backbones.staged import check_per_stage, pretrained_filter
 from densezoo.ops import quadtree_attention
-from densezoo.ops.depthwise import DepthwiseConv, depthwise_conv
+from densezoo.ops.depthwise import depthwise_conv
+from densezoo.ops.precision import autocast_dtype
 from densezoo.ops.quadtree import halve, to_quads
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -29,42 +30,41 @@ from torch import Tensor, nn
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
-class MapNorm(nn.GroupNorm):
-    """Normalise a map (B, H, W, dim) over all that there is of an image; a GroupNorm of one group."""
+class ImageNorm(nn.GroupNorm):
+    """Normalise tokens (B, N, dim) over all that there is of an image: a GroupNorm of one group."""
 
     def __init__(self, dim: int):
         super().__init__(1, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return a map of the shape of `x`."""
-        # Of rows as they lie in memory: a GroupNorm is compiled to passes over channels, a position after the other.
+        """Return tokens of the shape of `x`."""
+        # As rows: a GroupNorm of maps is compiled to passes over one channel after the other, far apart in memory.
         row = x.flatten(1)
-        x, sides = F.layer_norm(row, row.shape[1:], eps=self.eps).view(x.shape).flatten(1, 2), x.shape[1:3]
-        return (x * self.weight + self.bias).unflatten(1, sides)
+        x = F.layer_norm(row, row.shape[1:], eps=self.eps).unflatten(1, (-1, x.shape[2]))
+        return x * self.weight + self.bias
 
 
-class PointConv(nn.Conv2d):
-    """nn.Conv2d's parameters of a 1x1 convolution, applied to the positions of a map (B, H, W, dim)."""
+class ValueBranch(nn.Sequential):
+    """From a level's values (B, H, W, dim) to those of the next, (B, ceil(H / 2), ceil(W / 2), dim)."""
 
-    def __init__(self, dim: int):
-        super().__init__(dim, dim, 1)
+    def __init__(self, dim: int, act: type[nn.Module]):
+        super().__init__(
+            ImageNorm(dim), act(), nn.Conv2d(dim, dim, 2, stride=2), ImageNorm(dim), act(), nn.Conv2d(dim, dim, 1)
+        )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return a map of the shape of `x`."""
-        return F.linear(x.flatten(1, 2), self.weight.flatten(1), self.bias).unflatten(1, x.shape[1:3])
-
-
-class QuadConv(nn.Conv2d):
-    """Convolve the 2x2 quads of a map (B, H, W, dim) to (B, ceil(H / 2), ceil(W / 2), dim), as a product."""
-
-    def __init__(self, dim: int):
-        super().__init__(dim, dim, 2, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the map of half the sides."""
-        quads = to_quads(x).flatten(3)
-        weight = self.weight.permute(0, 2, 3, 1).flatten(1)
-        return F.linear(quads.flatten(1, 2), weight, self.bias).unflatten(1, quads.shape[1:3])
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the map."""
+        norm, act, quad_conv, next_norm, next_act, proj = self
+        # The convolutions are products, and all between them goes over tokens: torch.compile would store maps of four
+        # axes as it likes convolutions to, rows innermost.
+        x = act(norm(input.flatten(1, 2)))
+        # The pass that cuts quads is one of its own: of what the product reads.
+        x = x.to(autocast_dtype(x) or x.dtype)
+        quads = to_quads(x.unflatten(1, input.shape[1:3])).flatten(3)
+        weight = quad_conv.weight.permute(0, 2, 3, 1).flatten(1)
+        x = F.linear(quads.flatten(1, 2), weight, quad_conv.bias)
+        x = F.linear(next_act(next_norm(x)), proj.weight.flatten(1), proj.bias)
+        return x.unflatten(1, quads.shape[1:3])
 
 
 class LevelMix(nn.Module):
@@ -74,15 +74,16 @@ class LevelMix(nn.Module):
         super().__init__()
         # Index 0 is the coarsest level, here and there.
         self.weight = nn.Parameter(torch.randn(levels))
-        self.get_vs = nn.ModuleList(DepthwiseConv(dim) for _ in range(levels))
+        self.get_vs = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1, groups=dim) for _ in range(levels))
 
     def forward(self, value: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Take the values (B, H, W, dim) of each level, the finest first, to weighted ones and to the encodings."""
-        weighted, encoding = [], []
-        for weight, conv, v in zip(self.weight.softmax(0).flip(0), reversed(self.get_vs), value, strict=True):
-            weighted.append((weight * v.flatten(1, 2)).unflatten(1, v.shape[1:3]))
-            encoding.append(depthwise_conv(v, weight * conv.weight, weight * conv.bias))
-        return weighted, encoding
+        weights, convs = self.weight.softmax(0).flip(0), self.get_vs[::-1]
+        kernels = torch.stack([conv.weight for conv in convs]) * weights.view(-1, 1, 1, 1, 1)
+        biases = torch.stack([conv.bias for conv in convs]) * weights.view(-1, 1)
+        encoding = [depthwise_conv(v, *filters) for v, *filters in zip(value, kernels, biases, strict=True)]
+        tokens = [weight * v.flatten(1, 2) for weight, v in zip(weights, value, strict=True)]
+        return [x.unflatten(1, v.shape[1:3]) for x, v in zip(tokens, value, strict=True)], encoding
 
 
 class QuadTreeAttention(nn.Module):
@@ -105,22 +106,22 @@ class QuadTreeAttention(nn.Module):
         self.levels = levels
         self.topk = topk
         self.attn_type = attn_type
-        self.q_proj = PointConv(dim)
-        self.k_proj = PointConv(dim)
-        self.v_proj = PointConv(dim)
+        self.q_proj = nn.Conv2d(dim, dim, 1)
+        self.k_proj = nn.Conv2d(dim, dim, 1)
+        self.v_proj = nn.Conv2d(dim, dim, 1)
         if attn_type == "B":
             act = ACTIVATIONS[value_act]
             self.py_att = LevelMix(dim, levels)
-            self.value_branchs = nn.ModuleList(
-                nn.Sequential(MapNorm(dim), act(), QuadConv(dim), MapNorm(dim), act(), PointConv(dim))
-                for _ in range(levels - 1)
-            )
+            self.value_branchs = nn.ModuleList(ValueBranch(dim, act) for _ in range(levels - 1))
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a map of the shape of `x`."""
-        q, k, values = self.q_proj(x), self.k_proj(x), [self.v_proj(x)]
-        encoding = None
+        convs = self.q_proj, self.k_proj, self.v_proj
+        weight, bias = (torch.cat([getattr(conv, name) for conv in convs]) for name in ("weight", "bias"))
+        qkv = F.linear(x.flatten(1, 2), weight.flatten(1), bias)
+        q, k, v = (part.unflatten(1, x.shape[1:3]) for part in qkv.chunk(3, -1))
+        values, encoding = [v], None
         if self.attn_type == "A":
             for _ in range(self.levels - 1):
                 values.append(halve(values[-1]))

@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from densezoo.backbones.quadtree import LevelMix, MapNorm, QuadConv, QuadTreeAttention
+from densezoo.backbones.quadtree import LevelMix, QuadTreeAttention, ValueBranch
 from torch import nn
 
 TINY = dict(embed_dims=(8, 16, 20, 16), num_heads=(1, 2, 5, 4), depths=(1, 1, 1, 1), num_classes=10)
@@ -69,19 +69,19 @@ def test_initial_weights_are_the_published():
     assert len(weights.unique()) == len(weights) == 10
 
 
-def test_odd_sides_end_with_a_repeated_row_or_column():
-    conv, x = QuadConv(3), torch.randn(2, 3, 5, 4)
-    expected = nn.functional.conv2d(torch.cat((x, x[:, :, -1:]), 2), conv.weight, conv.bias, stride=2)
-    x = x.permute(0, 2, 3, 1)
-    torch.testing.assert_close(conv(x), expected.permute(0, 2, 3, 1))
-    assert conv(x[:, :, :3]).shape == (2, 3, 2, 3)
-
-
-def test_norm_of_maps_is_of_one_group():
-    norm, x = MapNorm(3), torch.randn(2, 3, 5, 4) + 1
-    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
-    expected = nn.GroupNorm.forward(norm, x)
-    torch.testing.assert_close(norm(x.permute(0, 2, 3, 1)), expected.permute(0, 2, 3, 1))
+@torch.no_grad()
+@pytest.mark.parametrize("height, width", [(4, 6), (5, 4), (3, 1)])
+def test_branches_are_those_of_maps(height, width):
+    """Odd sides end with a repeated row or column."""
+    branch, x = ValueBranch(3, nn.GELU), torch.randn(2, 3, height, width)
+    norm, act, quad_conv, next_norm, next_act, proj = branch
+    for parameter in branch.parameters():
+        nn.init.normal_(parameter)
+    expected = act(nn.GroupNorm.forward(norm, x))
+    expected = torch.cat((expected, expected[:, :, -1:]), 2) if height % 2 else expected
+    expected = torch.cat((expected, expected[..., -1:]), 3) if width % 2 else expected
+    expected = proj(next_act(nn.GroupNorm.forward(next_norm, quad_conv(expected))))
+    torch.testing.assert_close(branch(x.permute(0, 2, 3, 1)), expected.permute(0, 2, 3, 1))
 
 
 def test_levels_are_weighted_and_encoded():
@@ -90,5 +90,5 @@ def test_levels_are_weighted_and_encoded():
     weights = mix.weight.softmax(0).flip(0)
     for i, (weighted, encoding) in enumerate(zip(*mix(values), strict=True)):
         torch.testing.assert_close(weighted, weights[i] * values[i])
-        local = nn.Conv2d.forward(mix.get_vs[2 - i], values[i].permute(0, 3, 1, 2))
+        local = mix.get_vs[2 - i](values[i].permute(0, 3, 1, 2))
         torch.testing.assert_close(encoding, (weights[i] * local).permute(0, 2, 3, 1))

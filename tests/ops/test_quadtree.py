@@ -252,7 +252,6 @@ def check_kernels(setting, allowed, dtype=torch.float32, device="cpu", dense=Tru
     A key that two implementations rank differently differs in its score by rounding alone, but not in its children: the
     inputs are those of one seed, whose scores lie further apart.
     """
-
     levels = setting[5]
 
     def attend(query, key, *maps):
