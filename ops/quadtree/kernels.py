@@ -15,9 +15,9 @@ heads and levels. The backward, which chooses nothing, makes the coarser levels 
   the maps as they are; nothing gathered is stored. The backward visits TILES such tiles, and gathers for the next while
   it computes.
 - `_keep` chooses the topk keys of every query, from scores that the forward kernels left in float32.
-- `_children_backward_key`: a program owns the children of 4 keys, and visits the parents that kept one of them: those
-  lie next to each other once the kept keys are sorted by number, stably, and so are summed in one order. 4 queries of
-  each; what belongs to another of the 4 keys is masked.
+- `_children_backward_key`: a program owns the children of up to 4 keys, and visits the parents that kept one of them:
+  those lie next to each other once the kept keys are sorted by number, stably, and so are summed in one order. 4
+  queries of each; what belongs to another of its keys is masked.
 
 Gradients go from coarse to fine: a level's gradients of queries and keys take their share of those of the means.
 Scores are in base 2, scaled by log2(e). `begin` is where the level's normalisers begin in `lse`, `first` the number of
@@ -156,9 +156,9 @@ def _all_forward(
 
 @triton.jit(do_not_specialize=["begin", "height", "width", "heads"])
 def _all_backward_query(
-    q, k, v, lse, grad, delta, grad_q, begin, height, width, heads, scale,
+    q, k, v, added, out, lse, grad, delta, grad_q, begin, height, width, heads, scale,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
-    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, ADD: tl.constexpr,
     PRECISION: tl.constexpr, SCORES: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % heads
@@ -173,23 +173,22 @@ def _all_backward_query(
     q_tile = tl.load(_tokens(q, m, width, image, head, q_b, q_h, q_w, q_n, d, INDEX), mask=inside, other=0.0)
     g_tile = tl.load(grad + rows, mask=inside, other=0.0)
     norm = tl.load(lse + first + m, mask=m < count, other=0.0)
-    row_delta = tl.zeros((BLOCK,), tl.float32)
+    own = tl.load(out + rows, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        own -= tl.load(added + rows, mask=inside, other=0.0)
+    row_delta = tl.sum(own * g_tile, 1)
+    g_tile = g_tile.to(dtype)
     acc = tl.zeros((BLOCK, BLOCK_DIM), tl.float32)
-    # The coarsest level's own output is not kept: one pass for its product with the gradient, one for the gradient.
-    for sweep in tl.static_range(2):
-        for start in range(0, count, CHUNK):
-            n = start + tl.arange(0, CHUNK)
-            here = (n < count)[:, None] & (d < DIM)[None, :]
-            k_tile = tl.load(_tokens(k, n, width, image, head, k_b, k_h, k_w, k_n, d, INDEX), mask=here, other=0.0)
-            v_tile = tl.load(_tokens(v, n, width, image, head, v_b, v_h, v_w, v_n, d, INDEX), mask=here, other=0.0)
-            s = tl.dot(q_tile, k_tile.T, input_precision=SCORES) * (scale * 1.4426950408889634)
-            p = tl.where((n < count)[None, :], tl.exp2(s - norm[:, None]), 0.0)
-            dp = tl.dot(g_tile.to(dtype), v_tile.to(dtype).T, input_precision=PRECISION)
-            if sweep == 0:
-                row_delta += tl.sum(p * dp, 1)
-            else:
-                ds = p * (dp - row_delta[:, None])
-                acc += tl.dot(ds.to(dtype), k_tile, input_precision=PRECISION)
+    for start in range(0, count, CHUNK):
+        n = start + tl.arange(0, CHUNK)
+        here = (n < count)[:, None] & (d < DIM)[None, :]
+        k_tile = tl.load(_tokens(k, n, width, image, head, k_b, k_h, k_w, k_n, d, INDEX), mask=here, other=0.0)
+        v_tile = tl.load(_tokens(v, n, width, image, head, v_b, v_h, v_w, v_n, d, INDEX), mask=here, other=0.0)
+        s = tl.dot(q_tile, k_tile.T, input_precision=SCORES) * (scale * 1.4426950408889634)
+        p = tl.where((n < count)[None, :], tl.exp2(s - norm[:, None]), 0.0)
+        dp = tl.dot(g_tile, v_tile.to(dtype).T, input_precision=PRECISION)
+        ds = p * (dp - row_delta[:, None])
+        acc += tl.dot(ds.to(dtype), k_tile, input_precision=PRECISION)
     acc *= scale
     tl.store(grad_q + rows, acc.to(grad_q.dtype.element_ty), mask=inside)
     tl.store(delta + first + m, row_delta, mask=m < count)
@@ -461,7 +460,7 @@ def _children_backward_query(
 def _children_backward_key(
     q, k, v, starts, order, lse, grad, delta, coarser, grad_k, grad_v, begin, first, height, width, heads, scale,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
-    TOPK: tl.constexpr, PARENTS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    TOPK: tl.constexpr, KEYS: tl.constexpr, PARENTS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     PRECISION: tl.constexpr, SCORES: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     rows = (height + 1) // 2
@@ -470,13 +469,13 @@ def _children_backward_key(
     image = tl.program_id(1).to(tl.int64)
     map_of = image * heads + head
     d = tl.arange(0, BLOCK_DIM)
-    # The children of 4 keys, as many as the tensor cores take at least.
-    quad_of = tl.program_id(0) // heads * 4
+    # The children of up to 4 keys: rows for as many as the tensor cores take at least.
+    quad_of = tl.program_id(0) // heads * KEYS
     c = tl.arange(0, 16)
     quad = quad_of + c // 4
     key_row = 2 * (quad // columns) + c % 4 // 2
     key_column = 2 * (quad % columns) + c % 2
-    exists = (key_row < height) & (key_column < width)
+    exists = (c // 4 < KEYS) & (key_row < height) & (key_column < width)
     inside = exists[:, None] & (d < DIM)[None, :]
     dtype = q.dtype.element_ty
     k_tile = tl.load(_place(k + image * k_b + head * k_n, key_row, key_column, k_h, k_w, d, INDEX), inside, 0.0)
@@ -494,7 +493,7 @@ def _children_backward_key(
     starts += first
     start = tl.load(starts + quad, mask=exists, other=0)
     end = tl.load(starts + quad + 1, mask=exists, other=0)
-    last = tl.load(starts + tl.minimum(quad_of + 4, rows * columns))
+    last = tl.load(starts + tl.minimum(quad_of + KEYS, rows * columns))
     for at in range(tl.load(starts + quad_of), last, PARENTS):
         entry = at + i // 4
         own = (entry[None, :] >= start[:, None]) & (entry[None, :] < end[:, None])
@@ -545,7 +544,7 @@ LAUNCH = {
     "all_backward_key": (_Launch(32, 64, 4, 1), _Launch(32, 64, 4, 1), _Launch(16, 32, 4, 1)),
     "children_forward": (_Launch(1, 128, 4, 1), _Launch(1, 128, 4, 1), _Launch(1, 128, 8, 1)),
     "children_backward_query": (_Launch(1, 128, 4, 1), _Launch(8, 64, 2, 3), _Launch(1, 128, 8, 1)),
-    "children_backward_key": (_Launch(0, 4, 1, 1), _Launch(0, 8, 4, 1), _Launch(0, 8, 2, 1)),
+    "children_backward_key": (_Launch(4, 4, 1, 1), _Launch(4, 8, 4, 1), _Launch(4, 8, 2, 1)),
 }
 LAUNCH = Table("quadtree_attention", LAUNCH)
 # Scores that a program of `_keep` holds.
@@ -693,8 +692,8 @@ class _Problem:
     def _quads(self, kernel: str, level: int) -> tuple[tuple[int, int], dict]:
         """Return the grid and the constants of a kernel over the keys above a level's."""
         launch, (height, width, _) = self._launch(kernel, level), self.maps[level + 1]
-        return (triton.cdiv(height * width, 4) * self.heads, self.batch), {
-            **self.constants, **self.precision, "TOPK": self.topk, "PARENTS": launch.chunk,
+        return (triton.cdiv(height * width, launch.block) * self.heads, self.batch), {
+            **self.constants, **self.precision, "TOPK": self.topk, "KEYS": launch.block, "PARENTS": launch.chunk,
             "num_warps": launch.warps, "num_stages": launch.stages,
         }  # fmt: skip
 
@@ -723,22 +722,23 @@ def _with_coarser(problem: _Problem, x: Tensor, dtype: torch.dtype) -> list[Tens
 def _quadtree(
     query: Tensor, key: Tensor, value: Tensor, value1: Tensor | None, value2: Tensor | None, value3: Tensor | None,
     added1: Tensor | None, added2: Tensor | None, added3: Tensor | None, topk: int, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     problem, query, key, values = _prepare(query, key, (value, value1, value2, value3), topk, scale)
     queries, keys = (_with_coarser(problem, x, torch.float32) for x in (query, key))
     for level, (grid, arguments, constants) in enumerate(problem.coarsen):
         q, k = queries[level], keys[level]
         # Without gradients there is nothing to read or write, but the kernel needs pointers.
         _coarsen[grid](q, k, q, queries[level + 1], keys[level + 1], q, *arguments, **constants, GRAD=False)
-    out, lse, kept = _fake(query, key, value, value1, value2, value3, added1, added2, added3, topk, scale)
-    # Nothing is added to the finest level here.
-    added = None, *(t if t is None else t.contiguous() for t in (added1, added2, added3))
+    out, lse, kept, coarsest = _fake(query, key, value, value1, value2, value3, added1, added2, added3, topk, scale)
+    added = _added(added1, added2, added3)
     coarser = None
     for level in reversed(range(len(values))):
         result, scores = out, lse
         if level:
             _, (*_, count, number), _ = problem.keep[level]
-            result = torch.empty(problem.shapes[level], dtype=torch.float32, device=query.device)
+            result = coarsest
+            if coarser is not None:
+                result = torch.empty(problem.shapes[level], dtype=torch.float32, device=query.device)
             scores = torch.empty((number, count), dtype=torch.float32, device=query.device)
         grid, constants = problem.forward[level]
         add = added[level] is not None
@@ -753,13 +753,18 @@ def _quadtree(
             grid, arguments, constants = problem.keep[level]
             _keep[grid](scores, kept, *arguments, **constants)
         coarser = result
-    return out, lse, kept
+    return out, lse, kept, coarsest
+
+
+def _added(*coarser: Tensor | None) -> list[Tensor | None]:
+    """Return what is added to the outputs of the levels, as the kernels read it: to the finest nothing here."""
+    return [None, *(t if t is None else t.contiguous() for t in coarser)]
 
 
 def _quadtree_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, value1: Tensor | None, value2: Tensor | None,
     value3: Tensor | None, added1: Tensor | None, added2: Tensor | None, added3: Tensor | None,
-    out: Tensor, lse: Tensor, kept: Tensor, topk: int, scale: float,
+    out: Tensor, lse: Tensor, kept: Tensor, coarsest: Tensor, topk: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     problem, query, key, values = _prepare(query, key, (value, value1, value2, value3), topk, scale)
     levels = len(values)
@@ -806,7 +811,11 @@ def _quadtree_backward(
                 grid, constants = problem.backward_at_once
                 _all_backward[grid](*inputs, *saved[:2], grad_q, grad_k, grad_v, *arguments, **constants)
             else:
-                _all_backward_query[query_grid](*inputs, *saved, grad_q, *arguments, **query_constants)
+                add = _added(added1, added2, added3)[level]
+                own = query if add is None else add, coarsest if level else out
+                _all_backward_query[query_grid](
+                    *inputs, *own, *saved, grad_q, *arguments, **query_constants, ADD=add is not None
+                )
                 _all_backward_key[key_grid](*inputs, *saved, grad_k, grad_v, *arguments, **key_constants)
         grad_values.insert(0, grad_v)
         above_q, above_k = grad_q, grad_k
@@ -819,7 +828,11 @@ def _fake(query, key, value, value1, value2, value3, added1, added2, added3, top
     coarse_keys = _maps(query.shape, 1 + sum(v is not None for v in (value1, value2, value3)))[1]
     out = query.new_empty(query.shape)
     lse = query.new_empty(coarse_keys + batch * heads * height * width, dtype=torch.float32)
-    return out, lse, query.new_empty(coarse_keys * topk, dtype=torch.int32)
+    kept = query.new_empty(coarse_keys * topk, dtype=torch.int32)
+    # The output of the coarsest level, if it is another than the finest.
+    coarsest = next((v for v in (value3, value2, value1) if v is not None), None)
+    shape = (0,) if coarsest is None else coarsest.shape
+    return out, lse, kept, query.new_empty(shape, dtype=torch.float32)
 
 
 def _fake_backward(grad_out, query, key, *others):
@@ -853,7 +866,23 @@ def _(query, key, value, value1, value2, value3, added1, added2, added3, topk, *
 
 @register_flop_formula(torch.ops.densezoo.quadtree_attention_backward)
 def _(
-    grad_out, query, key, value, value1, value2, value3, added1, added2, added3, out, lse, kept, topk, *args, **kwargs
+    grad_out,
+    query,
+    key,
+    value,
+    value1,
+    value2,
+    value3,
+    added1,
+    added2,
+    added3,
+    out,
+    lse,
+    kept,
+    coarsest,
+    topk,
+    *args,
+    **kwargs,
 ) -> int:
     # Five products: the scores once more, and the gradients of query, key, value and weights.
     return 10 * _products(query, (value, value1, value2, value3), topk)
