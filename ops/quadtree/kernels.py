@@ -1,9 +1,9 @@
 """QuadTree attention of type B in Triton, forward and backward.
 
 Level 0 is the finest. The queries and keys of the coarser levels, means of quads, are in float32 in the forward, so
-that keys are chosen by the scores that the reference chooses by: a third of the tokens in all. What is chosen is the
-only thing that the forward leaves for the backward, beside the normalisers: 4 bytes a kept key, numbered over images,
-heads and levels. The backward, which chooses nothing, makes the coarser levels anew in the inputs' dtype.
+that keys are chosen by the scores that the reference chooses by: a third of the tokens in all. The forward leaves for
+the backward what is chosen, 4 bytes a kept key, numbered over images, heads and levels, the normalisers, and the output
+of the coarsest level. The backward, which chooses nothing, makes the coarser levels anew in the inputs' dtype.
 
 - `_coarsen` takes queries and keys, and in the backward the gradient of the output, to the next coarser level.
 - `_all_forward`, `_all_backward_query`, `_all_backward_key`: dense attention at the coarsest level, in tiles of queries
@@ -14,12 +14,14 @@ heads and levels. The backward, which chooses nothing, makes the coarser levels 
   against the candidates of all parents, and what belongs to another parent is masked. The candidates are gathered from
   the maps as they are; nothing gathered is stored. The backward visits TILES such tiles, and gathers for the next while
   it computes.
-- `_keep` chooses the topk keys of every query, from scores that the forward kernels left in float32.
+- `_keep` chooses the topk keys of ROWS queries by a partial sort of the scores that the forward kernels left in
+  float32.
 - `_children_backward_key`: a program owns the children of up to 4 keys, and visits the parents that kept one of them:
   those lie next to each other once the kept keys are sorted by number, stably, and so are summed in one order. 4
   queries of each; what belongs to another of its keys is masked.
 
-Gradients go from coarse to fine: a level's gradients of queries and keys take their share of those of the means.
+Gradients go from coarse to fine: a level's gradients of queries and keys take their share of those of the means. What
+is `added` to the output of a coarser level has the gradient of that output.
 Scores are in base 2, scaled by log2(e). `begin` is where the level's normalisers begin in `lse`, `first` the number of
 the first key of the coarser level.
 """
