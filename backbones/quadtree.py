@@ -45,26 +45,22 @@ class ImageNorm(nn.GroupNorm):
 
 
 class ValueBranch(nn.Sequential):
-    """From a level's values (B, H, W, dim) to those of the next, (B, ceil(H / 2), ceil(W / 2), dim)."""
+    """From a level's values to those of the next, of half the sides: tokens (B, H * W, dim) both."""
 
     def __init__(self, dim: int, act: type[nn.Module]):
         super().__init__(
             ImageNorm(dim), act(), nn.Conv2d(dim, dim, 2, stride=2), ImageNorm(dim), act(), nn.Conv2d(dim, dim, 1)
         )
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the map."""
+    def forward(self, input: Tensor, size: Sequence[int]) -> Tensor:
+        """Return the tokens of a map of sides ceil(H / 2) and ceil(W / 2); `size` is (H, W)."""
         norm, act, quad_conv, next_norm, next_act, proj = self
-        # The convolutions are products, and all between them goes over tokens: torch.compile would store maps of four
-        # axes as it likes convolutions to, rows innermost.
-        x = act(norm(input.flatten(1, 2)))
-        # The pass that cuts quads is one of its own: of what the product reads.
+        x = act(norm(input))
+        # With the product's cast here, torch.compile makes one pass of all this and of cutting quads.
         x = x.to(autocast_dtype(x) or x.dtype)
-        quads = to_quads(x.unflatten(1, input.shape[1:3])).flatten(3)
-        weight = quad_conv.weight.permute(0, 2, 3, 1).flatten(1)
-        x = F.linear(quads.flatten(1, 2), weight, quad_conv.bias)
-        x = F.linear(next_act(next_norm(x)), proj.weight.flatten(1), proj.bias)
-        return x.unflatten(1, quads.shape[1:3])
+        quads = to_quads(x.unflatten(1, size)).flatten(3).flatten(1, 2)
+        x = F.linear(quads, quad_conv.weight.permute(0, 2, 3, 1).flatten(1), quad_conv.bias)
+        return F.linear(next_act(next_norm(x)), proj.weight.flatten(1), proj.bias)
 
 
 class LevelMix(nn.Module):
@@ -76,14 +72,19 @@ class LevelMix(nn.Module):
         self.weight = nn.Parameter(torch.randn(levels))
         self.get_vs = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1, groups=dim) for _ in range(levels))
 
-    def forward(self, value: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Take the values (B, H, W, dim) of each level, the finest first, to weighted ones and to the encodings."""
-        weights, convs = self.weight.softmax(0).flip(0), self.get_vs[::-1]
+    def forward(self, value: Sequence[Tensor], sizes: Sequence) -> tuple[list[Tensor], list[Tensor]]:
+        """Take the values of each level, the finest first, to maps (B, H, W, dim) of weighted ones and of encodings.
+
+        They are tokens (B, H * W, dim); `sizes` has (H, W) of each.
+        """
+        weights, convs = self.weight.softmax(0).flip(0), list(reversed(self.get_vs))
         kernels = torch.stack([conv.weight for conv in convs]) * weights.view(-1, 1, 1, 1, 1)
         biases = torch.stack([conv.bias for conv in convs]) * weights.view(-1, 1)
-        encoding = [depthwise_conv(v, *filters) for v, *filters in zip(value, kernels, biases, strict=True)]
-        tokens = [weight * v.flatten(1, 2) for weight, v in zip(weights, value, strict=True)]
-        return [x.unflatten(1, v.shape[1:3]) for x, v in zip(tokens, value, strict=True)], encoding
+        weighted, encoding = [], []
+        for x, size, weight, *filters in zip(value, sizes, weights, kernels, biases, strict=True):
+            weighted.append((weight * x).unflatten(1, size))
+            encoding.append(depthwise_conv(x.unflatten(1, size), *filters))
+        return weighted, encoding
 
 
 class QuadTreeAttention(nn.Module):
@@ -117,22 +118,26 @@ class QuadTreeAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a map of the shape of `x`."""
-        convs = self.q_proj, self.k_proj, self.v_proj
+        # All but the attention goes over tokens: torch.compile would store maps of four axes that are taken more than
+        # once as it likes convolutions to, rows innermost.
+        convs, sizes = (self.q_proj, self.k_proj, self.v_proj), [x.shape[1:3]]
         weight, bias = (torch.cat([getattr(conv, name) for conv in convs]) for name in ("weight", "bias"))
-        qkv = F.linear(x.flatten(1, 2), weight.flatten(1), bias)
-        q, k, v = (part.unflatten(1, x.shape[1:3]) for part in qkv.chunk(3, -1))
-        values, encoding = [v], None
+        q, k, v = F.linear(x.flatten(1, 2), weight.flatten(1), bias).chunk(3, -1)
+        q, k = (part.unflatten(1, sizes[0]) for part in (q, k))
         if self.attn_type == "A":
+            values, encoding = [v.unflatten(1, sizes[0])], None
             for _ in range(self.levels - 1):
                 values.append(halve(values[-1]))
         else:
+            tokens = [v]
             for branch in self.value_branchs:
-                values.append(branch(values[-1]))
-            values, encoding = self.py_att(values)
+                tokens.append(branch(tokens[-1], sizes[-1]))
+                sizes.append([(side + 1) // 2 for side in sizes[-1]])
+            values, encoding = self.py_att(tokens, sizes)
             encoding = self.to_heads(*encoding)
         q, k, *values = self.to_heads(q, k, *values)
         out = quadtree_attention(q, k, values, topk=self.topk, attn_type=self.attn_type, encoding=encoding)
-        return self.proj(out.flatten(3))
+        return self.proj(out.flatten(3).flatten(1, 2)).unflatten(1, sizes[0])
 
     def to_heads(self, *maps: Tensor) -> list[Tensor]:
         """Return maps (B, H, W, dim) as (B, H, W, heads, head_dim)."""

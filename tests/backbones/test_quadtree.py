@@ -81,14 +81,15 @@ def test_branches_are_those_of_maps(height, width):
     expected = torch.cat((expected, expected[:, :, -1:]), 2) if height % 2 else expected
     expected = torch.cat((expected, expected[..., -1:]), 3) if width % 2 else expected
     expected = proj(next_act(nn.GroupNorm.forward(next_norm, quad_conv(expected))))
-    torch.testing.assert_close(branch(x.permute(0, 2, 3, 1)), expected.permute(0, 2, 3, 1))
+    torch.testing.assert_close(branch(x.flatten(2).mT, (height, width)), expected.flatten(2).mT)
 
 
 def test_levels_are_weighted_and_encoded():
     mix = LevelMix(2, 3).double()
-    values = [torch.randn(1, *size, 2, dtype=torch.float64) for size in ((7, 5), (4, 3), (2, 2))]
+    sizes = (7, 5), (4, 3), (2, 2)
+    values = [torch.randn(1, *size, 2, dtype=torch.float64) for size in sizes]
     weights = mix.weight.softmax(0).flip(0)
-    for i, (weighted, encoding) in enumerate(zip(*mix(values), strict=True)):
+    for i, (weighted, encoding) in enumerate(zip(*mix([v.flatten(1, 2) for v in values], sizes), strict=True)):
         torch.testing.assert_close(weighted, weights[i] * values[i])
         local = mix.get_vs[2 - i](values[i].permute(0, 3, 1, 2))
         torch.testing.assert_close(encoding, (weights[i] * local).permute(0, 2, 3, 1))
