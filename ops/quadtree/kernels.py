@@ -891,7 +891,12 @@ def _(
 
 
 def quadtree_attention_triton(
-    query: Tensor, key: Tensor, value: Sequence[Tensor], topk: int, scale: float, encoding: Sequence[Tensor] | None
+    query: Tensor,
+    key: Tensor,
+    value: Sequence[Tensor],
+    topk: int,
+    scale: float,
+    encoding: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Compute `densezoo.ops.quadtree_attention` of type B with the kernels; arguments checked, at most 4 levels."""
     none = [None] * (4 - len(value))
