@@ -12,8 +12,8 @@ of the coarsest level. The backward, which chooses nothing, makes the coarser le
 - `_children_forward`, `_children_backward_query`: a program owns the queries of PARENTS neighbouring parents of a head.
   A parent has 4 queries and its own 4 * topk candidates, too few for the tensor cores: the products take 16 queries
   against the candidates of all parents, and what belongs to another parent is masked. The candidates are gathered from
-  the maps as they are; nothing gathered is stored. The backward visits TILES such tiles, and gathers for the next while
-  it computes.
+  the maps as they are; nothing gathered is stored. A program visits TILES such tiles, and may gather for the next while
+  it computes. The forward takes scores of 32-bit numbers STEP channels at a time, for the registers' sake.
 - `_keep` chooses the topk keys of ROWS queries by a partial sort of the scores that the forward kernels left in
   float32.
 - `_children_backward_key`: a program owns the children of up to 4 keys, and visits the parents that kept one of them:
@@ -348,7 +348,7 @@ def _children_forward(
     q, k, v, added, kept, coarser, out, lse, scores, begin, first, height, width, heads, scale,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
     TOPK: tl.constexpr, CANDIDATES: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, TILES: tl.constexpr,
-    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, KEEP: tl.constexpr, ADD: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, STEP: tl.constexpr, KEEP: tl.constexpr, ADD: tl.constexpr,
     PRECISION: tl.constexpr, SCORES: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     rows = (height + 1) // 2
@@ -377,10 +377,15 @@ def _children_forward(
         )  # fmt: skip
         inside = exists[:, None] & (d < DIM)[None, :]
         here = seen[:, None] & (d < DIM)[None, :]
-        k_tile = tl.load(_place(k, key_row, key_column, k_h, k_w, d, INDEX), mask=here, other=0.0)
         v_tile = tl.load(_place(v, key_row, key_column, v_h, v_w, d, INDEX), mask=here, other=0.0)
-        q_tile = tl.load(_place(q, row, column, q_h, q_w, d, INDEX), mask=inside, other=0.0)
-        s = tl.dot(q_tile, k_tile.T, input_precision=SCORES) * (scale * 1.4426950408889634)
+        s = tl.zeros((16, TILE_H * TILE_W * CANDIDATES), tl.float32)
+        for begin_dim in tl.static_range(0, BLOCK_DIM, STEP):
+            c = begin_dim + tl.arange(0, STEP)
+            some = (c < DIM)[None, :]
+            k_tile = tl.load(_place(k, key_row, key_column, k_h, k_w, c, INDEX), mask=seen[:, None] & some, other=0.0)
+            q_tile = tl.load(_place(q, row, column, q_h, q_w, c, INDEX), mask=exists[:, None] & some, other=0.0)
+            s = tl.dot(q_tile, k_tile.T, s, input_precision=SCORES)
+        s *= scale * 1.4426950408889634
         own = exists[:, None] & (parent[:, None] == owner[None, :])
         s = tl.where(own & seen[None, :], s, float("-inf"))
         query = row * width + column
@@ -551,6 +556,8 @@ LAUNCH = {
 LAUNCH = Table("quadtree_attention", LAUNCH)
 # Scores that a program of `_keep` holds.
 KEEP_TILE = 2048
+# Channels of 32-bit queries and keys that `_children_forward` holds at once.
+STEP = 32
 
 
 class _Map(NamedTuple):
@@ -685,6 +692,9 @@ class _Problem:
         parents = min(4, max(1, launch.chunk // self.family["CANDIDATES"]))
         tile_h, tile_w = {1: (1, 1), 2: (1, 2), 4: (2, 2)}[parents]
         tiles = triton.cdiv(height, tile_h) * triton.cdiv(width, tile_w)
+        if kernel == "children_forward":
+            dim = self.constants["BLOCK_DIM"]
+            flags["STEP"] = min(dim, STEP) if self._itemsize(kernel, level) == 4 else dim
         return (triton.cdiv(tiles, launch.block) * self.heads, self.batch), {
             **self.constants, **self.precision, **self.family, "TILE_H": tile_h, "TILE_W": tile_w,
             "TILES": launch.block,
