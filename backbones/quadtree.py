@@ -18,10 +18,11 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from densezoo.backbones.pvt import PVT
-from densezoo.backbones.staged import check_per_stage, crop_map, pretrained_filter
+from densezoo.backbones.staged import check_per_stage, pretrained_filter
 from densezoo.ops import quadtree_attention
-from densezoo.ops.backend import is_exporting
-from densezoo.ops.quadtree import extend_to_even, halve
+from densezoo.ops.depthwise import depthwise_conv
+from densezoo.ops.precision import autocast_dtype
+from densezoo.ops.quadtree import halve, to_quads
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -29,15 +30,37 @@ from torch import Tensor, nn
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
-class QuadConv(nn.Conv2d):
-    """Convolve the 2x2 quads of a map (B, dim, H, W) to (B, dim, ceil(H / 2), ceil(W / 2))."""
+class ImageNorm(nn.GroupNorm):
+    """Normalise tokens (B, N, dim) over all that there is of an image: a GroupNorm of one group."""
 
     def __init__(self, dim: int):
-        super().__init__(dim, dim, 2, stride=2)
+        super().__init__(1, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the map of half the sides."""
-        return super().forward(extend_to_even(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+        """Return tokens of the shape of `x`."""
+        # As rows: a GroupNorm of maps is compiled to passes over one channel after the other, far apart in memory.
+        row = x.flatten(1)
+        x = F.layer_norm(row, row.shape[1:], eps=self.eps).unflatten(1, (-1, x.shape[2]))
+        return x * self.weight + self.bias
+
+
+class ValueBranch(nn.Sequential):
+    """From a level's values to those of the next, of half the sides: tokens (B, H * W, dim) both."""
+
+    def __init__(self, dim: int, act: type[nn.Module]):
+        super().__init__(
+            ImageNorm(dim), act(), nn.Conv2d(dim, dim, 2, stride=2), ImageNorm(dim), act(), nn.Conv2d(dim, dim, 1)
+        )
+
+    def forward(self, input: Tensor, size: Sequence[int]) -> Tensor:
+        """Return the tokens of a map of sides ceil(H / 2) and ceil(W / 2); `size` is (H, W)."""
+        norm, act, quad_conv, next_norm, next_act, proj = self
+        x = act(norm(input))
+        # With the product's cast here, torch.compile makes one pass of all this and of cutting quads.
+        x = x.to(autocast_dtype(x) or x.dtype)
+        quads = to_quads(x.unflatten(1, size)).flatten(3).flatten(1, 2)
+        x = F.linear(quads, quad_conv.weight.permute(0, 2, 3, 1).flatten(1), quad_conv.bias)
+        return F.linear(next_act(next_norm(x)), proj.weight.flatten(1), proj.bias)
 
 
 class LevelMix(nn.Module):
@@ -49,28 +72,19 @@ class LevelMix(nn.Module):
         self.weight = nn.Parameter(torch.randn(levels))
         self.get_vs = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1, groups=dim) for _ in range(levels))
 
-    def forward(self, value: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """Take the values (B, dim, H, W) of each level, the finest first, to weighted ones and to the encoding.
+    def forward(self, value: Sequence[Tensor], sizes: Sequence) -> tuple[list[Tensor], list[Tensor]]:
+        """Take the values of each level, the finest first, to maps (B, H, W, dim) of weighted ones and of encodings.
 
-        The encoding (B, dim, H, W) is the weighted sum over the levels: a position takes its ancestors' as they are.
+        They are tokens (B, H * W, dim); `sizes` has (H, W) of each.
         """
-        weighted, encoding = [], None
-        for weight, conv, v in zip(self.weight.softmax(0), self.get_vs, reversed(value), strict=True):
-            weighted.insert(0, weight * v)
-            local = weight * conv(v)
-            encoding = local if encoding is None else local + spread(encoding, *v.shape[2:])
+        weights, convs = self.weight.softmax(0).flip(0), list(reversed(self.get_vs))
+        kernels = torch.stack([conv.weight for conv in convs]) * weights.view(-1, 1, 1, 1, 1)
+        biases = torch.stack([conv.bias for conv in convs]) * weights.view(-1, 1)
+        weighted, encoding = [], []
+        for x, size, weight, *filters in zip(value, sizes, weights, kernels, biases, strict=True):
+            weighted.append((weight * x).unflatten(1, size))
+            encoding.append(depthwise_conv(x.unflatten(1, size), *filters))
         return weighted, encoding
-
-
-def spread(x: Tensor, height: int | torch.SymInt, width: int | torch.SymInt) -> Tensor:
-    """Give each position of a map (B, dim, ceil(height / 2), ceil(width / 2)) to its quad in (B, dim, height, width).
-
-    It is F.interpolate's nearest neighbour, whose gradient is summed by atomics where compiled.
-    """
-    if is_exporting():
-        return F.interpolate(x, size=(height, width), mode="nearest")
-    quads = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)
-    return crop_map(quads.flatten(1, 2).flatten(2, 3), height, width).permute(0, 3, 1, 2)
 
 
 class QuadTreeAttention(nn.Module):
@@ -99,35 +113,35 @@ class QuadTreeAttention(nn.Module):
         if attn_type == "B":
             act = ACTIVATIONS[value_act]
             self.py_att = LevelMix(dim, levels)
-            self.value_branchs = nn.ModuleList(
-                nn.Sequential(
-                    nn.GroupNorm(1, dim), act(), QuadConv(dim), nn.GroupNorm(1, dim), act(), nn.Conv2d(dim, dim, 1)
-                )
-                for _ in range(levels - 1)
-            )
+            self.value_branchs = nn.ModuleList(ValueBranch(dim, act) for _ in range(levels - 1))
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a map of the shape of `x`."""
-        x = x.permute(0, 3, 1, 2)
-        q, k, v = self.to_heads(self.q_proj(x)), self.to_heads(self.k_proj(x)), self.v_proj(x)
+        # All but the attention goes over tokens: torch.compile would store maps of four axes that are taken more than
+        # once as it likes convolutions to, rows innermost.
+        convs, sizes = (self.q_proj, self.k_proj, self.v_proj), [x.shape[1:3]]
+        weight, bias = (torch.cat([getattr(conv, name) for conv in convs]) for name in ("weight", "bias"))
+        q, k, v = F.linear(x.flatten(1, 2), weight.flatten(1), bias).chunk(3, -1)
+        q, k = (part.unflatten(1, sizes[0]) for part in (q, k))
         if self.attn_type == "A":
-            values = [self.to_heads(v)]
+            values, encoding = [v.unflatten(1, sizes[0])], None
             for _ in range(self.levels - 1):
                 values.append(halve(values[-1]))
-            encoding = 0
         else:
-            values = [v]
+            tokens = [v]
             for branch in self.value_branchs:
-                values.append(branch(values[-1]))
-            values, encoding = self.py_att(values)
-            values, encoding = [self.to_heads(v) for v in values], encoding.permute(0, 2, 3, 1)
-        out = quadtree_attention(q, k, values, topk=self.topk, attn_type=self.attn_type)
-        return self.proj(out.flatten(3) + encoding)
+                tokens.append(branch(tokens[-1], sizes[-1]))
+                sizes.append([(side + 1) // 2 for side in sizes[-1]])
+            values, encoding = self.py_att(tokens, sizes)
+            encoding = self.to_heads(*encoding)
+        q, k, *values = self.to_heads(q, k, *values)
+        out = quadtree_attention(q, k, values, topk=self.topk, attn_type=self.attn_type, encoding=encoding)
+        return self.proj(out.flatten(3).flatten(1, 2)).unflatten(1, sizes[0])
 
-    def to_heads(self, x: Tensor) -> Tensor:
-        """Return a map (B, dim, H, W) as (B, H, W, heads, head_dim)."""
-        return x.permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, -1))
+    def to_heads(self, *maps: Tensor) -> list[Tensor]:
+        """Return maps (B, H, W, dim) as (B, H, W, heads, head_dim)."""
+        return [x.unflatten(-1, (self.num_heads, -1)) for x in maps]
 
 
 class QuadTree(PVT):

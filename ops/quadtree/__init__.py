@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 from densezoo.ops.backend import takes_triton
-from densezoo.ops.quadtree.reference import extend_to_even, halve, quadtree_attention_reference
+from densezoo.ops.quadtree.reference import halve, quadtree_attention_reference, to_quads
 from torch import Tensor
 
-__all__ = ["extend_to_even", "halve", "quadtree_attention"]
+__all__ = ["halve", "quadtree_attention", "to_quads"]
 
 
 def quadtree_attention(
@@ -18,6 +18,7 @@ def quadtree_attention(
     topk: int = 8,
     attn_type: str = "B",
     scale: float | None = None,
+    encoding: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Attend over a pyramid of maps, at a cost linear in the positions of the finest (QuadTree, arXiv 2201.02767).
 
@@ -42,6 +43,8 @@ def quadtree_attention(
         topk: Keys that a query keeps at each level but the finest.
         attn_type: "A" or "B".
         scale: Multiplies query . key; dim ** -0.5 by default.
+        encoding: Maps as `value`, of a position encoding for one, which are added to the outputs of their levels, so
+            that a position takes its ancestors' too.
 
     Returns:
         (B, H, W, heads, dim), of `query`'s dtype. Means, softmax and sums run in float32 for 16-bit inputs. The choice
@@ -51,34 +54,40 @@ def quadtree_attention(
         ValueError: An argument's shape, dtype, device or value is wrong; the message names it.
         RuntimeError: The backend is set to `triton` and the kernels cannot run on these inputs.
     """
-    _check(query, key, value, topk, attn_type)
+    _check(query, key, value, topk, attn_type, encoding)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     if takes_triton("quadtree_attention", query, _unsupported(query, value, topk, attn_type)):
         from densezoo.ops.quadtree.kernels import quadtree_attention_triton
 
-        return quadtree_attention_triton(query, key, value, topk, scale)
-    return quadtree_attention_reference(query, key, value, topk, attn_type, scale)
+        return quadtree_attention_triton(query, key, value, topk, scale, encoding)
+    return quadtree_attention_reference(query, key, value, topk, attn_type, scale, encoding)
 
 
-def _check(query, key, value, topk, attn_type) -> None:
-    if not isinstance(value, Sequence) or not value or not all(isinstance(v, Tensor) for v in value):
-        raise ValueError(f"value: got {type(value).__name__}, expected a list of maps, one per level, the finest first")
+def _check(query, key, value, topk, attn_type, encoding) -> None:
+    for name, maps in (("value", value), *([] if encoding is None else [("encoding", encoding)])):
+        if not isinstance(maps, Sequence) or not maps or not all(isinstance(t, Tensor) for t in maps):
+            kind = type(maps).__name__
+            raise ValueError(f"{name}: got {kind}, expected a list of maps, one per level, the finest first")
+    if encoding is not None and len(encoding) != len(value):
+        raise ValueError(f"encoding: got {len(encoding)} maps, expected {len(value)}, one for each of value")
     height, width = query.shape[1:3] if query.dim() == 5 else (0, 0)
     expected = [("query", query, height, width), ("key", key, height, width)]
     for level, t in enumerate(value):
         expected.append((f"value[{level}]", t, height, width))
+        if encoding is not None:
+            expected.append((f"encoding[{level}]", encoding[level], height, width))
         height, width = (height + 1) // 2, (width + 1) // 2
     for name, t, rows, columns in expected:
         shape = (query.shape[0], rows, columns, *query.shape[3:])
         if query.dim() != 5 or t.dim() != 5 or any(a != b for a, b in zip(t.shape, shape, strict=True)):
             raise ValueError(
                 f"{name}: got shape {tuple(t.shape)}, expected (B, H, W, heads, dim), the same for query, key and "
-                f"value[0], with half the sides, rounded up, at each further level (query: {tuple(query.shape)})"
+                f"the finest level, with half the sides, rounded up, at each further one (query: {tuple(query.shape)})"
             )
         if not t.is_floating_point() or t.dtype != query.dtype or t.device != query.device:
             raise ValueError(
-                f"{name}: got {t.dtype} on {t.device}, expected one floating dtype and one device for query, key and "
-                f"value (query: {query.dtype} on {query.device})"
+                f"{name}: got {t.dtype} on {t.device}, expected one floating dtype and one device for all maps "
+                f"(query: {query.dtype} on {query.device})"
             )
     if isinstance(topk, bool) or not isinstance(topk, int) or topk < 1:
         raise ValueError(f"topk: got {topk!r}, expected a positive int")

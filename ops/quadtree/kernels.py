@@ -1,9 +1,9 @@
 """QuadTree attention of type B in Triton, forward and backward.
 
 Level 0 is the finest. The queries and keys of the coarser levels, means of quads, are in float32 in the forward, so
-that keys are chosen by the scores that the reference chooses by: a third of the tokens in all. What is chosen is the
-only thing that the forward leaves for the backward, beside the normalisers: 4 bytes a kept key, numbered over images,
-heads and levels. The backward, which chooses nothing, makes the coarser levels anew in the inputs' dtype.
+that keys are chosen by the scores that the reference chooses by: a third of the tokens in all. The forward leaves for
+the backward what is chosen, 4 bytes a kept key, numbered over images, heads and levels, the normalisers, and the output
+of the coarsest level. The backward, which chooses nothing, makes the coarser levels anew in the inputs' dtype.
 
 - `_coarsen` takes queries and keys, and in the backward the gradient of the output, to the next coarser level.
 - `_all_forward`, `_all_backward_query`, `_all_backward_key`: dense attention at the coarsest level, in tiles of queries
@@ -12,19 +12,22 @@ heads and levels. The backward, which chooses nothing, makes the coarser levels 
 - `_children_forward`, `_children_backward_query`: a program owns the queries of PARENTS neighbouring parents of a head.
   A parent has 4 queries and its own 4 * topk candidates, too few for the tensor cores: the products take 16 queries
   against the candidates of all parents, and what belongs to another parent is masked. The candidates are gathered from
-  the maps as they are; nothing gathered is stored. The backward visits TILES such tiles, and gathers for the next while
-  it computes.
-- `_keep` chooses the topk keys of every query, from scores that the forward kernels left in float32.
-- `_children_backward_key`: a program owns the children of 4 keys, and visits the parents that kept one of them: those
-  lie next to each other once the kept keys are sorted by number, stably, and so are summed in one order. 4 queries of
-  each; what belongs to another of the 4 keys is masked.
+  the maps as they are; nothing gathered is stored. A program visits TILES such tiles, and may gather for the next while
+  it computes. The forward takes scores of 32-bit numbers STEP channels at a time, for the registers' sake.
+- `_keep` chooses the topk keys of ROWS queries by a partial sort of the scores that the forward kernels left in
+  float32.
+- `_children_backward_key`: a program owns the children of up to 4 keys, and visits the parents that kept one of them:
+  those lie next to each other once the kept keys are sorted by number, stably, and so are summed in one order. 4
+  queries of each; what belongs to another of its keys is masked.
 
-Gradients go from coarse to fine: a level's gradients of queries and keys take their share of those of the means.
+Gradients go from coarse to fine: a level's gradients of queries and keys take their share of those of the means. What
+is `added` to the output of a coarser level has the gradient of that output.
 Scores are in base 2, scaled by log2(e). `begin` is where the level's normalisers begin in `lse`, `first` the number of
 the first key of the coarser level.
 """
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -111,9 +114,10 @@ def _tokens(x, position, width, image, head, b, h, w, n, d, INDEX: tl.constexpr)
 
 @triton.jit(do_not_specialize=["begin", "height", "width", "heads"])
 def _all_forward(
-    q, k, v, out, lse, scores, begin, height, width, heads, scale,
+    q, k, v, added, out, lse, scores, begin, height, width, heads, scale,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
-    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, KEEP: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    KEEP: tl.constexpr, ADD: tl.constexpr,
     PRECISION: tl.constexpr, SCORES: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % heads
@@ -146,15 +150,17 @@ def _all_forward(
         top = new
     acc /= total[:, None]
     rows = ((image * count + m) * heads + head)[:, None] * DIM + d[None, :]
+    if ADD:
+        acc += tl.load(added + rows, mask=inside, other=0.0)
     tl.store(out + rows, acc.to(out.dtype.element_ty), mask=inside)
     tl.store(lse + first + m, top + tl.log2(total), mask=m < count)
 
 
 @triton.jit(do_not_specialize=["begin", "height", "width", "heads"])
 def _all_backward_query(
-    q, k, v, lse, grad, delta, grad_q, begin, height, width, heads, scale,
+    q, k, v, added, out, lse, grad, delta, grad_q, begin, height, width, heads, scale,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
-    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, ADD: tl.constexpr,
     PRECISION: tl.constexpr, SCORES: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % heads
@@ -169,23 +175,22 @@ def _all_backward_query(
     q_tile = tl.load(_tokens(q, m, width, image, head, q_b, q_h, q_w, q_n, d, INDEX), mask=inside, other=0.0)
     g_tile = tl.load(grad + rows, mask=inside, other=0.0)
     norm = tl.load(lse + first + m, mask=m < count, other=0.0)
-    row_delta = tl.zeros((BLOCK,), tl.float32)
+    own = tl.load(out + rows, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        own -= tl.load(added + rows, mask=inside, other=0.0)
+    row_delta = tl.sum(own * g_tile, 1)
+    g_tile = g_tile.to(dtype)
     acc = tl.zeros((BLOCK, BLOCK_DIM), tl.float32)
-    # The coarsest level's own output is not kept: one pass for its product with the gradient, one for the gradient.
-    for sweep in tl.static_range(2):
-        for start in range(0, count, CHUNK):
-            n = start + tl.arange(0, CHUNK)
-            here = (n < count)[:, None] & (d < DIM)[None, :]
-            k_tile = tl.load(_tokens(k, n, width, image, head, k_b, k_h, k_w, k_n, d, INDEX), mask=here, other=0.0)
-            v_tile = tl.load(_tokens(v, n, width, image, head, v_b, v_h, v_w, v_n, d, INDEX), mask=here, other=0.0)
-            s = tl.dot(q_tile, k_tile.T, input_precision=SCORES) * (scale * 1.4426950408889634)
-            p = tl.where((n < count)[None, :], tl.exp2(s - norm[:, None]), 0.0)
-            dp = tl.dot(g_tile.to(dtype), v_tile.to(dtype).T, input_precision=PRECISION)
-            if sweep == 0:
-                row_delta += tl.sum(p * dp, 1)
-            else:
-                ds = p * (dp - row_delta[:, None])
-                acc += tl.dot(ds.to(dtype), k_tile, input_precision=PRECISION)
+    for start in range(0, count, CHUNK):
+        n = start + tl.arange(0, CHUNK)
+        here = (n < count)[:, None] & (d < DIM)[None, :]
+        k_tile = tl.load(_tokens(k, n, width, image, head, k_b, k_h, k_w, k_n, d, INDEX), mask=here, other=0.0)
+        v_tile = tl.load(_tokens(v, n, width, image, head, v_b, v_h, v_w, v_n, d, INDEX), mask=here, other=0.0)
+        s = tl.dot(q_tile, k_tile.T, input_precision=SCORES) * (scale * 1.4426950408889634)
+        p = tl.where((n < count)[None, :], tl.exp2(s - norm[:, None]), 0.0)
+        dp = tl.dot(g_tile, v_tile.to(dtype).T, input_precision=PRECISION)
+        ds = p * (dp - row_delta[:, None])
+        acc += tl.dot(ds.to(dtype), k_tile, input_precision=PRECISION)
     acc *= scale
     tl.store(grad_q + rows, acc.to(grad_q.dtype.element_ty), mask=inside)
     tl.store(delta + first + m, row_delta, mask=m < count)
@@ -266,7 +271,7 @@ def _all_backward(
 @triton.jit(do_not_specialize=["height", "width", "first", "first_coarser", "outside", "count", "queries"])
 def _keep(
     scores, kept, height, width, first, first_coarser, outside, count, queries,
-    TOPK: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COARSEST: tl.constexpr,
+    TOPK: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COARSEST: tl.constexpr,
 ):  # fmt: skip
     query = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = query < queries
@@ -275,31 +280,29 @@ def _keep(
     j = tl.arange(0, BLOCK)
     here = inside[:, None] & (j < count)[None, :]
     s = tl.load(scores + query[:, None].to(tl.int64) * count + j[None, :], mask=here, other=float("-inf"))
+    # Integers of the floats' order, and in the lower half the candidate's number, so that of equals the first is kept.
+    bits = s.to(tl.int32, bitcast=True)
+    bits ^= (bits >> 31) & 0x7FFFFFFF
+    ranked = (bits.to(tl.int64) << 32) | (BLOCK - 1 - j)[None, :]
+    ranked = tl.topk(ranked, KEPT)
+    j = BLOCK - 1 - (ranked & (BLOCK - 1)).to(tl.int32)
+    rank = tl.arange(0, KEPT)[None, :]
+    chosen = inside[:, None] & (rank < TOPK)
     if COARSEST:
-        key = tl.broadcast_to(j[None, :], s.shape)
+        key = j
     else:
         rows = (height + 1) // 2
         columns = (width + 1) // 2
         position = query % positions
         parent = map_of * rows * columns + position // width // 2 * columns + position % width // 2
-        slot = (first_coarser + parent.to(tl.int64))[:, None] * TOPK + (j // 4)[None, :]
-        key = tl.load(kept + slot, mask=here & (j // 4 < TOPK)[None, :], other=0)
+        slot = (first_coarser + parent.to(tl.int64))[:, None] * TOPK + j // 4
+        key = tl.load(kept + slot, mask=chosen & (j < count), other=0)
         key -= first_coarser + (map_of * rows * columns)[:, None]
-        key = (key // columns * 2 + (j % 4 // 2)[None, :]) * width + key % columns * 2 + (j % 2)[None, :]
-    # What lies outside of the map has the score -inf.
-    key = tl.where(s > float("-inf"), key + first + (map_of * positions)[:, None], outside)
-    # Integers of the floats' order, below which there is one for what has been chosen.
-    bits = s.to(tl.int32, bitcast=True)
-    bits ^= (bits >> 31) & 0x7FFFFFFF
-    rank = tl.full((ROWS, BLOCK), TOPK, tl.int32)
-    for r in range(TOPK):
-        best = tl.max(bits, 1)
-        place = tl.min(tl.where(bits == best[:, None], j[None, :], BLOCK), 1)
-        hit = j[None, :] == place[:, None]
-        rank = tl.where(hit, r, rank)
-        bits = tl.where(hit, -2147483648, bits)
+        key = (key // columns * 2 + j % 4 // 2) * width + key % columns * 2 + j % 2
+    # What lies outside of the map has the score -inf: the least of all.
+    key = tl.where((ranked >> 32) > -2139095041, key + first + (map_of * positions)[:, None], outside)
     place = (first + query.to(tl.int64))[:, None] * TOPK + rank
-    tl.store(kept + place, key, mask=inside[:, None] & (rank < TOPK))
+    tl.store(kept + place, key, mask=chosen)
 
 
 @triton.jit
@@ -342,10 +345,10 @@ def _candidates(
 
 @triton.jit(do_not_specialize=["begin", "first", "height", "width", "heads"])
 def _children_forward(
-    q, k, v, kept, coarser, out, lse, scores, begin, first, height, width, heads, scale,
+    q, k, v, added, kept, coarser, out, lse, scores, begin, first, height, width, heads, scale,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
     TOPK: tl.constexpr, CANDIDATES: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, TILES: tl.constexpr,
-    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, KEEP: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, STEP: tl.constexpr, KEEP: tl.constexpr, ADD: tl.constexpr,
     PRECISION: tl.constexpr, SCORES: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     rows = (height + 1) // 2
@@ -360,6 +363,7 @@ def _children_forward(
     v += image * v_b + head * v_n
     lse += begin + map_of * height * width
     scores += map_of * height * width * (TOPK * 4)
+    added += (image * height * width * heads + head) * DIM
     out += (image * height * width * heads + head) * DIM
     coarser += (image * rows * columns * heads + head) * DIM
     first += map_of * rows * columns
@@ -373,10 +377,15 @@ def _children_forward(
         )  # fmt: skip
         inside = exists[:, None] & (d < DIM)[None, :]
         here = seen[:, None] & (d < DIM)[None, :]
-        k_tile = tl.load(_place(k, key_row, key_column, k_h, k_w, d, INDEX), mask=here, other=0.0)
         v_tile = tl.load(_place(v, key_row, key_column, v_h, v_w, d, INDEX), mask=here, other=0.0)
-        q_tile = tl.load(_place(q, row, column, q_h, q_w, d, INDEX), mask=inside, other=0.0)
-        s = tl.dot(q_tile, k_tile.T, input_precision=SCORES) * (scale * 1.4426950408889634)
+        s = tl.zeros((16, TILE_H * TILE_W * CANDIDATES), tl.float32)
+        for begin_dim in tl.static_range(0, BLOCK_DIM, STEP):
+            c = begin_dim + tl.arange(0, STEP)
+            some = (c < DIM)[None, :]
+            k_tile = tl.load(_place(k, key_row, key_column, k_h, k_w, c, INDEX), mask=seen[:, None] & some, other=0.0)
+            q_tile = tl.load(_place(q, row, column, q_h, q_w, c, INDEX), mask=exists[:, None] & some, other=0.0)
+            s = tl.dot(q_tile, k_tile.T, s, input_precision=SCORES)
+        s *= scale * 1.4426950408889634
         own = exists[:, None] & (parent[:, None] == owner[None, :])
         s = tl.where(own & seen[None, :], s, float("-inf"))
         query = row * width + column
@@ -394,6 +403,8 @@ def _children_forward(
         above = ((row // 2 * columns + column // 2).to(INDEX) * (heads * DIM))[:, None] + d[None, :]
         acc += tl.load(coarser + above, mask=inside, other=0.0)
         here = (query.to(INDEX) * (heads * DIM))[:, None] + d[None, :]
+        if ADD:
+            acc += tl.load(added + here, mask=inside, other=0.0)
         tl.store(out + here, acc.to(out.dtype.element_ty), mask=inside)
         tl.store(lse + query, top + tl.log2(total), mask=exists)
 
@@ -456,7 +467,7 @@ def _children_backward_query(
 def _children_backward_key(
     q, k, v, starts, order, lse, grad, delta, coarser, grad_k, grad_v, begin, first, height, width, heads, scale,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
-    TOPK: tl.constexpr, PARENTS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    TOPK: tl.constexpr, KEYS: tl.constexpr, PARENTS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     PRECISION: tl.constexpr, SCORES: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     rows = (height + 1) // 2
@@ -465,13 +476,13 @@ def _children_backward_key(
     image = tl.program_id(1).to(tl.int64)
     map_of = image * heads + head
     d = tl.arange(0, BLOCK_DIM)
-    # The children of 4 keys, as many as the tensor cores take at least.
-    quad_of = tl.program_id(0) // heads * 4
+    # The children of up to 4 keys: rows for as many as the tensor cores take at least.
+    quad_of = tl.program_id(0) // heads * KEYS
     c = tl.arange(0, 16)
     quad = quad_of + c // 4
     key_row = 2 * (quad // columns) + c % 4 // 2
     key_column = 2 * (quad % columns) + c % 2
-    exists = (key_row < height) & (key_column < width)
+    exists = (c // 4 < KEYS) & (key_row < height) & (key_column < width)
     inside = exists[:, None] & (d < DIM)[None, :]
     dtype = q.dtype.element_ty
     k_tile = tl.load(_place(k + image * k_b + head * k_n, key_row, key_column, k_h, k_w, d, INDEX), inside, 0.0)
@@ -489,12 +500,12 @@ def _children_backward_key(
     starts += first
     start = tl.load(starts + quad, mask=exists, other=0)
     end = tl.load(starts + quad + 1, mask=exists, other=0)
-    last = tl.load(starts + tl.minimum(quad_of + 4, rows * columns))
+    last = tl.load(starts + tl.minimum(quad_of + KEYS, rows * columns))
     for at in range(tl.load(starts + quad_of), last, PARENTS):
         entry = at + i // 4
         own = (entry[None, :] >= start[:, None]) & (entry[None, :] < end[:, None])
         listed = entry < last
-        parent = tl.load(order + entry, mask=listed, other=0) // TOPK
+        parent = tl.load(order + entry, mask=listed, other=0).to(tl.int32) // TOPK
         parent = tl.where(listed, parent - first, 0).to(tl.int32)
         row = 2 * (parent // columns) + i % 4 // 2
         column = 2 * (parent % columns) + i % 2
@@ -540,11 +551,13 @@ LAUNCH = {
     "all_backward_key": (_Launch(32, 64, 4, 1), _Launch(32, 64, 4, 1), _Launch(16, 32, 4, 1)),
     "children_forward": (_Launch(1, 128, 4, 1), _Launch(1, 128, 4, 1), _Launch(1, 128, 8, 1)),
     "children_backward_query": (_Launch(1, 128, 4, 1), _Launch(8, 64, 2, 3), _Launch(1, 128, 8, 1)),
-    "children_backward_key": (_Launch(0, 4, 1, 1), _Launch(0, 8, 4, 1), _Launch(0, 8, 2, 1)),
+    "children_backward_key": (_Launch(4, 4, 1, 1), _Launch(4, 8, 4, 1), _Launch(4, 8, 2, 1)),
 }
 LAUNCH = Table("quadtree_attention", LAUNCH)
 # Scores that a program of `_keep` holds.
 KEEP_TILE = 2048
+# Channels of 32-bit queries and keys that `_children_forward` holds at once.
+STEP = 32
 
 
 class _Map(NamedTuple):
@@ -644,7 +657,10 @@ class _Problem:
         block = triton.next_power_of_2(max(count, self.topk))
         rows = max(1, KEEP_TILE // block)
         first_coarser = first if coarsest else self.maps[level + 1].first
-        constants = {"TOPK": self.topk, "BLOCK": block, "ROWS": rows, "COARSEST": coarsest, "num_warps": 4}
+        constants = {
+            "TOPK": self.topk, "KEPT": triton.next_power_of_2(self.topk),
+            "BLOCK": block, "ROWS": rows, "COARSEST": coarsest, "num_warps": 4,
+        }  # fmt: skip
         arguments = height, width, first, first_coarser, self.coarse_keys, count, queries
         return (triton.cdiv(queries, rows),), arguments, constants
 
@@ -676,6 +692,9 @@ class _Problem:
         parents = min(4, max(1, launch.chunk // self.family["CANDIDATES"]))
         tile_h, tile_w = {1: (1, 1), 2: (1, 2), 4: (2, 2)}[parents]
         tiles = triton.cdiv(height, tile_h) * triton.cdiv(width, tile_w)
+        if kernel == "children_forward":
+            dim = self.constants["BLOCK_DIM"]
+            flags["STEP"] = min(dim, STEP) if self._itemsize(kernel, level) == 4 else dim
         return (triton.cdiv(tiles, launch.block) * self.heads, self.batch), {
             **self.constants, **self.precision, **self.family, "TILE_H": tile_h, "TILE_W": tile_w,
             "TILES": launch.block,
@@ -685,8 +704,8 @@ class _Problem:
     def _quads(self, kernel: str, level: int) -> tuple[tuple[int, int], dict]:
         """Return the grid and the constants of a kernel over the keys above a level's."""
         launch, (height, width, _) = self._launch(kernel, level), self.maps[level + 1]
-        return (triton.cdiv(height * width, 4) * self.heads, self.batch), {
-            **self.constants, **self.precision, "TOPK": self.topk, "PARENTS": launch.chunk,
+        return (triton.cdiv(height * width, launch.block) * self.heads, self.batch), {
+            **self.constants, **self.precision, "TOPK": self.topk, "KEYS": launch.block, "PARENTS": launch.chunk,
             "num_warps": launch.warps, "num_stages": launch.stages,
         }  # fmt: skip
 
@@ -714,39 +733,51 @@ def _with_coarser(problem: _Problem, x: Tensor, dtype: torch.dtype) -> list[Tens
 
 def _quadtree(
     query: Tensor, key: Tensor, value: Tensor, value1: Tensor | None, value2: Tensor | None, value3: Tensor | None,
-    topk: int, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    added1: Tensor | None, added2: Tensor | None, added3: Tensor | None, topk: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     problem, query, key, values = _prepare(query, key, (value, value1, value2, value3), topk, scale)
     queries, keys = (_with_coarser(problem, x, torch.float32) for x in (query, key))
     for level, (grid, arguments, constants) in enumerate(problem.coarsen):
         q, k = queries[level], keys[level]
         # Without gradients there is nothing to read or write, but the kernel needs pointers.
         _coarsen[grid](q, k, q, queries[level + 1], keys[level + 1], q, *arguments, **constants, GRAD=False)
-    out, lse, kept = _fake(query, key, value, value1, value2, value3, topk, scale)
+    out, lse, kept, coarsest = _fake(query, key, value, value1, value2, value3, added1, added2, added3, topk, scale)
+    added = _added(added1, added2, added3)
     coarser = None
     for level in reversed(range(len(values))):
         result, scores = out, lse
         if level:
             _, (*_, count, number), _ = problem.keep[level]
-            result = torch.empty(problem.shapes[level], dtype=torch.float32, device=query.device)
+            result = coarsest
+            if coarser is not None:
+                result = torch.empty(problem.shapes[level], dtype=torch.float32, device=query.device)
             scores = torch.empty((number, count), dtype=torch.float32, device=query.device)
         grid, constants = problem.forward[level]
-        inputs = queries[level], keys[level], values[level]
+        add = added[level] is not None
+        inputs = queries[level], keys[level], values[level], added[level] if add else query
         if coarser is None:
-            _all_forward[grid](*inputs, result, lse, scores, *problem.arguments[level], **constants)
+            _all_forward[grid](*inputs, result, lse, scores, *problem.arguments[level], **constants, ADD=add)
         else:
-            _children_forward[grid](*inputs, kept, coarser, result, lse, scores, *problem.arguments[level], **constants)
+            _children_forward[grid](
+                *inputs, kept, coarser, result, lse, scores, *problem.arguments[level], **constants, ADD=add
+            )
         if level:
             grid, arguments, constants = problem.keep[level]
             _keep[grid](scores, kept, *arguments, **constants)
         coarser = result
-    return out, lse, kept
+    return out, lse, kept, coarsest
+
+
+def _added(*coarser: Tensor | None) -> list[Tensor | None]:
+    """Return what is added to the outputs of the levels, as the kernels read it: to the finest nothing here."""
+    return [None, *(t if t is None else t.contiguous() for t in coarser)]
 
 
 def _quadtree_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, value1: Tensor | None, value2: Tensor | None,
-    value3: Tensor | None, out: Tensor, lse: Tensor, kept: Tensor, topk: int, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    value3: Tensor | None, added1: Tensor | None, added2: Tensor | None, added3: Tensor | None,
+    out: Tensor, lse: Tensor, kept: Tensor, coarsest: Tensor, topk: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     problem, query, key, values = _prepare(query, key, (value, value1, value2, value3), topk, scale)
     levels = len(values)
     # Queries, keys and the gradients of the outputs of all levels. What to keep is known: no need for float32.
@@ -754,13 +785,16 @@ def _quadtree_backward(
     for level, (grid, arguments, constants) in enumerate(problem.coarsen):
         maps = (x[i] for i in (level, level + 1) for x in (queries, keys, grads))
         _coarsen[grid](*maps, *arguments, **constants, GRAD=True)
+    # What is added to a level's output has the same gradient.
+    pairs = zip((added1, added2, added3), grads[1:], strict=False)
+    grad_added = [query.new_empty(0) if t is None else grad for t, grad in pairs]
     delta = torch.empty_like(lse)
     order = starts = kept
     if levels > 1:
-        # For each key, where it stands in `kept`.
-        numbers, order = kept.sort(stable=True)
-        order = order.int()
-        keys_of_all = torch.arange(problem.coarse_keys + 1, device=kept.device, dtype=torch.int32)
+        # For each key, where it stands in `kept`. Numbers of 16 bits are sorted in half as many passes.
+        lowest, dtype = (-32768, torch.int16) if problem.coarse_keys < 65536 else (0, torch.int32)
+        numbers, order = torch.add(kept, lowest, out=torch.empty_like(kept, dtype=dtype)).sort(stable=True)
+        keys_of_all = torch.arange(lowest, lowest + problem.coarse_keys + 1, device=kept.device, dtype=dtype)
         starts = torch.searchsorted(numbers, keys_of_all, out_int32=True)
         del numbers, keys_of_all
     grad_values = []
@@ -789,29 +823,40 @@ def _quadtree_backward(
                 grid, constants = problem.backward_at_once
                 _all_backward[grid](*inputs, *saved[:2], grad_q, grad_k, grad_v, *arguments, **constants)
             else:
-                _all_backward_query[query_grid](*inputs, *saved, grad_q, *arguments, **query_constants)
+                add = _added(added1, added2, added3)[level]
+                own = query if add is None else add, coarsest if level else out
+                _all_backward_query[query_grid](
+                    *inputs, *own, *saved, grad_q, *arguments, **query_constants, ADD=add is not None
+                )
                 _all_backward_key[key_grid](*inputs, *saved, grad_k, grad_v, *arguments, **key_constants)
         grad_values.insert(0, grad_v)
         above_q, above_k = grad_q, grad_k
-    return grad_q, grad_k, *grad_values, *(query.new_empty(0) for _ in range(4 - levels))
+    none = [query.new_empty(0) for _ in range(2 * (4 - levels))]
+    return grad_q, grad_k, *grad_values, *none[: 4 - levels], *grad_added, *none[4 - levels :]
 
 
-def _fake(query, key, value, value1, value2, value3, topk, scale):
+def _fake(query, key, value, value1, value2, value3, added1, added2, added3, topk, scale):
     batch, height, width, heads, _ = query.shape
     coarse_keys = _maps(query.shape, 1 + sum(v is not None for v in (value1, value2, value3)))[1]
     out = query.new_empty(query.shape)
     lse = query.new_empty(coarse_keys + batch * heads * height * width, dtype=torch.float32)
-    return out, lse, query.new_empty(coarse_keys * topk, dtype=torch.int32)
+    kept = query.new_empty(coarse_keys * topk, dtype=torch.int32)
+    # The output of the coarsest level, if it is another than the finest.
+    coarsest = next((v for v in (value3, value2, value1) if v is not None), None)
+    shape = (0,) if coarsest is None else coarsest.shape
+    return out, lse, kept, query.new_empty(shape, dtype=torch.float32)
 
 
-def _fake_backward(grad_out, query, key, value, value1, value2, value3, *others):
-    tensors = (query, key, value, value1, value2, value3)
+def _fake_backward(grad_out, query, key, *others):
+    tensors = (query, key, *others[:7])
     return tuple(query.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors)
 
 
-def _reference(query, key, value, value1, value2, value3, topk, scale):
+def _reference(query, key, value, value1, value2, value3, added1, added2, added3, topk, scale):
     values = [v for v in (value, value1, value2, value3) if v is not None]
-    return quadtree_attention_reference(query, key, values, topk, "B", scale)
+    added = [t for t in (added1, added2, added3) if t is not None]
+    encoding = [torch.zeros_like(value), *added] if added else None
+    return quadtree_attention_reference(query, key, values, topk, "B", scale, encoding)
 
 
 _call = register("quadtree_attention", _quadtree, _fake, _quadtree_backward, _fake_backward, _reference)
@@ -826,17 +871,47 @@ def _products(query, values, topk: int) -> int:
 
 
 @register_flop_formula(torch.ops.densezoo.quadtree_attention)
-def _(query, key, value, value1, value2, value3, topk, *args, **kwargs) -> int:
+def _(query, key, value, value1, value2, value3, added1, added2, added3, topk, *args, **kwargs) -> int:
     # The products with the keys and with the values, each a multiplication and an addition.
     return 4 * _products(query, (value, value1, value2, value3), topk)
 
 
 @register_flop_formula(torch.ops.densezoo.quadtree_attention_backward)
-def _(grad_out, query, key, value, value1, value2, value3, out, lse, kept, topk, *args, **kwargs) -> int:
+def _(
+    grad_out,
+    query,
+    key,
+    value,
+    value1,
+    value2,
+    value3,
+    added1,
+    added2,
+    added3,
+    out,
+    lse,
+    kept,
+    coarsest,
+    topk,
+    *args,
+    **kwargs,
+) -> int:
     # Five products: the scores once more, and the gradients of query, key, value and weights.
     return 10 * _products(query, (value, value1, value2, value3), topk)
 
 
-def quadtree_attention_triton(query: Tensor, key: Tensor, value: list[Tensor], topk: int, scale: float) -> Tensor:
+def quadtree_attention_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Sequence[Tensor],
+    topk: int,
+    scale: float,
+    encoding: Sequence[Tensor] | None = None,
+) -> Tensor:
     """Compute `densezoo.ops.quadtree_attention` of type B with the kernels; arguments checked, at most 4 levels."""
-    return _call(query, key, *value, *[None] * (4 - len(value)), topk, scale)
+    none = [None] * (4 - len(value))
+    if encoding is None:
+        return _call(query, key, *value, *none, None, None, None, topk, scale)
+    # Where compiled, adding to the finest level is one with what comes next.
+    finest, *added = encoding
+    return _call(query, key, *value, *none, *added, *none, topk, scale) + finest

@@ -55,7 +55,13 @@ def halve(x: Tensor) -> Tensor:
 
 
 def quadtree_attention_reference(
-    query: Tensor, key: Tensor, value: Sequence[Tensor], topk: int, attn_type: str, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Sequence[Tensor],
+    topk: int,
+    attn_type: str,
+    scale: float,
+    encoding: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Compute `densezoo.ops.quadtree_attention` level by level, gathering the candidates of each query.
 
@@ -63,15 +69,18 @@ def quadtree_attention_reference(
     are computed in float32.
     """
     dtype = query.dtype
-    query, key, *value = widen(query, key, *value)
+    query, key, *maps = widen(query, key, *value, *(encoding or ()))
+    value, encoding = maps[: len(value)], maps[len(value) :] or [0] * len(value)
     levels = [(query * scale, key)]
     for _ in value[1:]:
         levels.append(tuple(map(halve, levels[-1])))
     with without_autocast(query):
         out, kept = _attend_to_all(*levels.pop(), value[-1], topk, attn_type)
+        out = out + encoding[-1]
         while levels:
             last = len(levels) == 1
             out, kept = _attend_to_children(*levels.pop(), value[len(levels)], out, kept, topk, attn_type, last)
+            out = out + encoding[len(levels)]
     return out.to(dtype)
 
 

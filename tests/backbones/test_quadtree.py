@@ -3,8 +3,7 @@
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
-from densezoo.backbones.quadtree import LevelMix, QuadConv, QuadTreeAttention, spread
+from densezoo.backbones.quadtree import LevelMix, QuadTreeAttention, ValueBranch
 from torch import nn
 
 TINY = dict(embed_dims=(8, 16, 20, 16), num_heads=(1, 2, 5, 4), depths=(1, 1, 1, 1), num_classes=10)
@@ -30,12 +29,6 @@ def test_layouts_have_their_attention(kwargs, topk, act):
     assert {module.topk for module in modules} == {topk}
     found = {type(branch[i]) for module in modules for branch in module.value_branchs for i in (1, 4)}
     assert found == {act}
-
-
-@pytest.mark.parametrize("height, width", [(4, 6), (5, 7), (1, 2)])
-def test_quads_take_the_nearest(height, width):
-    x = torch.randn(2, 3, (height + 1) // 2, (width + 1) // 2)
-    assert torch.equal(spread(x, height, width), F.interpolate(x, (height, width), mode="nearest"))
 
 
 def test_type_a_has_projections_alone():
@@ -76,23 +69,27 @@ def test_initial_weights_are_the_published():
     assert len(weights.unique()) == len(weights) == 10
 
 
-def test_odd_sides_end_with_a_repeated_row_or_column():
-    conv, x = QuadConv(3), torch.randn(2, 3, 5, 4)
-    expected = nn.functional.conv2d(torch.cat((x, x[:, :, -1:]), 2), conv.weight, conv.bias, stride=2)
-    torch.testing.assert_close(conv(x), expected)
-    assert conv(x[..., :3]).shape == (2, 3, 3, 2)
+@torch.no_grad()
+@pytest.mark.parametrize("height, width", [(4, 6), (5, 4), (3, 1)])
+def test_branches_are_those_of_maps(height, width):
+    """Odd sides end with a repeated row or column."""
+    branch, x = ValueBranch(3, nn.GELU), torch.randn(2, 3, height, width)
+    norm, act, quad_conv, next_norm, next_act, proj = branch
+    for parameter in branch.parameters():
+        nn.init.normal_(parameter)
+    expected = act(nn.GroupNorm.forward(norm, x))
+    expected = torch.cat((expected, expected[:, :, -1:]), 2) if height % 2 else expected
+    expected = torch.cat((expected, expected[..., -1:]), 3) if width % 2 else expected
+    expected = proj(next_act(nn.GroupNorm.forward(next_norm, quad_conv(expected))))
+    torch.testing.assert_close(branch(x.flatten(2).mT, (height, width)), expected.flatten(2).mT)
 
 
-def test_encoding_is_copied_to_all_descendants():
+def test_levels_are_weighted_and_encoded():
     mix = LevelMix(2, 3).double()
-    values = [torch.randn(1, 2, *size, dtype=torch.float64) for size in ((7, 5), (4, 3), (2, 2))]
-    with torch.no_grad():
-        weighted, encoding = mix(values)
-        weights = mix.weight.softmax(0).flip(0)
-        for weight, value, out in zip(weights, values, weighted, strict=True):
-            torch.testing.assert_close(out, weight * value)
-        local = [w * conv(v) for w, conv, v in zip(weights, reversed(mix.get_vs), values, strict=True)]
-    for row in range(7):
-        for column in range(5):
-            ancestors = [x[0, :, row >> level, column >> level] for level, x in enumerate(local)]
-            torch.testing.assert_close(encoding[0, :, row, column], sum(ancestors))
+    sizes = (7, 5), (4, 3), (2, 2)
+    values = [torch.randn(1, *size, 2, dtype=torch.float64) for size in sizes]
+    weights = mix.weight.softmax(0).flip(0)
+    for i, (weighted, encoding) in enumerate(zip(*mix([v.flatten(1, 2) for v in values], sizes), strict=True)):
+        torch.testing.assert_close(weighted, weights[i] * values[i])
+        local = mix.get_vs[2 - i](values[i].permute(0, 3, 1, 2))
+        torch.testing.assert_close(encoding, (weights[i] * local).permute(0, 2, 3, 1))

@@ -116,6 +116,16 @@ def test_reference_is_the_definition(setting, attn_type):
 
 
 @pytest.mark.parametrize("attn_type", TYPES)
+def test_encodings_are_added_to_all_descendants(attn_type):
+    query, key, *value = inputs(SETTINGS[3], torch.float64)
+    encoding = [torch.randn_like(v) for v in value]
+    plain, encoded = (quadtree_attention(query, key, value, attn_type=attn_type, encoding=e) for e in (None, encoding))
+    row, column = torch.arange(13)[:, None], torch.arange(9)
+    expected = sum(x[:, row >> level, column >> level] for level, x in enumerate(encoding))
+    torch.testing.assert_close(encoded - plain, expected)
+
+
+@pytest.mark.parametrize("attn_type", TYPES)
 def test_gradcheck(attn_type):
     leaves = [t.requires_grad_() for t in inputs((1, 6, 5, 2, 3, 3, 2), torch.float64)]
     assert torch.autograd.gradcheck(lambda *t: run(*t, topk=2, attn_type=attn_type), leaves, fast_mode=True)
@@ -242,11 +252,14 @@ def check_kernels(setting, allowed, dtype=torch.float32, device="cpu", dense=Tru
     A key that two implementations rank differently differs in its score by rounding alone, but not in its children: the
     inputs are those of one seed, whose scores lie further apart.
     """
+    levels = setting[5]
 
-    def attend(*tensors):
-        return run(*tensors, topk=setting[-1])
+    def attend(query, key, *maps):
+        return quadtree_attention(query, key, maps[:levels], topk=setting[-1], encoding=maps[levels:])
 
     tensors = kernel_inputs(setting, dtype, device, dense)
+    # Encodings: the values in another order.
+    tensors += [v.flip(1) if dense else v.flip(1).transpose(1, 2).contiguous().transpose(1, 2) for v in tensors[2:]]
     set_backend("triton")
     got = gradients(attend, tensors)
     if device == "cuda":
@@ -395,7 +408,8 @@ def test_operator_contract():
 def check_operator_contract(device):
     import densezoo.ops.quadtree.kernels  # noqa: F401  (registers the operator)
 
-    tensors = [*kernel_inputs((1, 2, 3, 1, 8, 2, 2), device=device), None, None]
+    query, key, *value = kernel_inputs((1, 2, 3, 1, 8, 2, 2), device=device)
+    tensors = [query, key, *value, None, None, torch.randn_like(value[1]), None, None]
     leaves = [t if t is None else t.detach().requires_grad_() for t in tensors]
     torch.library.opcheck(torch.ops.densezoo.quadtree_attention, (*leaves, 2, 0.3))
     out, *saved = (t.detach() for t in torch.ops.densezoo.quadtree_attention(*leaves, 2, 0.3))
@@ -447,6 +461,8 @@ def test_what_the_kernels_leave_to_the_reference():
         ({"value": [torch.zeros(2, 5, 8, 2, 8), torch.zeros(2, 2, 4, 2, 8)]}, r"value\[1\]"),
         ({"value": [torch.zeros(2, 5, 8, 2, 8, dtype=torch.float64)]}, r"value\[0\]"),
         ({"value": [torch.zeros(2, 5, 8, 2, 8, device="meta")]}, r"value\[0\]"),
+        ({"encoding": [torch.zeros(2, 5, 8, 2, 8)]}, "encoding"),
+        ({"encoding": [torch.zeros(2, 5, 8, 2, 8), torch.zeros(2, 2, 4, 2, 8)]}, r"encoding\[1\]"),
         ({"topk": 0}, "topk"),
         ({"topk": 2.0}, "topk"),
         ({"topk": True}, "topk"),
