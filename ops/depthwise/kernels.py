@@ -128,7 +128,8 @@ def _forward(
     stop = tl.minimum(bottom + REACH, stop)
     # The next row is under way while this one is worked on.
     ahead = repeat(tl.zeros((PARTS, CHANNELS), x.dtype.element_ty), WIDE)
-    # Always so: the compiler takes far longer over loads before a loop that no branch sets apart.
+    # Always so. What a branch sets apart keeps Triton's passes short; assumed, LLVM drops it.
+    tl.assume(start < stop)
     if start < stop:
         ahead = _row(base, start, start, stop, left, begin, end, exist, stride_h, stride_w, -REACH, COLS, FITS, INDEX)
     for y in range(start, bottom + REACH):
@@ -205,7 +206,8 @@ def _backward(
         window = move_on(window, widen(joined, COLS, NARROW), KERNEL, COLS)
         joined = _row(source, y, top, bottom, left, begin, end, exist, stride_h, stride_w, 0, COLS, FITS, INDEX)
     ahead = repeat(tl.zeros((PARTS, CHANNELS), grad_out.dtype.element_ty), 2 * WIDE if GELU else WIDE)
-    # Always so: the compiler takes far longer over loads before a loop that no branch sets apart.
+    # Always so. What a branch sets apart keeps Triton's passes short; assumed, LLVM drops it.
+    tl.assume(start < stop)
     if start < stop:
         ahead = _gradients(
             grad, before, start, start, stop, left, begin, end, exist, grad_h, grad_w, stride, channels, REACH, GELU,

@@ -154,7 +154,8 @@ def _forward(
     begin = top + (STRIDE - 3)
     y = STRIDE * begin + (2 - PAD_H)
     ahead = repeat(tl.zeros((PARTS, CHANNELS), x.dtype.element_ty), STRIDE * WIDE)
-    # Always so: the compiler takes far longer over loads before a loop that no branch sets apart.
+    # Always so. What a branch sets apart keeps Triton's passes short; assumed, LLVM drops it.
+    tl.assume(top < bottom)
     if top < bottom:
         ahead = _row(base, y, height, column, width, exist, channels, WIDE, INNER, FITS, INDEX)
         if STRIDE == 2:
@@ -266,7 +267,8 @@ def _backward(
         grads = move_on(grads, widen(joined, WIDE, NARROW), 3, WIDE)
         joined = _row(grad, r, out_height, left - 1, out_width, exist, channels, WIDE, COLS + 1, FITS, INDEX)
     ahead = repeat(tl.zeros((PARTS, CHANNELS), x.dtype.element_ty), STRIDE * COUNT)
-    # Always so: the compiler takes far longer over loads before a loop that no branch sets apart.
+    # Always so. What a branch sets apart keeps Triton's passes short; assumed, LLVM drops it.
+    tl.assume(top < bottom)
     if top < bottom:
         ahead = _row(source, top * STRIDE, height, column, width, exist, channels, COUNT, COUNT, FULL, INDEX)
         if STRIDE == 2:
