@@ -72,7 +72,7 @@ def repeat(value, COUNT: tl.constexpr):
 
 @triton.jit
 def fetch(
-    x, image, row, left, c, height, width, channels, stride_b, stride_h, STRIDE_W: tl.constexpr, COLS: tl.constexpr,
+    x, image, row, left, c, height, width, channels, stride_b, stride_h, stride_w, COLS: tl.constexpr,
     CHANNELS: tl.constexpr, INDEX: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Bring a strip's row AHEAD rows on into the L2 cache, 32 bytes a thread."""
@@ -82,6 +82,6 @@ def fetch(
         lane = tl.arange(0, CHANNELS)[None, :]
         column = tl.minimum(left + tl.minimum(lane % SECTOR, COLS - 1), width - 1)
         channel = tl.minimum(c - lane + lane // SECTOR * SECTOR, channels - 1)
-        at = x + image * stride_b + row.to(INDEX) * stride_h + (column.to(INDEX) * STRIDE_W + channel)
+        at = x + image * stride_b + row.to(INDEX) * stride_h + (column.to(INDEX) * stride_w + channel)
         asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
         tl.inline_asm_elementwise(asm, "=r,l", [at.to(tl.int64)], tl.int32, False, 1)

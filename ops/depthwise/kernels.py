@@ -72,7 +72,7 @@ def _taps(weight, c, exist, KERNEL: tl.constexpr, RESIDUAL: tl.constexpr, TURNED
 
 @triton.jit
 def _row(
-    x, row, top, bottom, left, begin, end, exist, stride_h, STRIDE_W: tl.constexpr, FIRST: tl.constexpr,
+    x, row, top, bottom, left, begin, end, exist, stride_h, stride_w, FIRST: tl.constexpr,
     COLS: tl.constexpr, FITS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Numbers of a row from column `left` + FIRST to as far beyond the strip; zero outside of window and rows."""
@@ -85,13 +85,13 @@ def _row(
             mask = here & (left + i >= begin)
         elif i >= COLS or not FITS:
             mask = here & (left + i < end)
-        numbers = numbers + (tl.load(x + i * STRIDE_W, mask=mask, other=0.0),)
+        numbers = numbers + (tl.load(x + i * stride_w, mask=mask, other=0.0),)
     return numbers
 
 
 @triton.jit
 def _write(
-    values, out, row, top, bottom, left, end, channels: tl.constexpr, exist, stride, GELU: tl.constexpr,
+    values, out, row, top, bottom, left, end, channels, exist, stride, GELU: tl.constexpr,
     NARROW: tl.constexpr, COLS: tl.constexpr, FITS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     here = exist & (row >= top) & (row < bottom)
@@ -104,17 +104,17 @@ def _write(
 
 @triton.jit(do_not_specialize=["batch", "height", "width", "window_height", "window_width", "rows"])
 def _forward(
-    x, weight, bias, out, before, batch, height, width, window_height, window_width, rows, stride_b, stride_h,
-    channels: tl.constexpr, STRIDE_W: tl.constexpr, KERNEL: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, GELU: tl.constexpr, SAVE: tl.constexpr, NARROW: tl.constexpr, COLS: tl.constexpr,
-    PARTS: tl.constexpr, CHANNELS: tl.constexpr, FITS: tl.constexpr, INDEX: tl.constexpr, AHEAD: tl.constexpr,
+    x, weight, bias, out, before, batch, height, width, window_height, window_width, rows, channels,
+    stride_b, stride_h, stride_w, KERNEL: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    GELU: tl.constexpr, SAVE: tl.constexpr, NARROW: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr,
+    CHANNELS: tl.constexpr, FITS: tl.constexpr, INDEX: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     image, left, begin, end, c, exist = _strips(batch, width, window_width, channels, COLS, PARTS, CHANNELS)
     REACH: tl.constexpr = KERNEL // 2
     WIDE: tl.constexpr = COLS + 2 * REACH
     top, bottom, start, stop = _piece(height, window_height, rows)
     stride = width * channels
-    base = x + image * stride_b + (left.to(INDEX) * STRIDE_W + c)
+    base = x + image * stride_b + (left.to(INDEX) * stride_w + c)
     own = image * height * stride + (left.to(INDEX) * channels + c)
     out += own
     if SAVE:
@@ -127,12 +127,16 @@ def _forward(
     start = tl.maximum(top - REACH, start)
     stop = tl.minimum(bottom + REACH, stop)
     # The next row is under way while this one is worked on.
-    ahead = _row(base, start, start, stop, left, begin, end, exist, stride_h, STRIDE_W, -REACH, COLS, FITS, INDEX)
+    ahead = repeat(tl.zeros((PARTS, CHANNELS), x.dtype.element_ty), WIDE)
+    # Always so. What a branch sets apart keeps Triton's passes short; assumed, LLVM drops it.
+    tl.assume(start < stop)
+    if start < stop:
+        ahead = _row(base, start, start, stop, left, begin, end, exist, stride_h, stride_w, -REACH, COLS, FITS, INDEX)
     for y in range(start, bottom + REACH):
         fetch(
-            x, image, y, left, c, height, width, channels, stride_b, stride_h, STRIDE_W, COLS, CHANNELS, INDEX, AHEAD
+            x, image, y, left, c, height, width, channels, stride_b, stride_h, stride_w, COLS, CHANNELS, INDEX, AHEAD
         )  # fmt: skip
-        new = _row(base, y + 1, start, stop, left, begin, end, exist, stride_h, STRIDE_W, -REACH, COLS, FITS, INDEX)
+        new = _row(base, y + 1, start, stop, left, begin, end, exist, stride_h, stride_w, -REACH, COLS, FITS, INDEX)
         sums = spread(sums, widen(ahead, WIDE, NARROW), taps, KERNEL, COLS)
         row = y - REACH
         if SAVE:
@@ -148,12 +152,12 @@ def _forward(
 
 @triton.jit
 def _gradients(
-    grad, before, row, start, stop, left, begin, end, exist, grad_h, GRAD_W: tl.constexpr, stride,
-    channels: tl.constexpr, REACH: tl.constexpr, GELU: tl.constexpr, COLS: tl.constexpr, FITS: tl.constexpr,
+    grad, before, row, start, stop, left, begin, end, exist, grad_h, grad_w, stride,
+    channels, REACH: tl.constexpr, GELU: tl.constexpr, COLS: tl.constexpr, FITS: tl.constexpr,
     INDEX: tl.constexpr,
 ):  # fmt: skip
     """A row of the output's gradient, followed by what precedes the GELU where there is one."""
-    numbers = _row(grad, row, start, stop, left, begin, end, exist, grad_h, GRAD_W, -REACH, COLS, FITS, INDEX)
+    numbers = _row(grad, row, start, stop, left, begin, end, exist, grad_h, grad_w, -REACH, COLS, FITS, INDEX)
     if GELU:
         numbers += _row(before, row, start, stop, left, begin, end, exist, stride, channels, -REACH, COLS, FITS, INDEX)
     return numbers
@@ -175,18 +179,18 @@ def _through_gelu(numbers, COUNT: tl.constexpr, GELU: tl.constexpr, NARROW: tl.c
 @triton.jit(do_not_specialize=["batch", "height", "width", "window_height", "window_width", "rows"])
 def _backward(
     grad_out, x, weight, before, grad_x, partial, batch, height, width, window_height, window_width, rows,
-    stride_b, stride_h, grad_b, grad_h, channels: tl.constexpr, STRIDE_W: tl.constexpr, GRAD_W: tl.constexpr,
-    KERNEL: tl.constexpr, RESIDUAL: tl.constexpr, GELU: tl.constexpr, NARROW: tl.constexpr, COLS: tl.constexpr,
-    PARTS: tl.constexpr, CHANNELS: tl.constexpr, FITS: tl.constexpr, INDEX: tl.constexpr, AHEAD: tl.constexpr,
+    channels, stride_b, stride_h, stride_w, grad_b, grad_h, grad_w, KERNEL: tl.constexpr, RESIDUAL: tl.constexpr,
+    GELU: tl.constexpr, NARROW: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
+    FITS: tl.constexpr, INDEX: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     image, left, begin, end, c, exist = _strips(batch, width, window_width, channels, COLS, PARTS, CHANNELS)
     REACH: tl.constexpr = KERNEL // 2
     WIDE: tl.constexpr = COLS + 2 * REACH
     top, bottom, start, stop = _piece(height, window_height, rows)
     stride = width * channels
-    source = x + image * stride_b + (left.to(INDEX) * STRIDE_W + c)
+    source = x + image * stride_b + (left.to(INDEX) * stride_w + c)
     own = image * height * stride + (left.to(INDEX) * channels + c)
-    grad = grad_out + image * grad_b + (left.to(INDEX) * GRAD_W + c)
+    grad = grad_out + image * grad_b + (left.to(INDEX) * grad_w + c)
     grad_x += own
     if GELU:
         before += own
@@ -196,34 +200,35 @@ def _backward(
     start = tl.maximum(top - REACH, start)
     stop = tl.minimum(bottom + REACH, stop)
     # Rows of the input that the first row of gradients joins; the last of them comes in the loop.
-    window = repeat(zero, COLS)
-    for i in tl.static_range(1, KERNEL):
-        above = start + (i - 1 - REACH)
-        numbers = _row(
-            source, above, top, bottom, left, begin, end, exist, stride_h, STRIDE_W, 0, COLS, FITS, INDEX
+    window = repeat(zero, KERNEL * COLS)
+    joined = repeat(tl.zeros((PARTS, CHANNELS), x.dtype.element_ty), COLS)
+    for y in range(start - REACH, start + REACH + 1):
+        window = move_on(window, widen(joined, COLS, NARROW), KERNEL, COLS)
+        joined = _row(source, y, top, bottom, left, begin, end, exist, stride_h, stride_w, 0, COLS, FITS, INDEX)
+    ahead = repeat(tl.zeros((PARTS, CHANNELS), grad_out.dtype.element_ty), 2 * WIDE if GELU else WIDE)
+    # Always so. What a branch sets apart keeps Triton's passes short; assumed, LLVM drops it.
+    tl.assume(start < stop)
+    if start < stop:
+        ahead = _gradients(
+            grad, before, start, start, stop, left, begin, end, exist, grad_h, grad_w, stride, channels, REACH, GELU,
+            COLS, FITS, INDEX,
         )  # fmt: skip
-        window += widen(numbers, COLS, NARROW)
-    joined = _row(source, start + REACH, top, bottom, left, begin, end, exist, stride_h, STRIDE_W, 0, COLS, FITS, INDEX)
-    ahead = _gradients(
-        grad, before, start, start, stop, left, begin, end, exist, grad_h, GRAD_W, stride, channels, REACH, GELU, COLS,
-        FITS, INDEX,
-    )  # fmt: skip
     for y in range(start, bottom + REACH):
         fetch(
-            grad_out, image, y, left, c, height, width, channels, grad_b, grad_h, GRAD_W, COLS, CHANNELS, INDEX, AHEAD
+            grad_out, image, y, left, c, height, width, channels, grad_b, grad_h, grad_w, COLS, CHANNELS, INDEX, AHEAD
         )  # fmt: skip
         fetch(
-            x, image, y + REACH, left, c, height, width, channels, stride_b, stride_h, STRIDE_W, COLS, CHANNELS, INDEX,
+            x, image, y + REACH, left, c, height, width, channels, stride_b, stride_h, stride_w, COLS, CHANNELS, INDEX,
             AHEAD,
         )  # fmt: skip
         window = move_on(window, widen(joined, COLS, NARROW), KERNEL, COLS)
         row = _through_gelu(ahead, WIDE, GELU, NARROW)
         # The next rows are under way while these are worked on.
         joined = _row(
-            source, y + (1 + REACH), top, bottom, left, begin, end, exist, stride_h, STRIDE_W, 0, COLS, FITS, INDEX
+            source, y + (1 + REACH), top, bottom, left, begin, end, exist, stride_h, stride_w, 0, COLS, FITS, INDEX
         )  # fmt: skip
         ahead = _gradients(
-            grad, before, y + 1, start, stop, left, begin, end, exist, grad_h, GRAD_W, stride, channels, REACH, GELU,
+            grad, before, y + 1, start, stop, left, begin, end, exist, grad_h, grad_w, stride, channels, REACH, GELU,
             COLS, FITS, INDEX,
         )  # fmt: skip
         sums = spread(sums, row, taps, KERNEL, COLS)
@@ -330,8 +335,8 @@ class _Problem:
             for each in (strides[1:], grad_strides[1:], (width * channels, channels, 1))
         )
         self.constants = {
-            "channels": channels, "STRIDE_W": strides[2], "KERNEL": kernel, "NARROW": narrow, "COLS": cols,
-            "PARTS": parts, "CHANNELS": block, "FITS": width % window_width == 0 and window_width % cols == 0,
+            "KERNEL": kernel, "NARROW": narrow, "COLS": cols, "PARTS": parts, "CHANNELS": block,
+            "FITS": width % window_width == 0 and window_width % cols == 0,
             # 32-bit offsets within an image halve the registers of addresses; images themselves are 64 bits apart.
             "INDEX": tl.int32 if extent < 2**30 else tl.int64,
             "AHEAD": launch.ahead if HAS_PTX else 0, "num_warps": launch.warps, "num_stages": 1,
@@ -359,11 +364,12 @@ def _depthwise_conv(
     x, weight = _dense(x).unflatten(1, sides), weight.contiguous()
     out = x.new_empty(x.shape)
     before = x.new_empty(x.shape if gelu and saves else (0,))
-    plan, (batch, height, width, _) = _plan("forward", x, out, weight, window), x.shape
+    plan, (batch, height, width, channels) = _plan("forward", x, out, weight, window), x.shape
     if out.numel():
         _forward[plan.grid](
             x, weight, weight if bias is None else bias, out, before, batch, height, width, *plan.window, plan.rows,
-            *x.stride()[:2], BIAS=bias is not None, RESIDUAL=residual, GELU=gelu, SAVE=gelu and saves, **plan.constants,
+            channels, *x.stride()[:3], BIAS=bias is not None, RESIDUAL=residual, GELU=gelu, SAVE=gelu and saves,
+            **plan.constants,
         )  # fmt: skip
     return out.flatten(1, 2), before.flatten(1, 2) if gelu and saves else before
 
@@ -381,8 +387,7 @@ def _depthwise_conv_backward(
     if x.numel():
         _backward[plan.grid](
             grad_out, x, weight, before, grad_x, partial, batch, height, width, *plan.window, plan.rows,
-            *x.stride()[:2], *grad_out.stride()[:2], GRAD_W=grad_out.stride(2), RESIDUAL=residual, GELU=gelu,
-            **plan.constants,
+            channels, *x.stride()[:3], *grad_out.stride()[:3], RESIDUAL=residual, GELU=gelu, **plan.constants,
         )  # fmt: skip
     _sum_tables[triton.cdiv((taps + 1) * channels, SUM[1]),](
         partial, grad_weight, grad_bias, plan.tables, channels, taps, bias is not None, *SUM[:2],

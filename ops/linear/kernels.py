@@ -73,18 +73,18 @@ def _load(x, origin, stride_t, t, d, mask, INDEX: tl.constexpr):
 
 @triton.jit
 def _row_norms(
-    x, pos, scale, norms, image, tile, tokens, stride_b, stride_t, stride_n,
-    HAS_POS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr,
+    x, pos, scale, norms, image, tile, tokens, stride_b, stride_t, stride_n, heads,
+    HAS_POS: tl.constexpr, DIM: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr,
     TOKENS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     t = tile * TOKENS + tl.arange(0, TOKENS)
     c = tl.arange(0, BLOCK_C)
-    c_inside = c < HEADS * DIM
+    c_inside = c < heads * DIM
     mask = (t < tokens)[:, None] & c_inside[None, :]
     offsets = t.to(INDEX)[:, None] * stride_t + (c // DIM * stride_n + c % DIM)[None, :]
     u = tl.load(x + image * stride_b + offsets, mask=mask, other=0.0).to(tl.float32)
     if HAS_POS:
-        offsets = t.to(INDEX)[:, None] * (HEADS * DIM) + c[None, :]
+        offsets = t.to(INDEX)[:, None] * (heads * DIM) + c[None, :]
         u += tl.load(pos + offsets, mask=mask, other=0.0).to(tl.float32)
     u = _features(u, _inverse_scale(scale, 0, c, c_inside, DIM)[None, :])
     inverse = 1.0 / tl.sqrt(tl.sum(u * u, 1))
@@ -94,11 +94,11 @@ def _row_norms(
     tl.store(norms + 2 * row + 1, 1.0 / tl.sqrt(tl.sum(power * power, 1)), mask=t < tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "heads"])
 def _norms(
     q, k, pos, scale, norms_q, norms_k, tokens,
-    q_stride_b, q_stride_t, q_stride_n, k_stride_b, k_stride_t, k_stride_n,
-    HAS_POS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr,
+    q_stride_b, q_stride_t, q_stride_n, k_stride_b, k_stride_t, k_stride_n, heads,
+    HAS_POS: tl.constexpr, DIM: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr,
     TOKENS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(tokens, TOKENS)
@@ -107,26 +107,26 @@ def _norms(
     if tl.program_id(1) == 0:
         _row_norms(
             q, pos, scale, norms_q, image, tile, tokens, q_stride_b, q_stride_t, q_stride_n,
-            False, HEADS, DIM, P, BLOCK_C, TOKENS, INDEX,
+            heads, False, DIM, P, BLOCK_C, TOKENS, INDEX,
         )  # fmt: skip
     else:
         _row_norms(
             k, pos, scale, norms_k, image, tile, tokens, k_stride_b, k_stride_t, k_stride_n,
-            HAS_POS, HEADS, DIM, P, BLOCK_C, TOKENS, INDEX,
+            heads, HAS_POS, DIM, P, BLOCK_C, TOKENS, INDEX,
         )  # fmt: skip
 
 
 @triton.jit
 def _unit(
-    x, pos, norms, origin, stride_t, row, head, t, t_inside, d, inverse_scale, mask,
-    HAS_POS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, P: tl.constexpr, INDEX: tl.constexpr,
+    x, pos, norms, origin, stride_t, row, head, heads, t, t_inside, d, inverse_scale, mask,
+    HAS_POS: tl.constexpr, SINGLE: tl.constexpr, DIM: tl.constexpr, P: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """What tokens `t` of one head enter as: x, the unit vector a of its features, 1 / |x| and 1 / |a ** p|."""
     x = _load(x, origin, stride_t, t, d, mask, INDEX)
     if HAS_POS:
-        x += _load(pos, head * DIM, HEADS * DIM, t, d, mask, INDEX)
+        x += _load(pos, head * DIM, heads * DIM, t, d, mask, INDEX)
     a = _features(x, inverse_scale[None, :])
-    if HEADS == 1:
+    if SINGLE:
         inverse = 1.0 / tl.sqrt(tl.sum(a * a, 1))
         a *= inverse[:, None]
         power = _power(a, P)
@@ -140,8 +140,8 @@ def _unit(
 
 @triton.jit
 def _state(
-    k, v, pos, norms_k, k_origin, k_stride_t, row, head, first, last, tokens, d, d_inside, inverse_scale,
-    HAS_POS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    k, v, pos, norms_k, k_origin, k_stride_t, row, head, heads, first, last, tokens, d, d_inside, inverse_scale,
+    HAS_POS: tl.constexpr, SINGLE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     P: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """The sums of phi(k)^T v and of phi(k) over tokens `first` to `last`, over the number of all tokens."""
@@ -153,8 +153,8 @@ def _state(
         t_inside = t < last
         mask = t_inside[:, None] & d_inside[None, :]
         _, a, inverse, inverse_power = _unit(
-            k, pos, norms_k, k_origin, k_stride_t, row, head, t, t_inside, d, inverse_scale, mask,
-            HAS_POS, HEADS, DIM, P, INDEX,
+            k, pos, norms_k, k_origin, k_stride_t, row, head, heads, t, t_inside, d, inverse_scale, mask,
+            HAS_POS, SINGLE, DIM, P, INDEX,
         )  # fmt: skip
         phi = _power(a, P) * (inverse_power / inverse)[:, None]
         v_tile = _load(v, k_origin, k_stride_t, t, d, mask, INDEX)
@@ -185,11 +185,11 @@ def _load_state(state, stride, parts, d, d_inside, DIM: tl.constexpr):
     return key_value, key_sum
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit(do_not_specialize=["tokens", "run", "parts", "heads"])
 def _forward(
     q, k, v, pos, scale, norms_q, norms_k, partial, state, out, normaliser, tokens, run, parts,
-    q_stride_b, q_stride_t, q_stride_n, k_stride_b, k_stride_t, k_stride_n,
-    HAS_POS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    q_stride_b, q_stride_t, q_stride_n, k_stride_b, k_stride_t, k_stride_n, heads,
+    HAS_POS: tl.constexpr, SINGLE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     P: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
     SUM: tl.constexpr, ATTEND: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
@@ -197,8 +197,8 @@ def _forward(
 
     With SAVE the sums are written.
     """
-    head = tl.program_id(0) % HEADS
-    image = (tl.program_id(0) // HEADS).to(tl.int64)
+    head = tl.program_id(0) % heads
+    image = (tl.program_id(0) // heads).to(tl.int64)
     first = tl.program_id(1) * run
     last = tl.minimum(first + run, tokens)
     row = image * tokens
@@ -211,8 +211,8 @@ def _forward(
     stride = tl.num_programs(0).to(tl.int64) * size
     if SUM:
         key_value, key_sum = _state(
-            k, v, pos, norms_k, image * k_stride_b + head * k_stride_n, k_stride_t, row, head, first, last, tokens,
-            d, d_inside, inverse_scale, HAS_POS, HEADS, DIM, BLOCK_DIM, P, TOKENS, PRECISION, INDEX,
+            k, v, pos, norms_k, image * k_stride_b + head * k_stride_n, k_stride_t, row, head, heads, first, last,
+            tokens, d, d_inside, inverse_scale, HAS_POS, SINGLE, DIM, BLOCK_DIM, P, TOKENS, PRECISION, INDEX,
         )  # fmt: skip
     else:
         key_value, key_sum = _load_state(partial + program * size, stride, parts, d, d_inside, DIM)
@@ -227,29 +227,29 @@ def _forward(
             t_inside = t < last
             mask = t_inside[:, None] & d_inside[None, :]
             _, a, inverse, inverse_power = _unit(
-                q, pos, norms_q, image * q_stride_b + head * q_stride_n, q_stride_t, row, head, t, t_inside, d,
-                inverse_scale, mask, False, HEADS, DIM, P, INDEX,
+                q, pos, norms_q, image * q_stride_b + head * q_stride_n, q_stride_t, row, head, heads, t, t_inside, d,
+                inverse_scale, mask, False, SINGLE, DIM, P, INDEX,
             )  # fmt: skip
             w = _power(a, P) * inverse_power[:, None]
             total = tl.sum(w * key_sum[None, :], 1) + 1e-6 * inverse
             zero = tl.zeros((TOKENS, BLOCK_DIM), tl.float32)
             o_tile = product(w, key_value, zero, dtype, PRECISION) * (1.0 / total)[:, None]
-            offsets = t.to(INDEX)[:, None] * (HEADS * DIM) + d[None, :]
-            tl.store(out + (row * HEADS + head) * DIM + offsets, o_tile.to(dtype), mask=mask)
-            if HEADS > 1:
-                tl.store(normaliser + (row + t) * HEADS + head, total, mask=t_inside)
+            offsets = t.to(INDEX)[:, None] * (heads * DIM) + d[None, :]
+            tl.store(out + (row * heads + head) * DIM + offsets, o_tile.to(dtype), mask=mask)
+            if not SINGLE:
+                tl.store(normaliser + (row + t) * heads + head, total, mask=t_inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "heads"])
 def _delta(
-    out, grad_out, normaliser, norms_q, delta, rows,
-    HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, ROWS: tl.constexpr,
+    out, grad_out, normaliser, norms_q, delta, rows, heads,
+    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     head = tl.arange(0, BLOCK_HEADS)
     d = tl.arange(0, BLOCK_DIM)
-    mask = (row < rows)[:, None] & (head < HEADS)[None, :]
-    item = row[:, None] * HEADS + head[None, :]
+    mask = (row < rows)[:, None] & (head < heads)[None, :]
+    item = row[:, None] * heads + head[None, :]
     offsets = item[:, :, None] * DIM + d[None, None, :]
     inside = mask[:, :, None] & (d < DIM)[None, None, :]
     o_tile = tl.load(out + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -261,16 +261,16 @@ def _delta(
     tl.store(delta + row, 1e-6 * inverse * tl.sum(share, 1), mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "run", "heads"])
 def _backward_query(
     q, k, v, pos, scale, norms_q, norms_k, state, normaliser, delta, grad_out,
     grad_q, grad_state, grad_scale, tokens, run,
-    q_stride_b, q_stride_t, q_stride_n, k_stride_b, k_stride_t, k_stride_n,
-    HAS_POS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    q_stride_b, q_stride_t, q_stride_n, k_stride_b, k_stride_t, k_stride_n, heads,
+    HAS_POS: tl.constexpr, SINGLE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     P: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0) % HEADS
-    image = (tl.program_id(0) // HEADS).to(tl.int64)
+    head = tl.program_id(0) % heads
+    image = (tl.program_id(0) // heads).to(tl.int64)
     first = tl.program_id(1) * run
     last = tl.minimum(first + run, tokens)
     row = image * tokens
@@ -281,8 +281,8 @@ def _backward_query(
     inverse_scale = _inverse_scale(scale, head, d, d_inside, DIM)
     if SUM:
         key_value, key_sum = _state(
-            k, v, pos, norms_k, image * k_stride_b + head * k_stride_n, k_stride_t, row, head, 0, tokens, tokens,
-            d, d_inside, inverse_scale, HAS_POS, HEADS, DIM, BLOCK_DIM, P, TOKENS, PRECISION, INDEX,
+            k, v, pos, norms_k, image * k_stride_b + head * k_stride_n, k_stride_t, row, head, heads, 0, tokens,
+            tokens, d, d_inside, inverse_scale, HAS_POS, SINGLE, DIM, BLOCK_DIM, P, TOKENS, PRECISION, INDEX,
         )  # fmt: skip
     else:
         key_value, key_sum = _load_state(state + tl.program_id(0).to(tl.int64) * size, 0, 1, d, d_inside, DIM)
@@ -295,24 +295,24 @@ def _backward_query(
         t_inside = t < last
         mask = t_inside[:, None] & d_inside[None, :]
         x, a, inverse, inverse_power = _unit(
-            q, pos, norms_q, image * q_stride_b + head * q_stride_n, q_stride_t, row, head, t, t_inside, d,
-            inverse_scale, mask, False, HEADS, DIM, P, INDEX,
+            q, pos, norms_q, image * q_stride_b + head * q_stride_n, q_stride_t, row, head, heads, t, t_inside, d,
+            inverse_scale, mask, False, SINGLE, DIM, P, INDEX,
         )  # fmt: skip
         slope = _power(a, P - 1) * inverse_power[:, None]
         w = slope * a
         zero = tl.zeros((TOKENS, BLOCK_DIM), tl.float32)
-        do_tile = _load(grad_out, (row * HEADS + head) * DIM, HEADS * DIM, t, d, mask, INDEX)
-        if HEADS == 1:
+        do_tile = _load(grad_out, (row * heads + head) * DIM, heads * DIM, t, d, mask, INDEX)
+        if SINGLE:
             total = tl.sum(w * key_sum[None, :], 1) + 1e-6 * inverse
         else:
-            total = tl.load(normaliser + (row + t) * HEADS + head, mask=t_inside, other=1.0)
+            total = tl.load(normaliser + (row + t) * heads + head, mask=t_inside, other=1.0)
         # The gradient of the output enters products as it is: scaled, it would be rounded.
         by_total = (1.0 / total)[:, None]
         grad = product(do_tile, key_value.T, zero, dtype, PRECISION) * by_total
         # That is out . grad_out over the normaliser, with the errors of `grad`, from which it is subtracted.
         share = tl.sum(w * grad, 1) / total
         grad -= share[:, None] * key_sum[None, :]
-        if HEADS == 1:
+        if SINGLE:
             along = 1e-6 * inverse * share
         else:
             along = tl.load(delta + row + t, mask=t_inside, other=0.0)
@@ -322,25 +322,25 @@ def _backward_query(
         grad = P * slope * (grad - along[:, None] * w) + along[:, None] * a
         scale_sum += tl.where(t_inside[:, None], grad * a, 0.0)
         grad = tl.where(x > 0, grad * inverse[:, None] * inverse_scale[None, :], 0.0)
-        offsets = t.to(INDEX)[:, None] * (HEADS * DIM) + d[None, :]
-        tl.store(grad_q + (row * HEADS + head) * DIM + offsets, grad.to(dtype), mask=mask)
+        offsets = t.to(INDEX)[:, None] * (heads * DIM) + d[None, :]
+        tl.store(grad_q + (row * heads + head) * DIM + offsets, grad.to(dtype), mask=mask)
 
     program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     _store_state(grad_state + program * size, grad_key_value, tl.sum(grad_key_sum, 0), d, d_inside, DIM)
     tl.store(grad_scale + program * DIM + d, -tl.sum(scale_sum, 0) * inverse_scale, mask=d_inside)
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit(do_not_specialize=["tokens", "run", "parts", "heads"])
 def _backward_key(
     k, v, pos, scale, norms_k, grad_state, shares, grad_k, grad_v, grad_scale, tokens, run, parts,
-    k_stride_b, k_stride_t, k_stride_n,
-    HAS_POS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr,
-    P: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    k_stride_b, k_stride_t, k_stride_n, heads,
+    HAS_POS: tl.constexpr, SINGLE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, P: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
     VALUES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """With VALUES writes their gradient and each head's share in that of the keys, with KEYS the gradient of these."""
-    head = tl.program_id(0) % HEADS
-    image = (tl.program_id(0) // HEADS).to(tl.int64)
+    head = tl.program_id(0) % heads
+    image = (tl.program_id(0) // heads).to(tl.int64)
     first = tl.program_id(1) * run
     last = tl.minimum(first + run, tokens)
     row = image * tokens
@@ -361,29 +361,29 @@ def _backward_key(
         t_inside = t < last
         mask = t_inside[:, None] & d_inside[None, :]
         x, a, inverse, inverse_power = _unit(
-            k, pos, norms_k, origin, k_stride_t, row, head, t, t_inside, d, inverse_scale, mask,
-            HAS_POS, HEADS, DIM, P, INDEX,
+            k, pos, norms_k, origin, k_stride_t, row, head, heads, t, t_inside, d, inverse_scale, mask,
+            HAS_POS, SINGLE, DIM, P, INDEX,
         )  # fmt: skip
         norm = 1.0 / inverse
         slope = _power(a, P - 1) * inverse_power[:, None]
         w = slope * a
         v_tile = _load(v, origin, k_stride_t, t, d, mask, INDEX)
-        target = (row * HEADS + head) * DIM + t.to(INDEX)[:, None] * (HEADS * DIM) + d[None, :]
+        target = (row * heads + head) * DIM + t.to(INDEX)[:, None] * (heads * DIM) + d[None, :]
         zero = tl.zeros((TOKENS, BLOCK_DIM), tl.float32)
         if VALUES:
             grad = product(w, grad_key_value, zero, dtype, PRECISION)
             tl.store(grad_v + target, (grad * norm[:, None]).to(dtype), mask=mask)
             if not KEYS:
                 share = tl.sum(grad * v_tile + w * grad_key_sum[None, :], 1)
-                tl.store(shares + (row + t) * HEADS + head, share, mask=t_inside)
+                tl.store(shares + (row + t) * heads + head, share, mask=t_inside)
         if KEYS:
             grad = product(v_tile, grad_key_value.T, zero, dtype, PRECISION) + grad_key_sum[None, :]
             if VALUES:
                 along = tl.sum(w * grad, 1)
             else:
                 h = tl.arange(0, BLOCK_HEADS)
-                heads = shares + (row + t)[:, None] * HEADS + h[None, :]
-                along = tl.sum(tl.load(heads, mask=t_inside[:, None] & (h < HEADS)[None, :], other=0.0), 1)
+                at_shares = shares + (row + t)[:, None] * heads + h[None, :]
+                along = tl.sum(tl.load(at_shares, mask=t_inside[:, None] & (h < heads)[None, :], other=0.0), 1)
             grad = P * slope * (grad - along[:, None] * w) + along[:, None] * a
             scale_sum += tl.where(t_inside[:, None], grad * a * norm[:, None], 0.0)
             grad = tl.where(x > 0, grad * inverse_scale[None, :], 0.0)
@@ -444,7 +444,7 @@ class _Plan:
         largest = max(sum((n - 1) * s for n, s in zip(shape[1:], stride[1:], strict=True)) for stride in strides)
         features = {
             "HAS_POS": has_pos,
-            "HEADS": heads,
+            "heads": heads,
             "DIM": dim,
             "P": int(factor) if factor.is_integer() else factor,
             # 32-bit offsets within an image halve the registers of addresses; images themselves are 64 bits apart.
@@ -459,11 +459,11 @@ class _Plan:
                 launch = launch._replace(stages=1, registers=128)
             tile = {"BLOCK_DIM": block_dim, "TOKENS": launch.tokens, "PRECISION": "tf32" if tf32 else "ieee"}
             options = {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.registers}
-            return features | tile | options
+            return features | {"SINGLE": heads == 1} | tile | options
 
         self.forward = constants("forward")
         self.backward_query = constants("backward_query") | {"SUM": not self.saves_state}
-        self.backward_key = constants("backward_key") | {"BLOCK_HEADS": triton.next_power_of_2(heads)}
+        self.backward_key = constants("backward_key")
         programs = batch * heads
         runs = 1 if programs >= PROGRAMS else max(1, min(tokens // RUN, 2 * PROGRAMS // programs))
         self.run = triton.cdiv(triton.cdiv(tokens, runs), 64) * 64
@@ -475,9 +475,10 @@ class _Plan:
         rows = max(1, TILE // block_c)
         self.norms = {**features, "BLOCK_C": block_c, "TOKENS": rows, "num_warps": 4}
         self.norms_grid = (batch * triton.cdiv(tokens, rows), 2)
-        blocks = {"BLOCK_DIM": block_dim, "BLOCK_HEADS": triton.next_power_of_2(heads)}
-        rows = max(1, TILE // (blocks["BLOCK_DIM"] * blocks["BLOCK_HEADS"]))
-        self.delta = {"HEADS": heads, "DIM": dim, **blocks, "ROWS": rows, "num_warps": 4}
+        self.block_heads = triton.next_power_of_2(heads)
+        rows = max(1, TILE // (block_dim * self.block_heads))
+        blocks = {"BLOCK_DIM": block_dim, "BLOCK_HEADS": self.block_heads}
+        self.delta = {"heads": heads, "DIM": dim, **blocks, "ROWS": rows, "num_warps": 4}
         self.delta_grid = (triton.cdiv(batch * tokens, rows),)
         # Gradients of the feature scale of each program, by queries and by keys.
         self.scales = (2, self.runs * batch, heads, dim)
@@ -554,10 +555,10 @@ def _linear_backward(
         )  # fmt: skip
 
     if heads == 1:
-        launch(VALUES=True, KEYS=True)
+        launch(VALUES=True, KEYS=True, BLOCK_HEADS=1)
     else:
-        launch(VALUES=True, KEYS=False)
-        launch(VALUES=False, KEYS=True)
+        launch(VALUES=True, KEYS=False, BLOCK_HEADS=1)
+        launch(VALUES=False, KEYS=True, BLOCK_HEADS=plan.block_heads)
     grad_scale = total(grad_scales.flatten(0, 1), dtype=feature_scale.dtype)
     if positional_encoding is None:
         return grad_q, grad_k, grad_v, grad_scale, grad_q.new_empty(0)

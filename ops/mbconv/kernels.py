@@ -69,7 +69,7 @@ def _taps(weight, c, channels):
 
 @triton.jit
 def _row(
-    x, row, height, column, width, exist, channels: tl.constexpr, COUNT: tl.constexpr, INNER: tl.constexpr,
+    x, row, height, column, width, exist, channels, COUNT: tl.constexpr, INNER: tl.constexpr,
     FITS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """A row's numbers from `column` on; zeros outside the map. `x` is at that column of row 0.
@@ -129,10 +129,10 @@ def _add(sums, FIRST: tl.constexpr, row, taps, K: tl.constexpr, STRIDE: tl.const
 
 @triton.jit(do_not_specialize=["batch", "height", "width", "out_height", "out_width", "rows"])
 def _forward(
-    x, scale, shift, weight, bias, out, partial, batch, height, width, out_height, out_width, rows,
-    channels: tl.constexpr, STRIDE: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, LINEAR: tl.constexpr,
-    CUBIC: tl.constexpr, LAST: tl.constexpr, NARROW: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr,
-    CHANNELS: tl.constexpr, FITS: tl.constexpr, INDEX: tl.constexpr, AHEAD: tl.constexpr,
+    x, scale, shift, weight, bias, out, partial, batch, height, width, out_height, out_width, rows, channels,
+    STRIDE: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, LINEAR: tl.constexpr, CUBIC: tl.constexpr,
+    LAST: tl.constexpr, NARROW: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
+    FITS: tl.constexpr, INDEX: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     tile, image, left, c, exist = _strips(batch, out_width, channels, COLS, PARTS, CHANNELS)
     # Columns that a strip reads, and those of them that are inside wherever strips fit.
@@ -154,9 +154,13 @@ def _forward(
     sums = first if STRIDE == 2 else first + first
     begin = top + (STRIDE - 3)
     y = STRIDE * begin + (2 - PAD_H)
-    ahead = _row(base, y, height, column, width, exist, channels, WIDE, INNER, FITS, INDEX)
-    if STRIDE == 2:
-        ahead += _row(base, y + 1, height, column, width, exist, channels, WIDE, INNER, FITS, INDEX)
+    ahead = repeat(tl.zeros((PARTS, CHANNELS), x.dtype.element_ty), STRIDE * WIDE)
+    # Always so. What a branch sets apart keeps Triton's passes short; assumed, LLVM drops it.
+    tl.assume(top < bottom)
+    if top < bottom:
+        ahead = _row(base, y, height, column, width, exist, channels, WIDE, INNER, FITS, INDEX)
+        if STRIDE == 2:
+            ahead += _row(base, y + 1, height, column, width, exist, channels, WIDE, INNER, FITS, INDEX)
     for r in range(begin, bottom):
         y = STRIDE * r + (2 - PAD_H)
         for i in tl.static_range(STRIDE):
@@ -236,10 +240,10 @@ def _correlate(
 
 @triton.jit(do_not_specialize=["batch", "height", "width", "out_height", "out_width", "rows"])
 def _backward(
-    grad_out, x, scale, shift, weight, grad_x, partial, batch, height, width, out_height, out_width, rows,
-    channels: tl.constexpr, STRIDE: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, LINEAR: tl.constexpr,
-    CUBIC: tl.constexpr, NARROW: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
-    FITS: tl.constexpr, INDEX: tl.constexpr, AHEAD: tl.constexpr,
+    grad_out, x, scale, shift, weight, grad_x, partial, batch, height, width, out_height, out_width, rows, channels,
+    STRIDE: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, LINEAR: tl.constexpr, CUBIC: tl.constexpr,
+    NARROW: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr, FITS: tl.constexpr,
+    INDEX: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     tile, image, left, c, exist = _strips(batch, out_width, channels, COLS, PARTS, CHANNELS)
     WIDE: tl.constexpr = COLS + 2
@@ -258,16 +262,18 @@ def _backward(
     zero = tl.zeros((PARTS, CHANNELS), tl.float32)
     products, shift_sum, scale_sum = repeat(zero, 9), zero, zero
     # Three rows of gradients are at work; the last of them comes in the loop.
-    grads = repeat(zero, WIDE)
-    for i in tl.static_range(2):
-        numbers = _row(
-            grad, top + (i - 1), out_height, left - 1, out_width, exist, channels, WIDE, COLS + 1, FITS, INDEX
-        )  # fmt: skip
-        grads += widen(numbers, WIDE, NARROW)
-    joined = _row(grad, top + 1, out_height, left - 1, out_width, exist, channels, WIDE, COLS + 1, FITS, INDEX)
-    ahead = _row(source, top * STRIDE, height, column, width, exist, channels, COUNT, COUNT, FULL, INDEX)
-    if STRIDE == 2:
-        ahead += _row(source, top * 2 + 1, height, column, width, exist, channels, COUNT, COUNT, FULL, INDEX)
+    grads = repeat(zero, 3 * WIDE)
+    joined = repeat(tl.zeros((PARTS, CHANNELS), grad_out.dtype.element_ty), WIDE)
+    for r in range(top - 1, top + 2):
+        grads = move_on(grads, widen(joined, WIDE, NARROW), 3, WIDE)
+        joined = _row(grad, r, out_height, left - 1, out_width, exist, channels, WIDE, COLS + 1, FITS, INDEX)
+    ahead = repeat(tl.zeros((PARTS, CHANNELS), x.dtype.element_ty), STRIDE * COUNT)
+    # Always so. What a branch sets apart keeps Triton's passes short; assumed, LLVM drops it.
+    tl.assume(top < bottom)
+    if top < bottom:
+        ahead = _row(source, top * STRIDE, height, column, width, exist, channels, COUNT, COUNT, FULL, INDEX)
+        if STRIDE == 2:
+            ahead += _row(source, top * 2 + 1, height, column, width, exist, channels, COUNT, COUNT, FULL, INDEX)
     for r in range(top, bottom):
         fetch(
             grad_out, image, r + 1, left, c, out_height, out_width, channels, out_size, out_width * channels, channels,
@@ -325,9 +331,10 @@ def _backward(
 
 
 class _Launch(NamedTuple):
-    """Columns of a strip, warps, rows fetched ahead, rows of a piece at least, registers of a thread at most."""
+    """Columns of a strip, channels of a thread, warps, rows fetched ahead, least rows of a piece, most registers."""
 
     cols: int
+    vector: int
     warps: int
     ahead: int = 0
     rows: int = 7
@@ -336,10 +343,10 @@ class _Launch(NamedTuple):
 
 # By stride; measured on an H200.
 LAUNCH = {
-    ("forward", 1): _Launch(7, 4, 3),
-    ("forward", 2): _Launch(7, 4, 3),
-    ("backward", 1): _Launch(7, 4, 3),
-    ("backward", 2): _Launch(4, 4, 3),
+    ("forward", 1): _Launch(7, 1, 4, 3),
+    ("forward", 2): _Launch(7, 1, 4, 3),
+    ("backward", 1): _Launch(7, 1, 4, 3),
+    ("backward", 2): _Launch(4, 1, 4, 3),
 }
 LAUNCH = Table("activated_conv", LAUNCH)
 # Warps that fill the GPU come before long strips, as a piece reads the rows around it as well.
@@ -362,7 +369,7 @@ class _Problem:
         cols = max(1, min(launch.cols, width))
         # A half block left empty would be wasted.
         block = min(32 if 0 < channels % 64 <= 32 else 64, triton.next_power_of_2(channels))
-        parts = max(1, 32 * launch.warps // block)
+        parts = max(1, 32 * launch.warps * launch.vector // block)
         self.strips = triton.cdiv(width, cols)
         groups, blocks = triton.cdiv(batch * self.strips, parts), triton.cdiv(channels, block)
         pieces = max(1, min(triton.cdiv(WARPS, max(1, groups * blocks * launch.warps)), height // launch.rows))
@@ -374,7 +381,7 @@ class _Problem:
         # An odd side without zeros before it lacks the last column of the last strip.
         fits = width % cols == 0 and (stride == 1 or sides[1] % 2 == 0 or padding[1] == 1)
         self.constants = {
-            "channels": channels, "STRIDE": stride, "PAD_H": padding[0], "PAD_W": padding[1], "LINEAR": linear,
+            "STRIDE": stride, "PAD_H": padding[0], "PAD_W": padding[1], "LINEAR": linear,
             "CUBIC": cubic, "NARROW": HAS_PTX and dtype == torch.bfloat16, "COLS": cols, "PARTS": parts,
             "CHANNELS": block, "FITS": fits,
             # 32-bit offsets within an image halve the registers of addresses; images themselves are 64 bits apart.
@@ -400,7 +407,7 @@ def _launch_forward(x, scale, shift, weight, bias, sides, stride, padding, act, 
     x, scale, shift, weight = (t.contiguous() for t in (x, scale, shift, weight))
     if out.numel():
         _forward[plan.grid](
-            x, scale, shift, weight, bias, out, partial, x.shape[0], *sides, *plan.out_sides, plan.rows,
+            x, scale, shift, weight, bias, out, partial, x.shape[0], *sides, *plan.out_sides, plan.rows, x.shape[2],
             LAST=partial is not out, **plan.constants,
         )  # fmt: skip
 
@@ -424,7 +431,7 @@ def _conv_backward(
     if x.numel():
         _backward[plan.grid](
             grad_out, x, scale, shift, weight, grad_x, partial, x.shape[0], *sides, *plan.out_sides, plan.rows,
-            **plan.constants,
+            x.shape[2], **plan.constants,
         )  # fmt: skip
     sums = total(partial)
     # Outputs of operators are no views of one another.
