@@ -59,9 +59,9 @@ LAUNCH = {
 }
 # With planes Q x R of at most SMALL numbers, which a tile takes whole.
 SMALL_LAUNCH = {
-    "pool": _Launch(1024, 2, 1, 1024),
+    "pool": _Launch(8192, 2, 1, 1024),
     "scale": _Launch(2048, 4, 1),
-    "sums": _Launch(1024, 2, 1, 1024),
+    "sums": _Launch(4096, 2, 1, 1024),
     "backward": _Launch(2048, 4, 1, 2048),
 }
 SMALL = 256
@@ -196,57 +196,75 @@ def _piece(p_size, q_size, r_size, share, P: tl.constexpr, Q: tl.constexpr, R: t
     return image.to(tl.int64), tiles, part, tl.arange(0, P), q, r
 
 
+@triton.jit
+def _walk(x, grad, offsets, exist, top, steps, STEP: tl.constexpr, BACKWARD: tl.constexpr):
+    """Reduce numbers along an axis, each thread its own: to maxima and sums, or what `_store` makes fractions of."""
+    sums = tl.zeros(offsets.shape, tl.float32)
+    tops = sums if BACKWARD else sums + float("-inf")
+    for _ in tl.range(0, steps, num_stages=1, loop_unroll_factor=8):
+        tile = tl.load(x + offsets, mask=exist, other=0.0).to(tl.float32)
+        if BACKWARD:
+            tops += tl.where(tile == top, 1.0, 0.0)
+            tile *= tl.load(grad + offsets, mask=exist, other=0.0).to(tl.float32)
+            grad += STEP
+        else:
+            tops = tl.maximum(tops, tile)
+        sums += tile
+        x += STEP
+    return tops, sums
+
+
 @triton.jit(do_not_specialize=["share"])
 def _reduce_planes(
-    x, grad, pool_p, pool_q, pool_r, out_p, out_q, out_r, p_size, q_size, r_units, share,
-    inverse_p, inverse_q, inverse_r,
+    x, grad, pool_p, pool_q, pool_r, out_p, out_q, out_r, p_size, share, inverse_p, inverse_q, inverse_r,
     BACKWARD: tl.constexpr, INVERT_P: tl.constexpr, INVERT_R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
-    R: tl.constexpr, UNIT: tl.constexpr, EVEN_P: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_R: tl.constexpr,
-    STAGES: tl.constexpr,
+    R: tl.constexpr, PLANE: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
-    r_size = r_units * UNIT
-    image, parts, part, p, q, r = _piece(p_size, q_size, r_size, share, P, Q, R)
-    first = part[2] * share
-    left = tl.minimum(share, p_size - first)
-    qp_size, pr_size, qr_size = p_size * q_size, p_size * r_size, q_size * r_size
-    q_exist, r_exist = (q < q_size) | EVEN_Q, (r < r_size) | EVEN_R
-    qr, qr_exist = q[:, None] * r_size + r[None, :], q_exist[:, None] & r_exist[None, :]
-    pr, qp = (first + p)[:, None] * r_size + r[None, :], q[:, None] + (first + p)[None, :] * q_size
-    offsets = qr[:, None, :] + (p * qr_size)[None, :, None]
-    x += image * p_size * qr_size + first * qr_size
-    out_p += (image * parts[2] + part[2]) * 2 * qr_size
-    out_q, out_r = out_q + image * 2 * pr_size, out_r + image * 2 * qp_size
-    sums = tl.zeros((Q, P, R), tl.float32)
+    parts, size = tl.cdiv(p_size, share), p_size * (Q * R)
+    image, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
+    first, left = part * share, tl.minimum(share, p_size - part * share)
+    # Where walks begin: along P at the numbers of a plane, along Q at units of the first rows, along R at rows.
+    plane, column, row, unit = tl.arange(0, PLANE), tl.arange(0, COLUMNS), tl.arange(0, ROWS), tl.arange(0, UNIT)
+    columns = (column // (R // UNIT) * (Q * R) + column % (R // UNIT) * UNIT)[:, None] + unit[None, :]
+    rows, pr = (row * R)[:, None] + unit[None, :], (column * UNIT)[:, None] + unit[None, :]
+    plane_exist = plane < Q * R
+    x += image * size + first * (Q * R)
+    out_p += (image * parts + part) * (2 * Q * R)
+    to_q, to_r = (image * 2 * p_size + first) * R, (image * 2 * p_size + first) * Q
+    out_q, out_r = out_q + to_q, out_r + to_r
+    sums = tl.zeros((PLANE,), tl.float32)
     if BACKWARD:
-        grad += image * p_size * qr_size + first * qr_size
-        pool_q, pool_r = pool_q + image * 2 * pr_size, pool_r + image * 2 * qp_size
-        top_p = tl.load(pool_p + image * 2 * qr_size + qr, mask=qr_exist, other=0.0).to(tl.float32)[:, None, :]
-        tops = tl.zeros((Q, P, R), tl.float32)
+        grad += image * size + first * (Q * R)
+        pool_q, pool_r, tops = pool_q + to_q, pool_r + to_r, sums
+        top_p = tl.load(pool_p + image * (2 * Q * R) + plane, mask=plane_exist, other=0.0).to(tl.float32)
     else:
-        tops = tl.full((Q, P, R), float("-inf"), tl.float32)
-    for start in tl.range(0, left, P, num_stages=STAGES):
-        p_exist = (start + p < left) | EVEN_P
-        pr_exist, qp_exist = p_exist[:, None] & r_exist[None, :], q_exist[:, None] & p_exist[None, :]
-        exist = qr_exist[:, None, :] & p_exist[None, :, None]
-        product = tl.load(x + offsets, mask=exist, other=0.0).to(tl.float32)
-        # What does not exist is no maximum and equals none.
-        tile = tl.where(exist, product, float("nan") if BACKWARD else float("-inf"))
+        tops = sums + float("-inf")
+    for start in tl.range(0, left, P, num_stages=1):
+        planes = P if EVEN else tl.minimum(P, left - start)
+        column_exist, row_exist = (column < planes * (R // UNIT))[:, None], row < planes * Q
         if BACKWARD:
-            product *= tl.load(grad + offsets, mask=exist, other=0.0).to(tl.float32)
-            top_q = tl.load(pool_q + pr, mask=pr_exist, other=0.0).to(tl.float32)[None, :, :]
-            top_r = tl.load(pool_r + qp, mask=qp_exist, other=0.0).to(tl.float32)[:, :, None]
-            tops += tl.where(tile == top_p, 1.0, 0.0)
-            tops_q = tl.sum(tl.where(tile == top_q, 1.0, 0.0), 0)
-            tops_r = tl.sum(tl.where(tile == top_r, 1.0, 0.0), 2)
-            grad += P * qr_size
+            top_q = tl.load(pool_q + pr, mask=column_exist, other=0.0).to(tl.float32)
+            top_r = tl.load(pool_r + row, mask=row_exist, other=0.0).to(tl.float32)[:, None]
+            pool_q, pool_r = pool_q + P * R, pool_r + P * Q
         else:
-            tops, tops_q, tops_r = tl.maximum(tops, tile), tl.max(tile, 0), tl.max(tile, 2)
-        sums += product
-        _store(out_q, tops_q, tl.sum(product, 0), inverse_q, pr, pr_size, pr_exist, BACKWARD)
-        _store(out_r, tops_r, tl.sum(product, 2), inverse_r, qp, qp_size, qp_exist, INVERT_R)
-        x, pr, qp = x + P * qr_size, pr + P * r_size, qp + P * q_size
-    tops = tl.sum(tops, 1) if BACKWARD else tl.max(tops, 1)
-    _store(out_p, tops, tl.sum(sums, 1), inverse_p, qr, qr_size, qr_exist, INVERT_P)
+            top_p, top_q, top_r = None, None, None
+        # The first walk brings the planes near, the others find them there.
+        tops_p, sums_p = _walk(x, grad, plane, plane_exist, top_p, planes, Q * R, BACKWARD)
+        tops_q, sums_q = _walk(x, grad, columns, column_exist, top_q, Q, R, BACKWARD)
+        tops_r, sums_r = _walk(x, grad, rows, row_exist[:, None], top_r, R // UNIT, UNIT, BACKWARD)
+        sums += sums_p
+        if BACKWARD:
+            tops += tops_p
+            tops_r = tl.sum(tops_r, 1)
+            grad += P * Q * R
+        else:
+            tops = tl.maximum(tops, tops_p)
+            tops_r = tl.max(tops_r, 1)
+        _store(out_q, tops_q, sums_q, inverse_q, pr, p_size * R, column_exist, BACKWARD)
+        _store(out_r, tops_r, tl.sum(sums_r, 1), inverse_r, row, p_size * Q, row_exist, INVERT_R)
+        x, out_q, out_r = x + P * Q * R, out_q + P * R, out_r + P * Q
+    _store(out_p, tops, sums, inverse_p, plane, Q * R, plane_exist, INVERT_P)
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -415,6 +433,19 @@ def _walks(x: Tensor, kind: str) -> tuple[int, tuple[int, int, int], list[int], 
     return batch * programs, parts, sizes, constants | _evens(x, p_tile, q_tile, r_tile)
 
 
+def _planes(x: Tensor, kind: str) -> tuple[int, tuple[int, int, int], list[int], dict]:
+    """Return the same for `_reduce_planes`."""
+    (batch, p_size, q_size, r_size), launch = x.shape, SMALL_LAUNCH[kind]
+    p_tile, unit = min(triton.next_power_of_2(p_size), max(1, launch.tile // _plane(x))), _unit(r_size)
+    shares = max(1, launch.programs // batch)
+    share = triton.cdiv(triton.cdiv(p_size, shares), p_tile) * p_tile
+    walks = {"PLANE": q_size * r_size, "COLUMNS": p_tile * r_size // unit, "ROWS": p_tile * q_size}
+    constants = {name: triton.next_power_of_2(n) for name, n in walks.items()}
+    constants |= {"P": p_tile, "Q": q_size, "R": r_size, "UNIT": unit, "EVEN": p_size % p_tile == 0}
+    parts = triton.cdiv(p_size, share)
+    return batch * parts, (parts, 1, 1), [p_size, share], constants | {"num_warps": launch.warps}
+
+
 def _partial(x: Tensor, parts: int, *shape: int) -> Tensor:
     """Return memory for what is known of the parts of a side; of a single part that is final."""
     return x.new_empty(x.shape[0], parts, *shape, dtype=x.dtype if parts == 1 else torch.float32)
@@ -434,7 +465,7 @@ def _combined(x: Tensor, partial: Tensor, inverse: float, backward: bool) -> Ten
 def _reductions(x: Tensor, grad: Tensor | None, pools: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
     backward = grad is not None
     # The smallest planes `_reduce` takes faster, several at a time.
-    kernel, tiling = (_reduce_planes, _tiling) if 64 < _plane(x) <= SMALL else (_reduce, _walks)
+    kernel, tiling = (_reduce_planes, _planes) if 64 < _plane(x) <= SMALL else (_reduce, _walks)
     programs, parts, sizes, constants = tiling(x, "sums" if backward else "pool")
     outs = [_partial(x, n, *shape[1:]) for n, shape in zip(parts, _maps(x, 2), strict=True)]
     inverses = [1.0 if backward else 1 / size for size in x.shape[1:]]
