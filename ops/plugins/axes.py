@@ -79,35 +79,36 @@ def _store(out, tops, sums, inverse, place, size, exist, INVERT: tl.constexpr):
 
 
 @triton.jit
+def _walk(x, grad, offsets, exist, top, steps, step, UNROLL: tl.constexpr, BACKWARD: tl.constexpr):
+    """Reduce numbers along an axis, each thread its own: to maxima and sums, or what `_store` makes fractions of."""
+    sums = tl.zeros(offsets.shape, tl.float32)
+    tops = sums if BACKWARD else sums + float("-inf")
+    for _ in tl.range(0, steps, num_stages=1, loop_unroll_factor=UNROLL):
+        tile = tl.load(x + offsets, mask=exist, other=0.0).to(tl.float32)
+        if BACKWARD:
+            tops = tl.where(tile == top, tops + 1.0, tops)
+            tile *= tl.load(grad + offsets, mask=exist, other=0.0).to(tl.float32)
+            grad += step
+        else:
+            tops = tl.maximum(tops, tile)
+        sums += tile
+        x += step
+    return tops, sums
+
+
+@triton.jit
 def _over_p(
     x, grad, pool, out, piece, tiles, p_size, qr_size, share, inverse,
-    BACKWARD: tl.constexpr, INVERT: tl.constexpr, P: tl.constexpr, POSITIONS: tl.constexpr, EVEN: tl.constexpr,
+    BACKWARD: tl.constexpr, INVERT: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    part, p = piece // tiles, tl.arange(0, P)
-    place = piece % tiles * POSITIONS + tl.arange(0, POSITIONS)
-    exist = place < qr_size
-    offsets = p[:, None] * qr_size + place[None, :]
-    left = tl.minimum(share, p_size - part * share)
+    part, place = piece // tiles, piece % tiles * POSITIONS + tl.arange(0, POSITIONS)
+    exist, top = place < qr_size, None
     x += part * share * qr_size
-    sums = tl.zeros((POSITIONS,), tl.float32)
     if BACKWARD:
         grad += part * share * qr_size
-        tops = tl.zeros((POSITIONS,), tl.float32)
         top = tl.load(pool + place, mask=exist, other=0.0).to(tl.float32)
-    else:
-        tops = tl.full((POSITIONS,), float("-inf"), tl.float32)
-    for start in tl.range(0, left, P, num_stages=1):
-        # A condition that EVEN makes true is none to the compiler; what does not exist outside P may be counted.
-        real = (start + p < left)[:, None] | EVEN
-        tile = tl.load(x + offsets, mask=exist[None, :] & real, other=0.0).to(tl.float32)
-        if BACKWARD:
-            tops += tl.sum(tl.where((tile == top[None, :]) & real, 1.0, 0.0), 0)
-            tile *= tl.load(grad + offsets, mask=exist[None, :] & real, other=0.0).to(tl.float32)
-            grad += P * qr_size
-        else:
-            tops = tl.maximum(tops, tl.max(tl.where(real, tile, float("-inf")), 0))
-        sums += tl.sum(tile, 0)
-        x += P * qr_size
+    left = tl.minimum(share, p_size - part * share)
+    tops, sums = _walk(x, grad, place, exist, top, left, qr_size, 8, BACKWARD)
     _store(out + part.to(tl.int64) * 2 * qr_size, tops, sums, inverse, place, qr_size, exist, INVERT)
 
 
@@ -139,8 +140,9 @@ def _over_q_and_r(
         if BACKWARD:
             top_r = tl.load(pool_r + pq, mask=pq_exist, other=0.0).to(tl.float32)
             product = tile * tl.load(grad + offsets, mask=exist, other=0.0).to(tl.float32)
-            tops += tl.where((tile == top_q[:, None, :]) & real, 1.0, 0.0)
-            tops_r = tl.sum(tl.where((tile == top_r[:, :, None]) & real, 1.0, 0.0), 2)
+            # What does not exist along the other axis is not stored.
+            tops = tl.where((tile == top_q[:, None, :]) & q_exist[None, :, None], tops + 1.0, tops)
+            tops_r = tl.sum(tl.where((tile == top_r[:, :, None]) & r_exist[None, None, :], 1.0, 0.0), 2)
             pool_r += Q
             grad += Q * r_size
         else:
@@ -159,8 +161,8 @@ def _reduce(
     x, grad, pool_p, pool_q, pool_r, out_p, out_q, out_r, p_size, q_size, r_units, qr_units, share,
     inverse_p, inverse_q, inverse_r,
     BACKWARD: tl.constexpr, INVERT_P: tl.constexpr, INVERT_R: tl.constexpr, UNIT: tl.constexpr, QR_UNIT: tl.constexpr,
-    WALK: tl.constexpr, POSITIONS: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, R: tl.constexpr,
-    EVEN_WALK: tl.constexpr, EVEN_P: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_R: tl.constexpr,
+    POSITIONS: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, R: tl.constexpr,
+    EVEN_P: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_R: tl.constexpr,
 ):  # fmt: skip
     # Multiples of the units in the compiler's eyes: so many numbers are read at once.
     r_size, qr_size = r_units * UNIT, qr_units * QR_UNIT
@@ -177,7 +179,7 @@ def _reduce(
     if piece < walks:
         _over_p(
             x, grad, pool_p, out_p + image * p_parts * 2 * qr_size, piece, tiles, p_size, qr_size, share, inverse_p,
-            BACKWARD, INVERT_P, WALK, POSITIONS, EVEN_WALK,
+            BACKWARD, INVERT_P, POSITIONS,
         )  # fmt: skip
     else:
         _over_q_and_r(
@@ -194,24 +196,6 @@ def _piece(p_size, q_size, r_size, share, P: tl.constexpr, Q: tl.constexpr, R: t
     tiles, part = (across, down, along), (piece % across, piece // across % down, piece // (across * down))
     q, r = part[1] * Q + tl.arange(0, Q), part[0] * R + tl.arange(0, R)
     return image.to(tl.int64), tiles, part, tl.arange(0, P), q, r
-
-
-@triton.jit
-def _walk(x, grad, offsets, exist, top, steps, STEP: tl.constexpr, BACKWARD: tl.constexpr):
-    """Reduce numbers along an axis, each thread its own: to maxima and sums, or what `_store` makes fractions of."""
-    sums = tl.zeros(offsets.shape, tl.float32)
-    tops = sums if BACKWARD else sums + float("-inf")
-    for _ in tl.range(0, steps, num_stages=1, loop_unroll_factor=8):
-        tile = tl.load(x + offsets, mask=exist, other=0.0).to(tl.float32)
-        if BACKWARD:
-            tops += tl.where(tile == top, 1.0, 0.0)
-            tile *= tl.load(grad + offsets, mask=exist, other=0.0).to(tl.float32)
-            grad += STEP
-        else:
-            tops = tl.maximum(tops, tile)
-        sums += tile
-        x += STEP
-    return tops, sums
 
 
 @triton.jit(do_not_specialize=["share"])
@@ -250,9 +234,11 @@ def _reduce_planes(
         else:
             top_p, top_q, top_r = None, None, None
         # The first walk brings the planes near, the others find them there.
-        tops_p, sums_p = _walk(x, grad, plane, plane_exist, top_p, planes, Q * R, BACKWARD)
-        tops_q, sums_q = _walk(x, grad, columns, column_exist, top_q, Q, R, BACKWARD)
-        tops_r, sums_r = _walk(x, grad, rows, row_exist[:, None], top_r, R // UNIT, UNIT, BACKWARD)
+        tops_p, sums_p = _walk(x, grad, plane, plane_exist, top_p, planes, Q * R, 8, BACKWARD)
+        tops_q, sums_q = _walk(x, grad, columns, column_exist, top_q, Q, R, Q if Q <= 16 else 8, BACKWARD)
+        tops_r, sums_r = _walk(
+            x, grad, rows, row_exist[:, None], top_r, R // UNIT, UNIT, R // UNIT if R <= 16 else 8, BACKWARD
+        )
         sums += sums_p
         if BACKWARD:
             tops += tops_p
@@ -416,7 +402,6 @@ def _walks(x: Tensor, kind: str) -> tuple[int, tuple[int, int, int], list[int], 
     """Return the same for `_reduce`."""
     (batch, p_size, q_size, r_size), launch = x.shape, LAUNCH[kind]
     positions = min(POSITIONS, triton.next_power_of_2(q_size * r_size))
-    walk = launch.tile // positions
     r_tile = min(launch.tile, triton.next_power_of_2(r_size))
     q_tile = min(launch.tile // r_tile, triton.next_power_of_2(q_size))
     if q_size % q_tile and q_size % (q_tile // 2) == 0:
@@ -426,8 +411,7 @@ def _walks(x: Tensor, kind: str) -> tuple[int, tuple[int, int, int], list[int], 
     parts = triton.cdiv(p_size, share), 1, triton.cdiv(r_size, r_tile)
     programs = triton.cdiv(q_size * r_size, positions) * parts[0] + triton.cdiv(p_size, p_tile) * parts[2]
     unit, qr_unit = _unit(r_size), _unit(q_size * r_size)
-    constants = {"WALK": walk, "POSITIONS": positions, "EVEN_WALK": share % walk == 0 and p_size % share % walk == 0}
-    constants |= {"P": p_tile, "Q": q_tile, "R": r_tile, "UNIT": unit, "QR_UNIT": qr_unit}
+    constants = {"POSITIONS": positions, "P": p_tile, "Q": q_tile, "R": r_tile, "UNIT": unit, "QR_UNIT": qr_unit}
     constants |= {"num_warps": 1, "num_stages": 1}
     sizes = [p_size, q_size, r_size // unit, q_size * r_size // qr_unit, share]
     return batch * programs, parts, sizes, constants | _evens(x, p_tile, q_tile, r_tile)
