@@ -8,15 +8,13 @@ rows, columns and channels.
   gate's. A program is one warp, so that nothing waits at a barrier. Some walk over a share of P with a vector of
   positions, where all is elementwise; the others own a few planes Q x R, or a stretch of R of them, and walk over Q.
   They read the same numbers, and those of one image follow one another, so that the second reading finds them in L2.
-- `_reduce_planes` does so for small planes, and reads the map once. A program owns a share of P of one image and walks
-  over it, some planes at a time. What is known of P is kept in registers to the end, the rest written at every step.
+- `_reduce_planes` does so for small planes, and reads the map once. A program owns a share of P of one image, some
+  planes at a time. It reads them three times: threads walk over P from the numbers of a plane, then over Q and R from
+  first rows and columns, so that none needs another's numbers. The first time brings the planes into L1.
 - `_combine` reduces what programs know of a part of an axis, which they write in float32, always in the same order.
 - `_apply` scales: the forward the map; the backward the gradient, to which it adds what comes through the maxima and
   means. A program owns a tile Q x R of one image, all of a small plane, and walks over a share of P, some planes at a
-  time.
-
-The tiles of `_reduce_planes` and `_apply` are in the order Q, P, R, so that a warp holds several planes and a thread
-all of a column, and sums over Q need no other thread's numbers.
+  time; its tiles are in the order Q, P, R.
 
 So the forward reads the map twice and writes it once, and the backward reads map and gradient twice and writes once.
 For this the gradient of the map is computed in one place, `_Pool`, which knows it last: `_Scale` hands over to it all
@@ -37,7 +35,7 @@ from torch import Tensor
 class _Launch(NamedTuple):
     """How `_apply` and `_reduce_planes` are launched; the share of P is such that there are so many programs."""
 
-    tile: int  # Numbers that a program holds at a time.
+    tile: int  # Numbers that a program holds at a time; of `_reduce_planes`, those of the planes that it reads.
     warps: int
     stages: int
     programs: int = 4096

@@ -1,7 +1,7 @@
 """The gates that CBAM and Triplet attention make of two pooled maps each, in Triton, forward and backward.
 
-A gate is a convolution of two maps to one, a norm over the batch, and a sigmoid. Maps are small, so that launches count:
-each kernel takes all gates of a module, in programs of their own.
+A gate is a convolution of two maps to one, a norm over the batch, and a sigmoid. The maps are small and launches cost
+time: each kernel takes all gates of a module, every gate in programs of its own.
 
 With so few channels tensor cores have too little to share, but for this: COLUMNS numbers of a row depend on WINDOW
 numbers of each row about it, so that each row of taps is a product with a banded matrix WINDOW x COLUMNS, whose
@@ -15,7 +15,7 @@ few rows but more columns, WIDE, is convolved as its transpose, read where it li
   in and two out, with the weights turned by 180 degrees.
 - `_normalise`: a program owns a block of one image of a convolution, and makes the gate of it. Each adds up for itself
   what `_conv` has written, always in the same order.
-- `_sums`, then `_through_gate`: such programs sum up what the gradients through the norm have in common, then write them.
+- `_sums` and `_through_gate`: such programs sum up what the gradients through the norm have in common, and write them.
 - `_weight_gradient`: a program owns the gradient of the banded matrices of one row of taps, and a share of all rows,
   over which it sums the products of input and gradient.
 - `_diagonals`: a program owns a weight, and adds up its diagonal over all shares, always in the same order.
