@@ -180,17 +180,17 @@ def _normalise(
             gate = tl.sigmoid((y.to(tl.float32) - mean) * deviation * scale + shift) * share
             tl.store(outs[i] + image * size + place, gate.to(outs[i].dtype.element_ty), mask=exist)
             if piece == 0:
-                tl.store(stats + i * 3, mean)
-                tl.store(stats + i * 3 + 1, deviation)
+                tl.store(stats + i, mean)
                 # As the running statistics take it.
-                tl.store(stats + i * 3 + 2, variance * (count / (count - 1)))
+                tl.store(stats + len(ys) + i, variance * (count / (count - 1)))
+                tl.store(stats + 2 * len(ys) + i, deviation)
         begin += pieces
 
 
 @triton.jit
-def _through_sigmoid(grad, y, scale, shift, stats, to_image, image, place, size, exist, share):
+def _through_sigmoid(grad, y, scale, shift, mean, deviation, to_image, image, place, size, exist, share):
     """The gradient of the norm's output in a block, and the normalised convolution."""
-    mean, deviation = tl.load(stats), tl.load(stats + 1)
+    mean, deviation = tl.load(mean), tl.load(deviation)
     scale, shift = tl.load(scale).to(tl.float32), tl.load(shift).to(tl.float32)
     y = tl.load(y + image * size + place, mask=exist, other=0.0).to(tl.float32)
     grad = tl.load(grad + image * to_image + place, mask=exist, other=0.0).to(tl.float32)
@@ -209,7 +209,8 @@ def _sums(grads, ys, scales, shifts, stats, partials, sizes, batch, share, BLOCK
         if (piece >= 0) & (piece < pieces):
             image, place, exist = _block(piece, size, BLOCK)
             grad, normal, _ = _through_sigmoid(
-                grads[i], ys[i], scales[i], shifts[i], stats + i * 3, sizes[i][1], image, place, size, exist, share
+                grads[i], ys[i], scales[i], shifts[i], stats + i, stats + 2 * len(ys) + i, sizes[i][1], image, place, size,
+                exist, share,
             )  # fmt: skip
             tl.store(partials[i] + piece * 2, tl.sum(grad, 0))
             tl.store(partials[i] + piece * 2 + 1, tl.sum(grad * normal, 0))
@@ -242,7 +243,8 @@ def _through_gate(
         if (piece >= 0) & (piece < pieces):
             image, place, exist = _block(piece, size, BLOCK)
             grad, normal, factor = _through_sigmoid(
-                grads[i], ys[i], scales[i], shifts[i], stats + i * 3, sizes[i][1], image, place, size, exist, share
+                grads[i], ys[i], scales[i], shifts[i], stats + i, stats + 2 * len(ys) + i, sizes[i][1], image, place, size,
+                exist, share,
             )  # fmt: skip
             all_grads, all_products = _totals(partials[i], pieces, PARTS)
             if piece == 0:
@@ -415,7 +417,7 @@ def _map_gates(
     maps: Sequence[Tensor], weights: Sequence[Tensor], scales: Sequence[Tensor], shifts: Sequence[Tensor],
     means: Sequence[Tensor], variances: Sequence[Tensor], share: float, eps: float,
 ) -> list[Tensor]:  # fmt: skip
-    """Return gates, convolutions, and of each gate the mean, the inverse deviation and the unbiased variance.
+    """Return gates, convolutions, and the gates' means, unbiased variances and inverse deviations.
 
     Means and variances are those to normalise with, or none for the batch's.
     """
@@ -460,7 +462,7 @@ def _blocks(maps: Sequence[Tensor]) -> int:
 
 def _fake_gates(maps, *_):
     outs = [x.new_empty(x.shape[0], 1, *x.shape[2:]) for _ in range(2) for x in maps]
-    return [*outs, maps[0].new_empty(len(maps), 3, dtype=torch.float32)]
+    return [*outs, maps[0].new_empty(3, len(maps), dtype=torch.float32)]
 
 
 def _fake_gates_backward(grads, maps, weights, scales, shifts, *_):
@@ -524,7 +526,7 @@ def map_gates_triton(
         eps: Of the norms.
 
     Returns:
-        Gates (B, 1, H, W), and their means, inverse deviations and unbiased variances, float32 (gates, 3).
+        Gates (B, 1, H, W), and their means, unbiased variances and inverse deviations, float32 (3, gates).
     """
     # Rows that lie side by side in memory are read as columns.
     turned = [x.stride(-2) < x.stride(-1) for x in maps]

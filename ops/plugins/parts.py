@@ -101,21 +101,24 @@ def map_conv(kernel_size: int, **factory) -> nn.Sequential:
     return nn.Sequential(OrderedDict(conv=conv, bn=norm))
 
 
+def _are_alike(gates: Sequence[nn.Sequential]) -> bool:
+    """Return whether nothing has replaced a part of `map_conv`, and the norms' settings are the same."""
+    if any(type(gate.conv) is not MapConv or type(gate.bn) is not MapNorm for gate in gates):
+        return False
+    settings = {(gate.bn.training, gate.bn.momentum, gate.bn.eps) for gate in gates}
+    return len(settings) == 1 and all(gate.bn.momentum and gate.bn.running_mean is not None for gate in gates)
+
+
 def map_gates(gates: Sequence[nn.Sequential], maps: Sequence[Tensor], share: float = 1.0) -> list[Tensor]:
     """Take each map (B, 2, H, W) through its `map_conv`, a sigmoid and a factor to (B, 1, H, W), together on a GPU."""
-    norms = [gate.bn for gate in gates]
-    training = norms[0].training
-    is_plain = all(type(gate.conv) is MapConv and type(gate.bn) is MapNorm for gate in gates)
-    if not (
-        is_plain
-        and all(norm.training == training and norm.running_mean is not None and norm.momentum for norm in norms)
-        # Of a single number there is no variance.
-        and not (training and any(x.shape[0] * x.shape[2] * x.shape[3] == 1 for x in maps))
-        and takes_triton("map_gates", maps[0], _conv_unsupported(maps[0]))
-    ):
+    if not (_are_alike(gates) and takes_triton("map_gates", maps[0], _conv_unsupported(maps[0]))):
         return [gate(x).sigmoid() * share for gate, x in zip(gates, maps, strict=True)]
     from densezoo.ops.plugins.kernels import map_gates_triton
 
+    norms = [gate.bn for gate in gates]
+    training = norms[0].training
+    if training and any(x.shape[0] * x.shape[2] * x.shape[3] == 1 for x in maps):
+        raise ValueError("a norm in training: got maps of one number, expected more")
     known = [] if training else norms
     outs, stats = map_gates_triton(
         maps,
@@ -129,8 +132,8 @@ def map_gates(gates: Sequence[nn.Sequential], maps: Sequence[Tensor], share: flo
     )
     if training:
         with torch.no_grad():
-            running = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
-            found = stats[:, ::2].reshape(-1, 1).to(running[0].dtype).unbind()
+            running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
+            found = stats[:2].to(running[0].dtype).view(-1, 1).unbind()
             torch._foreach_lerp_(running, found, norms[0].momentum)
             torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
     return outs

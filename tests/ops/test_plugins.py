@@ -353,9 +353,9 @@ def map_gates_results(batch, sizes, size, training, dtype, device, through_kerne
             normal = (y - mean) / (variance + 1e-5).sqrt()
             gates.append((normal * norm[0] + norm[1]).sigmoid() / 3)
             count = y.numel() if training else 2
-            found = mean, (variance + 1e-5).rsqrt(), variance * count / (count - 1)
+            found = mean, variance * count / (count - 1), (variance + 1e-5).rsqrt()
             stats.append(torch.stack([t.flatten()[0] for t in found]))
-        stats = torch.stack(stats)
+        stats = torch.stack(stats, 1)
     results = torch.autograd.grad(gates, leaves, grads)
     return [*(g.detach() for g in gates), stats, *results]
 
@@ -607,11 +607,11 @@ def test_modules_take_the_kernels(kind, layout, monkeypatch):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @layouts
-@pytest.mark.parametrize("operator", ["map_conv", "gate_axes", "gate_twice"])
+@pytest.mark.parametrize("operator", ["map_conv", "map_gates", "gate_axes", "gate_twice"])
 def test_kernels_compile_once_for_any_batch(device, operator, layout):
     from densezoo.ops.plugins.axes import gate_axes_triton
     from densezoo.ops.plugins.cbam_kernels import gate_twice_triton
-    from densezoo.ops.plugins.kernels import map_conv_triton
+    from densezoo.ops.plugins.kernels import map_conv_triton, map_gates_triton
 
     if device == "cpu" and torch.cuda.is_available():
         pytest.skip("the kernels run on the GPU")
@@ -621,6 +621,9 @@ def test_kernels_compile_once_for_any_batch(device, operator, layout):
     def run(x, weight):
         if operator == "map_conv":
             return map_conv_triton(x, weight)
+        if operator == "map_gates":
+            scale = weight.flatten()[:1]
+            return map_gates_triton([x], [weight], [scale], [scale], [], [], 0.5, 1e-5)[0][0]
         if operator == "gate_axes":
             return gate_axes_triton(x * weight.sum(), axis_gates)
         return gate_twice_triton(x * weight.sum(), channel_gate, position_gate)
