@@ -209,8 +209,8 @@ def _sums(grads, ys, scales, shifts, stats, partials, sizes, batch, share, BLOCK
         if (piece >= 0) & (piece < pieces):
             image, place, exist = _block(piece, size, BLOCK)
             grad, normal, _ = _through_sigmoid(
-                grads[i], ys[i], scales[i], shifts[i], stats + i, stats + 2 * len(ys) + i, sizes[i][1], image, place, size,
-                exist, share,
+                grads[i], ys[i], scales[i], shifts[i], stats + i, stats + 2 * len(ys) + i, sizes[i][1], image, place,
+                size, exist, share,
             )  # fmt: skip
             tl.store(partials[i] + piece * 2, tl.sum(grad, 0))
             tl.store(partials[i] + piece * 2 + 1, tl.sum(grad * normal, 0))
@@ -243,8 +243,8 @@ def _through_gate(
         if (piece >= 0) & (piece < pieces):
             image, place, exist = _block(piece, size, BLOCK)
             grad, normal, factor = _through_sigmoid(
-                grads[i], ys[i], scales[i], shifts[i], stats + i, stats + 2 * len(ys) + i, sizes[i][1], image, place, size,
-                exist, share,
+                grads[i], ys[i], scales[i], shifts[i], stats + i, stats + 2 * len(ys) + i, sizes[i][1], image, place,
+                size, exist, share,
             )  # fmt: skip
             all_grads, all_products = _totals(partials[i], pieces, PARTS)
             if piece == 0:

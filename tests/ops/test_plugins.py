@@ -622,8 +622,8 @@ def test_kernels_compile_once_for_any_batch(device, operator, layout):
         if operator == "map_conv":
             return map_conv_triton(x, weight)
         if operator == "map_gates":
-            scale = weight.flatten()[:1]
-            return map_gates_triton([x], [weight], [scale], [scale], [], [], 0.5, 1e-5)[0][0]
+            scale, shift, *_ = weight.flatten().split(1)
+            return map_gates_triton([x], [weight], [scale], [shift], [], [], 0.5, 1e-5)[0][0]
         if operator == "gate_axes":
             return gate_axes_triton(x * weight.sum(), axis_gates)
         return gate_twice_triton(x * weight.sum(), channel_gate, position_gate)
