@@ -59,7 +59,7 @@ LAUNCH = {
 SMALL_LAUNCH = {
     "pool": _Launch(8192, 2, 1, 1024),
     "scale": _Launch(2048, 4, 1),
-    "sums": _Launch(4096, 2, 1, 1024),
+    "sums": _Launch(8192, 2, 1, 1024),
     "backward": _Launch(2048, 4, 1, 2048),
 }
 SMALL = 256
