@@ -330,7 +330,7 @@ def map_gates_results(batch, sizes, size, training, dtype, device, through_kerne
 
     maps, grads = ([randn(batch, n, *hw) for hw in sizes] for n in (2, 1))
     if training:
-        maps = [x + 2 for x in maps]
+        maps = [x + 1 for x in maps]
     maps[1:2] = [x.mT.contiguous().mT for x in maps[1:2]]
     weights = [randn(1, 2, size, size) / size for _ in sizes]
     scales, shifts, means, variances = ([randn(1) for _ in sizes] for _ in range(4))
