@@ -8,15 +8,13 @@ rows, columns and channels.
   gate's. A program is one warp, so that nothing waits at a barrier. Some walk over a share of P with a vector of
   positions, where all is elementwise; the others own a few planes Q x R, or a stretch of R of them, and walk over Q.
   They read the same numbers, and those of one image follow one another, so that the second reading finds them in L2.
-- `_reduce_planes` does so for small planes, and reads the map once. A program owns a share of P of one image and walks
-  over it, some planes at a time. What is known of P is kept in registers to the end, the rest written at every step.
+- `_reduce_planes` does so for small planes, and reads the map once. A program owns a share of P of one image, some
+  planes at a time. It reads them three times: threads walk over P from the numbers of a plane, then over Q and R from
+  first rows and columns, so that none needs another's numbers. The first time brings the planes into L1.
 - `_combine` reduces what programs know of a part of an axis, which they write in float32, always in the same order.
 - `_apply` scales: the forward the map; the backward the gradient, to which it adds what comes through the maxima and
   means. A program owns a tile Q x R of one image, all of a small plane, and walks over a share of P, some planes at a
-  time.
-
-The tiles of `_reduce_planes` and `_apply` are in the order Q, P, R, so that a warp holds several planes and a thread
-all of a column, and sums over Q need no other thread's numbers.
+  time; its tiles are in the order Q, P, R.
 
 So the forward reads the map twice and writes it once, and the backward reads map and gradient twice and writes once.
 For this the gradient of the map is computed in one place, `_Pool`, which knows it last: `_Scale` hands over to it all
@@ -37,7 +35,7 @@ from torch import Tensor
 class _Launch(NamedTuple):
     """How `_apply` and `_reduce_planes` are launched; the share of P is such that there are so many programs."""
 
-    tile: int  # Numbers that a program holds at a time.
+    tile: int  # Numbers that a program holds at a time; of `_reduce_planes`, those of the planes that it reads.
     warps: int
     stages: int
     programs: int = 4096
@@ -59,9 +57,9 @@ LAUNCH = {
 }
 # With planes Q x R of at most SMALL numbers, which a tile takes whole.
 SMALL_LAUNCH = {
-    "pool": _Launch(1024, 2, 1, 1024),
+    "pool": _Launch(8192, 2, 1, 1024),
     "scale": _Launch(2048, 4, 1),
-    "sums": _Launch(1024, 2, 1, 1024),
+    "sums": _Launch(8192, 2, 1, 1024),
     "backward": _Launch(2048, 4, 1, 2048),
 }
 SMALL = 256
@@ -79,35 +77,36 @@ def _store(out, tops, sums, inverse, place, size, exist, INVERT: tl.constexpr):
 
 
 @triton.jit
+def _walk(x, grad, offsets, exist, top, steps, step, UNROLL: tl.constexpr, BACKWARD: tl.constexpr):
+    """Reduce numbers along an axis, each thread its own: to maxima and sums, or what `_store` makes fractions of."""
+    sums = tl.zeros(offsets.shape, tl.float32)
+    tops = sums if BACKWARD else sums + float("-inf")
+    for _ in tl.range(0, steps, num_stages=1, loop_unroll_factor=UNROLL):
+        tile = tl.load(x + offsets, mask=exist, other=0.0).to(tl.float32)
+        if BACKWARD:
+            tops = tl.where(tile == top, tops + 1.0, tops)
+            tile *= tl.load(grad + offsets, mask=exist, other=0.0).to(tl.float32)
+            grad += step
+        else:
+            tops = tl.maximum(tops, tile)
+        sums += tile
+        x += step
+    return tops, sums
+
+
+@triton.jit
 def _over_p(
     x, grad, pool, out, piece, tiles, p_size, qr_size, share, inverse,
-    BACKWARD: tl.constexpr, INVERT: tl.constexpr, P: tl.constexpr, POSITIONS: tl.constexpr, EVEN: tl.constexpr,
+    BACKWARD: tl.constexpr, INVERT: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    part, p = piece // tiles, tl.arange(0, P)
-    place = piece % tiles * POSITIONS + tl.arange(0, POSITIONS)
-    exist = place < qr_size
-    offsets = p[:, None] * qr_size + place[None, :]
-    left = tl.minimum(share, p_size - part * share)
+    part, place = piece // tiles, piece % tiles * POSITIONS + tl.arange(0, POSITIONS)
+    exist, top = place < qr_size, None
     x += part * share * qr_size
-    sums = tl.zeros((POSITIONS,), tl.float32)
     if BACKWARD:
         grad += part * share * qr_size
-        tops = tl.zeros((POSITIONS,), tl.float32)
         top = tl.load(pool + place, mask=exist, other=0.0).to(tl.float32)
-    else:
-        tops = tl.full((POSITIONS,), float("-inf"), tl.float32)
-    for start in tl.range(0, left, P, num_stages=1):
-        # A condition that EVEN makes true is none to the compiler; what does not exist outside P may be counted.
-        real = (start + p < left)[:, None] | EVEN
-        tile = tl.load(x + offsets, mask=exist[None, :] & real, other=0.0).to(tl.float32)
-        if BACKWARD:
-            tops += tl.sum(tl.where((tile == top[None, :]) & real, 1.0, 0.0), 0)
-            tile *= tl.load(grad + offsets, mask=exist[None, :] & real, other=0.0).to(tl.float32)
-            grad += P * qr_size
-        else:
-            tops = tl.maximum(tops, tl.max(tl.where(real, tile, float("-inf")), 0))
-        sums += tl.sum(tile, 0)
-        x += P * qr_size
+    left = tl.minimum(share, p_size - part * share)
+    tops, sums = _walk(x, grad, place, exist, top, left, qr_size, 8, BACKWARD)
     _store(out + part.to(tl.int64) * 2 * qr_size, tops, sums, inverse, place, qr_size, exist, INVERT)
 
 
@@ -139,8 +138,9 @@ def _over_q_and_r(
         if BACKWARD:
             top_r = tl.load(pool_r + pq, mask=pq_exist, other=0.0).to(tl.float32)
             product = tile * tl.load(grad + offsets, mask=exist, other=0.0).to(tl.float32)
-            tops += tl.where((tile == top_q[:, None, :]) & real, 1.0, 0.0)
-            tops_r = tl.sum(tl.where((tile == top_r[:, :, None]) & real, 1.0, 0.0), 2)
+            # What does not exist along the other axis is not stored.
+            tops = tl.where((tile == top_q[:, None, :]) & q_exist[None, :, None], tops + 1.0, tops)
+            tops_r = tl.sum(tl.where((tile == top_r[:, :, None]) & r_exist[None, None, :], 1.0, 0.0), 2)
             pool_r += Q
             grad += Q * r_size
         else:
@@ -159,8 +159,8 @@ def _reduce(
     x, grad, pool_p, pool_q, pool_r, out_p, out_q, out_r, p_size, q_size, r_units, qr_units, share,
     inverse_p, inverse_q, inverse_r,
     BACKWARD: tl.constexpr, INVERT_P: tl.constexpr, INVERT_R: tl.constexpr, UNIT: tl.constexpr, QR_UNIT: tl.constexpr,
-    WALK: tl.constexpr, POSITIONS: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, R: tl.constexpr,
-    EVEN_WALK: tl.constexpr, EVEN_P: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_R: tl.constexpr,
+    POSITIONS: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, R: tl.constexpr,
+    EVEN_P: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_R: tl.constexpr,
 ):  # fmt: skip
     # Multiples of the units in the compiler's eyes: so many numbers are read at once.
     r_size, qr_size = r_units * UNIT, qr_units * QR_UNIT
@@ -177,7 +177,7 @@ def _reduce(
     if piece < walks:
         _over_p(
             x, grad, pool_p, out_p + image * p_parts * 2 * qr_size, piece, tiles, p_size, qr_size, share, inverse_p,
-            BACKWARD, INVERT_P, WALK, POSITIONS, EVEN_WALK,
+            BACKWARD, INVERT_P, POSITIONS,
         )  # fmt: skip
     else:
         _over_q_and_r(
@@ -198,55 +198,57 @@ def _piece(p_size, q_size, r_size, share, P: tl.constexpr, Q: tl.constexpr, R: t
 
 @triton.jit(do_not_specialize=["share"])
 def _reduce_planes(
-    x, grad, pool_p, pool_q, pool_r, out_p, out_q, out_r, p_size, q_size, r_units, share,
-    inverse_p, inverse_q, inverse_r,
+    x, grad, pool_p, pool_q, pool_r, out_p, out_q, out_r, p_size, share, inverse_p, inverse_q, inverse_r,
     BACKWARD: tl.constexpr, INVERT_P: tl.constexpr, INVERT_R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
-    R: tl.constexpr, UNIT: tl.constexpr, EVEN_P: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_R: tl.constexpr,
-    STAGES: tl.constexpr,
+    R: tl.constexpr, PLANE: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
-    r_size = r_units * UNIT
-    image, parts, part, p, q, r = _piece(p_size, q_size, r_size, share, P, Q, R)
-    first = part[2] * share
-    left = tl.minimum(share, p_size - first)
-    qp_size, pr_size, qr_size = p_size * q_size, p_size * r_size, q_size * r_size
-    q_exist, r_exist = (q < q_size) | EVEN_Q, (r < r_size) | EVEN_R
-    qr, qr_exist = q[:, None] * r_size + r[None, :], q_exist[:, None] & r_exist[None, :]
-    pr, qp = (first + p)[:, None] * r_size + r[None, :], q[:, None] + (first + p)[None, :] * q_size
-    offsets = qr[:, None, :] + (p * qr_size)[None, :, None]
-    x += image * p_size * qr_size + first * qr_size
-    out_p += (image * parts[2] + part[2]) * 2 * qr_size
-    out_q, out_r = out_q + image * 2 * pr_size, out_r + image * 2 * qp_size
-    sums = tl.zeros((Q, P, R), tl.float32)
+    parts, size = tl.cdiv(p_size, share), p_size * (Q * R)
+    image, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
+    first, left = part * share, tl.minimum(share, p_size - part * share)
+    # Where walks begin: along P at the numbers of a plane, along Q at units of the first rows, along R at rows.
+    plane, column, row, unit = tl.arange(0, PLANE), tl.arange(0, COLUMNS), tl.arange(0, ROWS), tl.arange(0, UNIT)
+    columns = (column // (R // UNIT) * (Q * R) + column % (R // UNIT) * UNIT)[:, None] + unit[None, :]
+    rows, pr = (row * R)[:, None] + unit[None, :], (column * UNIT)[:, None] + unit[None, :]
+    plane_exist = plane < Q * R
+    x += image * size + first * (Q * R)
+    out_p += (image * parts + part) * (2 * Q * R)
+    to_q, to_r = (image * 2 * p_size + first) * R, (image * 2 * p_size + first) * Q
+    out_q, out_r = out_q + to_q, out_r + to_r
+    sums = tl.zeros((PLANE,), tl.float32)
     if BACKWARD:
-        grad += image * p_size * qr_size + first * qr_size
-        pool_q, pool_r = pool_q + image * 2 * pr_size, pool_r + image * 2 * qp_size
-        top_p = tl.load(pool_p + image * 2 * qr_size + qr, mask=qr_exist, other=0.0).to(tl.float32)[:, None, :]
-        tops = tl.zeros((Q, P, R), tl.float32)
+        grad += image * size + first * (Q * R)
+        pool_q, pool_r, tops = pool_q + to_q, pool_r + to_r, sums
+        top_p = tl.load(pool_p + image * (2 * Q * R) + plane, mask=plane_exist, other=0.0).to(tl.float32)
     else:
-        tops = tl.full((Q, P, R), float("-inf"), tl.float32)
-    for start in tl.range(0, left, P, num_stages=STAGES):
-        p_exist = (start + p < left) | EVEN_P
-        pr_exist, qp_exist = p_exist[:, None] & r_exist[None, :], q_exist[:, None] & p_exist[None, :]
-        exist = qr_exist[:, None, :] & p_exist[None, :, None]
-        product = tl.load(x + offsets, mask=exist, other=0.0).to(tl.float32)
-        # What does not exist is no maximum and equals none.
-        tile = tl.where(exist, product, float("nan") if BACKWARD else float("-inf"))
+        tops = sums + float("-inf")
+    for start in tl.range(0, left, P, num_stages=1):
+        planes = P if EVEN else tl.minimum(P, left - start)
+        column_exist, row_exist = (column < planes * (R // UNIT))[:, None], row < planes * Q
         if BACKWARD:
-            product *= tl.load(grad + offsets, mask=exist, other=0.0).to(tl.float32)
-            top_q = tl.load(pool_q + pr, mask=pr_exist, other=0.0).to(tl.float32)[None, :, :]
-            top_r = tl.load(pool_r + qp, mask=qp_exist, other=0.0).to(tl.float32)[:, :, None]
-            tops += tl.where(tile == top_p, 1.0, 0.0)
-            tops_q = tl.sum(tl.where(tile == top_q, 1.0, 0.0), 0)
-            tops_r = tl.sum(tl.where(tile == top_r, 1.0, 0.0), 2)
-            grad += P * qr_size
+            top_q = tl.load(pool_q + pr, mask=column_exist, other=0.0).to(tl.float32)
+            top_r = tl.load(pool_r + row, mask=row_exist, other=0.0).to(tl.float32)[:, None]
+            pool_q, pool_r = pool_q + P * R, pool_r + P * Q
         else:
-            tops, tops_q, tops_r = tl.maximum(tops, tile), tl.max(tile, 0), tl.max(tile, 2)
-        sums += product
-        _store(out_q, tops_q, tl.sum(product, 0), inverse_q, pr, pr_size, pr_exist, BACKWARD)
-        _store(out_r, tops_r, tl.sum(product, 2), inverse_r, qp, qp_size, qp_exist, INVERT_R)
-        x, pr, qp = x + P * qr_size, pr + P * r_size, qp + P * q_size
-    tops = tl.sum(tops, 1) if BACKWARD else tl.max(tops, 1)
-    _store(out_p, tops, tl.sum(sums, 1), inverse_p, qr, qr_size, qr_exist, INVERT_P)
+            top_p, top_q, top_r = None, None, None
+        # The first walk brings the planes near, the others find them there.
+        tops_p, sums_p = _walk(x, grad, plane, plane_exist, top_p, planes, Q * R, 8, BACKWARD)
+        tops_q, sums_q = _walk(x, grad, columns, column_exist, top_q, Q, R, Q if Q <= 16 else 8, BACKWARD)
+        tops_r, sums_r = _walk(
+            x, grad, rows, row_exist[:, None], top_r, R // UNIT, UNIT, R // UNIT if R <= 16 else 8, BACKWARD
+        )
+        sums += sums_p
+        if BACKWARD:
+            tops += tops_p
+            tops_r = tl.sum(tops_r, 1)
+            grad += P * Q * R
+        else:
+            tops = tl.maximum(tops, tops_p)
+            tops_r = tl.max(tops_r, 1)
+        _store(out_q, tops_q, sums_q, inverse_q, pr, p_size * R, column_exist, BACKWARD)
+        _store(out_r, tops_r, tl.sum(sums_r, 1), inverse_r, row, p_size * Q, row_exist, INVERT_R)
+        x, out_q, out_r = x + P * Q * R, out_q + P * R, out_r + P * Q
+    _store(out_p, tops, sums, inverse_p, plane, Q * R, plane_exist, INVERT_P)
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -398,7 +400,6 @@ def _walks(x: Tensor, kind: str) -> tuple[int, tuple[int, int, int], list[int], 
     """Return the same for `_reduce`."""
     (batch, p_size, q_size, r_size), launch = x.shape, LAUNCH[kind]
     positions = min(POSITIONS, triton.next_power_of_2(q_size * r_size))
-    walk = launch.tile // positions
     r_tile = min(launch.tile, triton.next_power_of_2(r_size))
     q_tile = min(launch.tile // r_tile, triton.next_power_of_2(q_size))
     if q_size % q_tile and q_size % (q_tile // 2) == 0:
@@ -408,11 +409,23 @@ def _walks(x: Tensor, kind: str) -> tuple[int, tuple[int, int, int], list[int], 
     parts = triton.cdiv(p_size, share), 1, triton.cdiv(r_size, r_tile)
     programs = triton.cdiv(q_size * r_size, positions) * parts[0] + triton.cdiv(p_size, p_tile) * parts[2]
     unit, qr_unit = _unit(r_size), _unit(q_size * r_size)
-    constants = {"WALK": walk, "POSITIONS": positions, "EVEN_WALK": share % walk == 0 and p_size % share % walk == 0}
-    constants |= {"P": p_tile, "Q": q_tile, "R": r_tile, "UNIT": unit, "QR_UNIT": qr_unit}
+    constants = {"POSITIONS": positions, "P": p_tile, "Q": q_tile, "R": r_tile, "UNIT": unit, "QR_UNIT": qr_unit}
     constants |= {"num_warps": 1, "num_stages": 1}
     sizes = [p_size, q_size, r_size // unit, q_size * r_size // qr_unit, share]
     return batch * programs, parts, sizes, constants | _evens(x, p_tile, q_tile, r_tile)
+
+
+def _planes(x: Tensor, kind: str) -> tuple[int, tuple[int, int, int], list[int], dict]:
+    """Return the same for `_reduce_planes`."""
+    (batch, p_size, q_size, r_size), launch = x.shape, SMALL_LAUNCH[kind]
+    p_tile, unit = min(triton.next_power_of_2(p_size), max(1, launch.tile // _plane(x))), _unit(r_size)
+    shares = max(1, launch.programs // batch)
+    share = triton.cdiv(triton.cdiv(p_size, shares), p_tile) * p_tile
+    walks = {"PLANE": q_size * r_size, "COLUMNS": p_tile * r_size // unit, "ROWS": p_tile * q_size}
+    constants = {name: triton.next_power_of_2(n) for name, n in walks.items()}
+    constants |= {"P": p_tile, "Q": q_size, "R": r_size, "UNIT": unit, "EVEN": p_size % p_tile == 0}
+    parts = triton.cdiv(p_size, share)
+    return batch * parts, (parts, 1, 1), [p_size, share], constants | {"num_warps": launch.warps}
 
 
 def _partial(x: Tensor, parts: int, *shape: int) -> Tensor:
@@ -434,7 +447,7 @@ def _combined(x: Tensor, partial: Tensor, inverse: float, backward: bool) -> Ten
 def _reductions(x: Tensor, grad: Tensor | None, pools: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
     backward = grad is not None
     # The smallest planes `_reduce` takes faster, several at a time.
-    kernel, tiling = (_reduce_planes, _tiling) if 64 < _plane(x) <= SMALL else (_reduce, _walks)
+    kernel, tiling = (_reduce_planes, _planes) if 64 < _plane(x) <= SMALL else (_reduce, _walks)
     programs, parts, sizes, constants = tiling(x, "sums" if backward else "pool")
     outs = [_partial(x, n, *shape[1:]) for n, shape in zip(parts, _maps(x, 2), strict=True)]
     inverses = [1.0 if backward else 1 / size for size in x.shape[1:]]

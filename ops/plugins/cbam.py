@@ -4,7 +4,7 @@ from collections import OrderedDict
 
 import torch
 from densezoo.ops.backend import takes_triton
-from densezoo.ops.plugins.parts import init_as_published, map_conv, map_unsupported, max_mean, reduced
+from densezoo.ops.plugins.parts import init_as_published, map_conv, map_gates, map_unsupported, max_mean, reduced
 from torch import Tensor, nn
 
 
@@ -52,4 +52,4 @@ class CBAM(nn.Module):
 
     def _position_gate(self, pooled: Tensor) -> Tensor:
         """Take maxima and means over C (B, 2, H, W) to (B, 1, H, W)."""
-        return self.SpatialGate(pooled).sigmoid()
+        return map_gates([self.SpatialGate.spatial], [pooled])[0]

@@ -1,6 +1,7 @@
 """What several attention modules share."""
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 from densezoo.ops.backend import is_exporting, takes_triton
@@ -55,6 +56,11 @@ def map_unsupported(x: Tensor) -> str | None:
     return None
 
 
+def _conv_unsupported(x: Tensor) -> str | None:
+    is_narrow = x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    return None if is_narrow else f"dtype {x.dtype} (kernels: float16, bfloat16, float32)"
+
+
 class MapConv(nn.Conv2d):
     """The convolution of two maps to one, in a kernel of its own on a GPU, where cuDNN's are made for more channels."""
 
@@ -63,9 +69,7 @@ class MapConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Take (B, 2, H, W) to (B, 1, H, W)."""
-        is_narrow = x.dtype in (torch.float16, torch.bfloat16, torch.float32)
-        unsupported = None if is_narrow else f"dtype {x.dtype} (kernels: float16, bfloat16, float32)"
-        if takes_triton("map_conv", x, unsupported):
+        if takes_triton("map_conv", x, _conv_unsupported(x)):
             from densezoo.ops.plugins.kernels import map_conv_triton
 
             out = map_conv_triton(x, self.weight)
@@ -95,6 +99,44 @@ def map_conv(kernel_size: int, **factory) -> nn.Sequential:
     """Return the convolution `conv` and norm `bn` that make one map (B, 1, H, W) of the two of `max_mean`."""
     conv, norm = MapConv(kernel_size, **factory), MapNorm(1, momentum=0.01, **factory)
     return nn.Sequential(OrderedDict(conv=conv, bn=norm))
+
+
+def _are_alike(gates: Sequence[nn.Sequential]) -> bool:
+    """Return whether nothing has replaced a part of `map_conv`, and the norms' settings are the same."""
+    if any(type(gate.conv) is not MapConv or type(gate.bn) is not MapNorm for gate in gates):
+        return False
+    settings = {(gate.bn.training, gate.bn.momentum, gate.bn.eps) for gate in gates}
+    return len(settings) == 1 and all(gate.bn.momentum and gate.bn.running_mean is not None for gate in gates)
+
+
+def map_gates(gates: Sequence[nn.Sequential], maps: Sequence[Tensor], share: float = 1.0) -> list[Tensor]:
+    """Take each map (B, 2, H, W) through its `map_conv`, a sigmoid and a factor to (B, 1, H, W), together on a GPU."""
+    if not (_are_alike(gates) and takes_triton("map_gates", maps[0], _conv_unsupported(maps[0]))):
+        return [gate(x).sigmoid() * share for gate, x in zip(gates, maps, strict=True)]
+    from densezoo.ops.plugins.kernels import map_gates_triton
+
+    norms = [gate.bn for gate in gates]
+    training = norms[0].training
+    if training and any(x.shape[0] * x.shape[2] * x.shape[3] == 1 for x in maps):
+        raise ValueError("a norm in training: got maps of one number, expected more")
+    known = [] if training else norms
+    outs, stats = map_gates_triton(
+        maps,
+        [gate.conv.weight for gate in gates],
+        [norm.weight for norm in norms],
+        [norm.bias for norm in norms],
+        [norm.running_mean for norm in known],
+        [norm.running_var for norm in known],
+        share,
+        norms[0].eps,
+    )
+    if training:
+        with torch.no_grad():
+            running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
+            found = stats[:2].to(running[0].dtype).view(-1, 1).unbind()
+            torch._foreach_lerp_(running, found, norms[0].momentum)
+            torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+    return outs
 
 
 def init_as_published(module: nn.Module) -> None:

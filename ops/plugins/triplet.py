@@ -3,7 +3,7 @@
 from collections import OrderedDict
 
 from densezoo.ops.backend import takes_triton
-from densezoo.ops.plugins.parts import map_conv, map_unsupported, max_mean, positive
+from densezoo.ops.plugins.parts import map_conv, map_gates, map_unsupported, max_mean, positive
 from torch import Tensor, nn
 
 
@@ -41,7 +41,6 @@ class Triplet(nn.Module):
     def _gates(self, over_c: Tensor, over_h: Tensor, over_w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Take maxima and means over C, H and W to gates: (B, 2, H, W) to (B, 1, H, W), and so on."""
         # A third of each while they are small.
-        hw = self.hw(over_c).sigmoid() / 3
-        cw = self.cw(over_h).sigmoid() / 3
-        ch = self.hc(over_w.mT).mT.sigmoid() / 3
-        return hw, cw, ch
+        gates = [gate.conv for gate in (self.hw, self.cw, self.hc)]
+        hw, cw, hc = map_gates(gates, (over_c, over_h, over_w.mT), 1 / 3)
+        return hw, cw, hc.mT

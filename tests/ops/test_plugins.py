@@ -303,6 +303,108 @@ def test_map_conv_with_a_norm_fused_into_it(monkeypatch):
     torch.testing.assert_close(torch.nn.utils.fusion.fuse_conv_bn_eval(gate.conv, gate.bn)(x), expected)
 
 
+# Heights and widths of several maps of a batch: of one piece and of several, by rows and as their transposes.
+GATES = [
+    (3, [(5, 7)], 7),
+    (2, [(6, 5), (40, 5), (40, 6)], 7),
+    (2, [(6, 5), (6, 40), (5, 40)], 3),
+    (4, [(1, 20), (30, 1)], 3),
+]
+GPU_GATES = [
+    (128, [(14, 14), (1024, 14), (1024, 14)], 7),
+    (128, [(14, 14), (14, 1024), (14, 1024)], 7),
+    (64, [(56, 56), (256, 56), (256, 56)], 7),
+    (2, [(200, 304), (256, 304), (256, 200)], 3),
+    (256, [(7, 7)], 5),
+]
+
+
+def map_gates_results(batch, sizes, size, training, dtype, device, through_kernels):
+    """Return gates with their statistics and gradients, by the kernels or in float64; the second map lies turned."""
+    from densezoo.ops.plugins.kernels import map_gates_triton
+
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    maps, grads = ([randn(batch, n, *hw) for hw in sizes] for n in (2, 1))
+    if training:
+        maps = [x + 1 for x in maps]
+    maps[1:2] = [x.mT.contiguous().mT for x in maps[1:2]]
+    weights = [randn(1, 2, size, size) / size for _ in sizes]
+    scales, shifts, means, variances = ([randn(1) for _ in sizes] for _ in range(4))
+    variances = [v.square() + 1 for v in variances]
+    groups = [maps, weights, scales, shifts, means, variances]
+    if not through_kernels:
+        groups, grads = ([[t.double() for t in ts] for ts in groups], [g.double() for g in grads])
+    maps, weights, scales, shifts, means, variances = groups
+    leaves = [t.requires_grad_() for ts in groups[:4] for t in ts]
+    if through_kernels:
+        known = ([], []) if training else (means, variances)
+        gates, stats = map_gates_triton(maps, weights, scales, shifts, *known, 1 / 3, 1e-5)
+    else:
+        gates, stats = [], []
+        for x, weight, *norm in zip(*groups, strict=True):
+            y = F.conv2d(x, weight, padding=size // 2)
+            # The kernels normalise the numbers that they keep.
+            y = y + (y.to(dtype).double() - y).detach()
+            mean, variance = (y.mean(), y.var(correction=0)) if training else norm[2:]
+            normal = (y - mean) / (variance + 1e-5).sqrt()
+            gates.append((normal * norm[0] + norm[1]).sigmoid() / 3)
+            count = y.numel() if training else 2
+            found = mean, variance * count / (count - 1), (variance + 1e-5).rsqrt()
+            stats.append(torch.stack([t.flatten()[0] for t in found]))
+        stats = torch.stack(stats, 1)
+    results = torch.autograd.grad(gates, leaves, grads)
+    return [*(g.detach() for g in gates), stats, *results]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize(("batch", "sizes", "size"), GATES, ids=str)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU, in the tests below")
+def test_map_gates_interpreted(batch, sizes, size, training, nan_filled_memory, monkeypatch):
+    from densezoo.ops.plugins import kernels
+
+    # Several blocks of an image, and several steps over what programs have written.
+    monkeypatch.setattr(kernels, "BLOCK", 32)
+    monkeypatch.setattr(kernels, "PARTS", 4)
+    monkeypatch.setattr(kernels, "ROWS", 16)
+    args = batch, sizes, size, training, torch.float32
+    got, expected = (map_gates_results(*args, "cpu", way) for way in (True, False))
+    assert worst_error(got, expected) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(("batch", "sizes", "size"), GATES[:3] + GPU_GATES, ids=str)
+def test_map_gates(batch, sizes, size, training, dtype, allowed, nan_filled_memory, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    args = batch, sizes, size, training, dtype, "cuda"
+    got, again = (map_gates_results(*args, True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True)), "two runs differ"
+    assert worst_error(got, map_gates_results(*args, False)) < allowed
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_map_gates_are_operators(device):
+    import densezoo.ops.plugins.kernels  # noqa: F401  (registers the operators)
+
+    if device == "cpu" and torch.cuda.is_available():
+        pytest.skip("the kernels run on the GPU")
+    ops, opcheck = torch.ops.densezoo, torch.library.opcheck
+    maps = [torch.randn(2, 2, *size, device=device) for size in ((5, 6), (20, 6))]
+    weights = [torch.randn(1, 2, 3, 3, device=device) for _ in maps]
+    ones = [torch.ones(1, device=device) for _ in maps]
+    for training in (True, False):
+        known = [] if training else ones
+        *outs, stats = ops.map_gates(maps, weights, ones, ones, known, known, 0.5, 1e-5)
+        opcheck(ops.map_gates, (maps, weights, ones, ones, known, known, 0.5, 1e-5))
+        args = outs[:2], maps, weights, ones, ones, outs[2:], stats, training, 0.5
+        opcheck(ops.map_gates_backward, args)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("turned", [False, True])
 def test_map_norm(turned):
@@ -496,7 +598,8 @@ def test_modules_take_the_kernels(kind, layout, monkeypatch):
             net, leaf = copy.deepcopy(module), x.detach().requires_grad_()
             with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
                 out = net(leaf)
-            results.append([out, *torch.autograd.grad(out.square().sum(), (leaf, *net.parameters()))])
+            grads = torch.autograd.grad(out.square().sum(), (leaf, *net.parameters()))
+            results.append([out, *grads, *(b.float() for b in net.buffers()), net.eval()(leaf)])
         # Rounding may move a norm's few gradients far.
         for a, b in list(zip(*results, strict=True))[: 2 if narrow else None]:
             torch.testing.assert_close(a, b, atol=(0.1 if narrow else 1e-5) * b.abs().max().item(), rtol=1e-4)
@@ -504,11 +607,11 @@ def test_modules_take_the_kernels(kind, layout, monkeypatch):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @layouts
-@pytest.mark.parametrize("operator", ["map_conv", "gate_axes", "gate_twice"])
+@pytest.mark.parametrize("operator", ["map_conv", "map_gates", "gate_axes", "gate_twice"])
 def test_kernels_compile_once_for_any_batch(device, operator, layout):
     from densezoo.ops.plugins.axes import gate_axes_triton
     from densezoo.ops.plugins.cbam_kernels import gate_twice_triton
-    from densezoo.ops.plugins.kernels import map_conv_triton
+    from densezoo.ops.plugins.kernels import map_conv_triton, map_gates_triton
 
     if device == "cpu" and torch.cuda.is_available():
         pytest.skip("the kernels run on the GPU")
@@ -518,6 +621,9 @@ def test_kernels_compile_once_for_any_batch(device, operator, layout):
     def run(x, weight):
         if operator == "map_conv":
             return map_conv_triton(x, weight)
+        if operator == "map_gates":
+            scale, shift, *_ = weight.flatten().split(1)
+            return map_gates_triton([x], [weight], [scale], [shift], [], [], 0.5, 1e-5)[0][0]
         if operator == "gate_axes":
             return gate_axes_triton(x * weight.sum(), axis_gates)
         return gate_twice_triton(x * weight.sum(), channel_gate, position_gate)
@@ -547,7 +653,9 @@ def test_gpu_matches_cpu(kind, layout, monkeypatch):
         for run in (net, torch.compile(net, fullgraph=True)) if device == "cuda" else (net,):
             leaf = x.to(device).detach().requires_grad_()
             out = run(leaf)
-            results.append([out, *torch.autograd.grad(out.square().sum(), (leaf, *net.parameters()))])
+            grads = torch.autograd.grad(out.square().sum(), (leaf, *net.parameters()))
+            results.append([out, *grads, *(b.clone().float() for b in net.buffers())])
+            net.load_state_dict(module.state_dict())
     expected, *others = results
     for got in others:
         for a, b in zip(got, expected, strict=True):
