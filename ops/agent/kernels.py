@@ -115,18 +115,18 @@ def _unit(grad_value, dtype: tl.constexpr):
     return unit
 
 
-@triton.jit(do_not_specialize=["agents", "run", "runs", "heads"])
+@triton.jit(do_not_specialize=["runs"])
 def _forward(
     q, k, v, agent, bias_a, bias_b, parts, part_norms, out, agent_value, lse, tokens, agents, run, runs, scale,
     q_stride_b, q_stride_t, q_stride_n, k_stride_b, k_stride_t, k_stride_n,
     a_stride_b, a_stride_t, a_stride_n, ba_stride_n, ba_stride_a, ba_stride_t, bb_stride_n, bb_stride_t, bb_stride_a,
-    heads, HAS_A: tl.constexpr, HAS_B: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    HAS_A: tl.constexpr, HAS_B: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     AGENTS: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
     GATHER: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
     """With GATHER over the keys, with SPREAD over the queries of a run of tokens; with both, the run is all of them."""
-    head = tl.program_id(0) % heads
-    image = (tl.program_id(0) // heads).to(tl.int64)
+    head = tl.program_id(0) % HEADS
+    image = (tl.program_id(0) // HEADS).to(tl.int64)
     first = tl.program_id(1) * run
     last = tl.minimum(first + run, tokens)
     a = tl.arange(0, AGENTS)
@@ -137,7 +137,7 @@ def _forward(
     dtype: tl.constexpr = q.dtype.element_ty
     agent_tile = _tile(agent, image * a_stride_b + head * a_stride_n, a_stride_t, a, d, a_mask, INDEX)
     # (B, heads, agents), one row of dim each.
-    row = (image * heads + head) * agents
+    row = (image * HEADS + head) * agents
 
     if GATHER:
         origin = image * k_stride_b + head * k_stride_n
@@ -193,8 +193,8 @@ def _forward(
                 t_inside[:, None] & a_inside[None, :], a_inside[None, :], HAS_B, tl.float32,
             )  # fmt: skip
             o_tile = _spread(q_tile, agent_tile, value, bias, scale, PRECISION)
-            offsets = t.to(INDEX)[:, None] * (heads * DIM) + d[None, :]
-            tl.store(out + (image * tokens * heads + head) * DIM + offsets, o_tile.to(dtype), mask=mask)
+            offsets = t.to(INDEX)[:, None] * (HEADS * DIM) + d[None, :]
+            tl.store(out + (image * tokens * HEADS + head) * DIM + offsets, o_tile.to(dtype), mask=mask)
 
 
 @triton.jit
@@ -205,20 +205,20 @@ def _add(target, offsets, x, mask, is_later):
     tl.store(target + offsets, x, mask=mask)
 
 
-@triton.jit(do_not_specialize=["batch", "images", "agents", "run", "heads"])
+@triton.jit(do_not_specialize=["batch", "images"])
 def _backward(
     q, k, v, agent, bias_a, bias_b, agent_value, lse, grad_out,
     grad_q, grad_k, grad_v, grad_value, grad_agent, grad_bias_a, grad_bias_b,
     batch, images, tokens, agents, run, scale,
     q_stride_b, q_stride_t, q_stride_n, k_stride_b, k_stride_t, k_stride_n,
     a_stride_b, a_stride_t, a_stride_n, ba_stride_n, ba_stride_a, ba_stride_t, bb_stride_n, bb_stride_t, bb_stride_a,
-    heads, HAS_A: tl.constexpr, HAS_B: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    HAS_A: tl.constexpr, HAS_B: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     AGENTS: tl.constexpr, TOKENS: tl.constexpr,
     PRECISION: tl.constexpr, INDEX: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """With QUERIES over the queries, with KEYS over the keys of a run of tokens; with both, the run is all of them."""
-    head = tl.program_id(0) % heads
-    group = tl.program_id(0) // heads
+    head = tl.program_id(0) % HEADS
+    group = tl.program_id(0) // HEADS
     first = tl.program_id(1) * run
     last = tl.minimum(first + run, tokens)
     a = tl.arange(0, AGENTS)
@@ -228,16 +228,16 @@ def _backward(
     a_mask = a_inside[:, None] & d_inside[None, :]
     dtype: tl.constexpr = q.dtype.element_ty
     # (groups, heads, agents, tokens) and (groups, heads, tokens, agents)
-    table = (group.to(tl.int64) * heads + head) * agents * tokens
+    table = (group.to(tl.int64) * HEADS + head) * agents * tokens
     start_image = group.to(tl.int64) * images
     for image in range(start_image, tl.minimum(start_image + images, batch)):
-        row = (image * heads + head) * agents
+        row = (image * HEADS + head) * agents
         a_rows = (row + a)[:, None] * DIM + d[None, :]
         tile = _tile(agent, image * a_stride_b + head * a_stride_n, a_stride_t, a, d, a_mask, INDEX)
         value = tl.load(agent_value + a_rows, mask=a_mask, other=0.0)
         grad_tile = tl.zeros((AGENTS, BLOCK_DIM), tl.float32)
-        part = tl.program_id(1).to(tl.int64) * batch * heads * agents * DIM
-        o_origin = (image * tokens * heads + head) * DIM
+        part = tl.program_id(1).to(tl.int64) * batch * HEADS * agents * DIM
+        o_origin = (image * tokens * HEADS + head) * DIM
         if QUERIES:
             grad_v_tile = tl.zeros((AGENTS, BLOCK_DIM), tl.float32)
             origin = image * q_stride_b + head * q_stride_n
@@ -246,7 +246,7 @@ def _backward(
                 t_inside = t < last
                 mask = t_inside[:, None] & d_inside[None, :]
                 q_tile = _tile(q, origin, q_stride_t, t, d, mask, INDEX)
-                do_tile = _tile(grad_out, o_origin, heads * DIM, t, d, mask, INDEX)
+                do_tile = _tile(grad_out, o_origin, HEADS * DIM, t, d, mask, INDEX)
                 inside = t_inside[:, None] & a_inside[None, :]
                 bias = _bias(
                     bias_b, head, a[None, :], t[:, None], bb_stride_n, bb_stride_a, bb_stride_t,
@@ -255,7 +255,7 @@ def _backward(
                 grad, ds, grad_v_tile, grad_tile = _from_queries(
                     q_tile, do_tile, tile, value, bias, scale, grad_v_tile, grad_tile, PRECISION
                 )
-                offsets = t.to(INDEX)[:, None] * (heads * DIM) + d[None, :]
+                offsets = t.to(INDEX)[:, None] * (HEADS * DIM) + d[None, :]
                 tl.store(grad_q + o_origin + offsets, grad.to(dtype), mask=mask)
                 if HAS_B:
                     offsets = t[:, None] * agents + a[None, :]
@@ -286,16 +286,16 @@ def _backward(
                 grad, grad_values, ds, grad_tile = _from_keys(
                     k_tile, v_tile, tile, bias, norm, delta, scale, grad_v_tile, grad_tile, PRECISION
                 )
-                offsets = t.to(INDEX)[:, None] * (heads * DIM) + d[None, :]
+                offsets = t.to(INDEX)[:, None] * (HEADS * DIM) + d[None, :]
                 tl.store(grad_v + o_origin + offsets, (grad_values * unit).to(dtype), mask=mask)
                 tl.store(grad_k + o_origin + offsets, (grad * unit).to(dtype), mask=mask)
                 if HAS_A:
                     offsets = a[None, :] * tokens + t[:, None]
                     _add(grad_bias_a + table, offsets, ds * unit, inside, image > start_image)
             grad_tile *= unit
-        part = (tl.program_id(1) + (0 if QUERIES else tl.num_programs(1))).to(tl.int64) * batch * agents * heads * DIM
+        part = (tl.program_id(1) + (0 if QUERIES else tl.num_programs(1))).to(tl.int64) * batch * agents * HEADS * DIM
         # (parts, B, agents, heads, dim)
-        rows = ((image * agents + a) * heads + head)[:, None] * DIM + d[None, :]
+        rows = ((image * agents + a) * HEADS + head)[:, None] * DIM + d[None, :]
         tl.store(grad_agent + part + rows, (grad_tile * scale).to(grad_agent.dtype.element_ty), mask=a_mask)
         # The next image adds to what other threads of the program may have written.
         tl.debug_barrier()
@@ -333,15 +333,15 @@ def _store_held(target, tiles, tokens, agents, stride_a, stride_t, TILES: tl.con
         tl.store(target + (a * stride_a + t * stride_t), tiles[i], mask=(a < agents) & (t < tokens))
 
 
-@triton.jit(do_not_specialize=["batch", "agents", "heads"])
+@triton.jit(do_not_specialize=["batch"])
 def _forward_held(
     q, k, v, agent, bias_a, bias_b, out, agent_value, lse, batch, tokens, agents, scale,
     q_stride_b, q_stride_t, q_stride_n, k_stride_b, k_stride_t, k_stride_n,
     a_stride_b, a_stride_t, a_stride_n, ba_stride_n, ba_stride_a, ba_stride_t, bb_stride_n, bb_stride_t, bb_stride_a,
-    heads, HAS_A: tl.constexpr, HAS_B: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    HAS_A: tl.constexpr, HAS_B: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     AGENTS: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0) % heads
+    head = tl.program_id(0) % HEADS
     dtype: tl.constexpr = q.dtype.element_ty
     biases_a = _held_biases(
         bias_a, head, tokens, agents, ba_stride_n, ba_stride_a, ba_stride_t, "agents", HAS_A, AGENTS, TOKENS, TILES,
@@ -352,10 +352,10 @@ def _forward_held(
     a = tl.arange(0, AGENTS)
     d = tl.arange(0, BLOCK_DIM)
     a_mask = (a < agents)[:, None] & (d < DIM)[None, :]
-    for number in range(tl.program_id(0) // heads, batch, tl.num_programs(0) // heads):
+    for number in range(tl.program_id(0) // HEADS, batch, tl.num_programs(0) // HEADS):
         image = tl.cast(number, tl.int64)
         agent_tile = _tile(agent, image * a_stride_b + head * a_stride_n, a_stride_t, a, d, a_mask, INDEX)
-        row = (image * heads + head) * agents
+        row = (image * HEADS + head) * agents
         origin = image * k_stride_b + head * k_stride_n
         top = tl.full((AGENTS,), float("-inf"), tl.float32)
         total = tl.zeros((AGENTS,), tl.float32)
@@ -375,18 +375,18 @@ def _forward_held(
             mask = (t < tokens)[:, None] & (d < DIM)[None, :]
             q_tile = _tile(q, origin, q_stride_t, t, d, mask, INDEX)
             o_tile = _spread(q_tile, agent_tile, value, biases_b[i], scale, PRECISION)
-            offsets = t.to(INDEX)[:, None] * (heads * DIM) + d[None, :]
-            tl.store(out + (image * tokens * heads + head) * DIM + offsets, o_tile.to(dtype), mask=mask)
+            offsets = t.to(INDEX)[:, None] * (HEADS * DIM) + d[None, :]
+            tl.store(out + (image * tokens * HEADS + head) * DIM + offsets, o_tile.to(dtype), mask=mask)
 
 
-@triton.jit(do_not_specialize=["batch", "agents", "heads"])
+@triton.jit(do_not_specialize=["batch"])
 def _queries_held(
     q, agent, bias_b, agent_value, grad_out, grad_q, grad_value, grad_agent, grad_bias_b, batch, tokens, agents, scale,
     q_stride_b, q_stride_t, q_stride_n, a_stride_b, a_stride_t, a_stride_n, bb_stride_n, bb_stride_t, bb_stride_a,
-    heads, HAS_B: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    HAS_B: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     AGENTS: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0) % heads
+    head = tl.program_id(0) % HEADS
     dtype: tl.constexpr = q.dtype.element_ty
     biases = _held_biases(
         bias_b, head, tokens, agents, bb_stride_n, bb_stride_a, bb_stride_t, "tokens", HAS_B,
@@ -398,25 +398,25 @@ def _queries_held(
     a = tl.arange(0, AGENTS)
     d = tl.arange(0, BLOCK_DIM)
     a_mask = (a < agents)[:, None] & (d < DIM)[None, :]
-    for number in range(tl.program_id(0) // heads, batch, tl.num_programs(0) // heads):
+    for number in range(tl.program_id(0) // HEADS, batch, tl.num_programs(0) // HEADS):
         image = tl.cast(number, tl.int64)
-        a_rows = ((image * heads + head) * agents + a)[:, None] * DIM + d[None, :]
+        a_rows = ((image * HEADS + head) * agents + a)[:, None] * DIM + d[None, :]
         tile = _tile(agent, image * a_stride_b + head * a_stride_n, a_stride_t, a, d, a_mask, INDEX)
         value = tl.load(agent_value + a_rows, mask=a_mask, other=0.0)
         grad_tile = tl.zeros((AGENTS, BLOCK_DIM), tl.float32)
         grad_v_tile = tl.zeros((AGENTS, BLOCK_DIM), tl.float32)
         origin = image * q_stride_b + head * q_stride_n
-        o_origin = (image * tokens * heads + head) * DIM
+        o_origin = (image * tokens * HEADS + head) * DIM
         later = ()
         for i in tl.static_range(TILES):
             t = i * TOKENS + tl.arange(0, TOKENS)
             mask = (t < tokens)[:, None] & (d < DIM)[None, :]
             q_tile = _tile(q, origin, q_stride_t, t, d, mask, INDEX)
-            do_tile = _tile(grad_out, o_origin, heads * DIM, t, d, mask, INDEX)
+            do_tile = _tile(grad_out, o_origin, HEADS * DIM, t, d, mask, INDEX)
             grad, ds, grad_v_tile, grad_tile = _from_queries(
                 q_tile, do_tile, tile, value, biases[i], scale, grad_v_tile, grad_tile, PRECISION
             )
-            offsets = t.to(INDEX)[:, None] * (heads * DIM) + d[None, :]
+            offsets = t.to(INDEX)[:, None] * (HEADS * DIM) + d[None, :]
             tl.store(grad_q + o_origin + offsets, grad.to(dtype), mask=mask)
             later = later + (grads[i] + ds,)
         grads = later
@@ -426,15 +426,15 @@ def _queries_held(
         _store_held(grad_bias_b, grads, tokens, agents, 1, agents, TILES)
 
 
-@triton.jit(do_not_specialize=["batch", "agents", "heads"])
+@triton.jit(do_not_specialize=["batch"])
 def _keys_held(
     k, v, agent, bias_a, agent_value, lse, grad_k, grad_v, grad_value, from_queries, grad_agent, grad_bias_a,
     batch, tokens, agents, scale,
     k_stride_b, k_stride_t, k_stride_n, a_stride_b, a_stride_t, a_stride_n, ba_stride_n, ba_stride_a, ba_stride_t,
-    heads, HAS_A: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    HAS_A: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     AGENTS: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0) % heads
+    head = tl.program_id(0) % HEADS
     dtype: tl.constexpr = k.dtype.element_ty
     biases = _held_biases(
         bias_a, head, tokens, agents, ba_stride_n, ba_stride_a, ba_stride_t, "both", HAS_A,
@@ -446,9 +446,9 @@ def _keys_held(
     a = tl.arange(0, AGENTS)
     d = tl.arange(0, BLOCK_DIM)
     a_mask = (a < agents)[:, None] & (d < DIM)[None, :]
-    for number in range(tl.program_id(0) // heads, batch, tl.num_programs(0) // heads):
+    for number in range(tl.program_id(0) // HEADS, batch, tl.num_programs(0) // HEADS):
         image = tl.cast(number, tl.int64)
-        row = (image * heads + head) * agents
+        row = (image * HEADS + head) * agents
         a_rows = (row + a)[:, None] * DIM + d[None, :]
         tile = _tile(agent, image * a_stride_b + head * a_stride_n, a_stride_t, a, d, a_mask, INDEX)
         value = tl.load(agent_value + a_rows, mask=a_mask, other=0.0)
@@ -460,7 +460,7 @@ def _keys_held(
         delta = tl.sum(grad_v_tile * value.to(tl.float32), 1)
         grad_tile = tl.zeros((AGENTS, BLOCK_DIM), tl.float32)
         origin = image * k_stride_b + head * k_stride_n
-        o_origin = (image * tokens * heads + head) * DIM
+        o_origin = (image * tokens * HEADS + head) * DIM
         later = ()
         for i in tl.static_range(TILES):
             t = i * TOKENS + tl.arange(0, TOKENS)
@@ -470,14 +470,14 @@ def _keys_held(
             grad, grad_values, ds, grad_tile = _from_keys(
                 k_tile, v_tile, tile, biases[i], norm, delta, scale, grad_v_tile, grad_tile, PRECISION
             )
-            offsets = t.to(INDEX)[:, None] * (heads * DIM) + d[None, :]
+            offsets = t.to(INDEX)[:, None] * (HEADS * DIM) + d[None, :]
             tl.store(grad_v + o_origin + offsets, (grad_values * unit).to(dtype), mask=mask)
             tl.store(grad_k + o_origin + offsets, (grad * unit).to(dtype), mask=mask)
             later = later + (grads[i] + ds * unit,)
         grads = later
         grad_tile = grad_tile * unit + tl.load(from_queries + a_rows, mask=a_mask, other=0.0)
         # (B, agents, heads, dim)
-        rows = ((image * agents + a) * heads + head)[:, None] * DIM + d[None, :]
+        rows = ((image * agents + a) * HEADS + head)[:, None] * DIM + d[None, :]
         tl.store(grad_agent + rows, (grad_tile * scale).to(dtype), mask=a_mask)
     if HAS_A:
         _store_held(grad_bias_a, grads, tokens, agents, tokens, 1, TILES)
@@ -545,7 +545,7 @@ class _Plan:
         self.has_a, self.has_b = ({f"HAS_{x}": s is not None} for x, s in zip("AB", bias_strides, strict=True))
         largest = max(sum((n - 1) * s for n, s in zip(shape[1:], stride[1:], strict=True)) for stride in strides[:2])
         self.constants = {
-            "heads": self.heads,
+            "HEADS": self.heads,
             "DIM": self.dim,
             "BLOCK_DIM": max(16, triton.next_power_of_2(self.dim)),
             "AGENTS": max(16, triton.next_power_of_2(agents)),
