@@ -7,10 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Tables and numbers of them that a program adds up at a time.
-TABLES, NUMBERS = 32, 128
-# There are so many programs, if there is as much to do for each, as keep a GPU busy.
-PROGRAMS = 512
+# Tables that a program adds up at a time, numbers of them, the less for more programs, and programs that keep a large
+# GPU busy. Measured on an H200.
+TABLES, FEW, MANY, PROGRAMS = 16, 32, 256, 1024
 
 
 @triton.jit(do_not_specialize=["count", "size", "share", "parts"])
@@ -41,8 +40,7 @@ def total(
 ) -> Tensor:
     """Return `factor` times the sum along `dim`, added up in float32 and always in the same order.
 
-    Many tables of few numbers are added up in two stages: torch's sum, with a program for each of the numbers' blocks
-    alone, takes four times as long.
+    Many tables of few numbers are added up in two stages: torch's sum takes up to 3.5 times as long.
 
     Args:
         partial: Contiguous.
@@ -52,7 +50,8 @@ def total(
     groups, count, size = math.prod(partial.shape[:dim]), partial.shape[dim], math.prod(partial.shape[dim + 1 :])
     if out is None:
         out = partial.new_empty(partial.shape[:dim] + partial.shape[dim + 1 :], dtype=dtype)
-    programs = groups * triton.cdiv(size, NUMBERS)
+    numbers = FEW if groups * triton.cdiv(size, MANY) < PROGRAMS else MANY
+    programs = groups * triton.cdiv(size, numbers)
     if programs * count == 0:
         return out.zero_()
     parts = max(1, min(PROGRAMS // programs, count // (2 * TABLES)))
@@ -60,7 +59,7 @@ def total(
     parts = triton.cdiv(count, share)
     if parts > 1:
         partial, whole = partial.new_empty(groups, parts, size, dtype=torch.float32), partial
-        _add_up[programs, parts](whole, partial, count, size, share, parts, 1.0, TABLES, NUMBERS)
+        _add_up[programs, parts](whole, partial, count, size, share, parts, 1.0, TABLES, numbers)
         count, share = parts, triton.cdiv(parts, TABLES) * TABLES
-    _add_up[programs, 1](partial, out, count, size, share, 1, factor, TABLES, NUMBERS)
+    _add_up[programs, 1](partial, out, count, size, share, 1, factor, TABLES, numbers)
     return out

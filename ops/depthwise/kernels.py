@@ -282,7 +282,7 @@ class _Launch(NamedTuple):
 
 # By kernel size: taps, sums under way and the rows at work fit the registers of a thread.
 LAUNCH = {
-    ("forward", 3): _Launch(7, 1, 4, 3),
+    ("forward", 3): _Launch(7, 2, 4, 3),
     ("forward", 5): _Launch(7, 1, 4, 3),
     ("forward", 7): _Launch(4, 1, 4, 3),
     ("backward", 3): _Launch(7, 1, 4, 3),
@@ -384,10 +384,14 @@ def _depthwise_conv_backward(
     plan, (batch, height, width, channels) = _plan("backward", x, grad_out, weight, window), x.shape
     taps = weight[0].numel()
     partial = torch.empty((plan.tables, taps + 1, channels), dtype=torch.float32, device=x.device)
+    # One kernel serves all numbers of channels, but with the GELU, where constants save a sixth of the time.
+    constant = tl.constexpr if gelu else int
+    (*strides, stride_w), (*grad_strides, grad_w) = x.stride()[:3], grad_out.stride()[:3]
     if x.numel():
         _backward[plan.grid](
             grad_out, x, weight, before, grad_x, partial, batch, height, width, *plan.window, plan.rows,
-            channels, *x.stride()[:3], *grad_out.stride()[:3], RESIDUAL=residual, GELU=gelu, **plan.constants,
+            constant(channels), *strides, constant(stride_w), *grad_strides, constant(grad_w),
+            RESIDUAL=residual, GELU=gelu, **plan.constants,
         )  # fmt: skip
     _sum_tables[triton.cdiv((taps + 1) * channels, SUM[1]),](
         partial, grad_weight, grad_bias, plan.tables, channels, taps, bias is not None, *SUM[:2],

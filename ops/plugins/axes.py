@@ -50,16 +50,16 @@ class _ReduceLaunch(NamedTuple):
 
 # Measured on an H200.
 LAUNCH = {
-    "pool": _ReduceLaunch(1024, 64),
+    "pool": _ReduceLaunch(1024, 128),
     "scale": _Launch(2048, 4, 1),
-    "sums": _ReduceLaunch(512, 64),
+    "sums": _ReduceLaunch(256, 64),
     "backward": _Launch(1024, 4, 1),
 }
 # With planes Q x R of at most SMALL numbers, which a tile takes whole.
 SMALL_LAUNCH = {
-    "pool": _Launch(8192, 2, 1, 1024),
+    "pool": _Launch(8192, 4, 1, 1024),
     "scale": _Launch(2048, 4, 1),
-    "sums": _Launch(8192, 2, 1, 1024),
+    "sums": _Launch(8192, 4, 1, 1024),
     "backward": _Launch(2048, 4, 1, 2048),
 }
 SMALL = 256
@@ -447,7 +447,7 @@ def _combined(x: Tensor, partial: Tensor, inverse: float, backward: bool) -> Ten
 def _reductions(x: Tensor, grad: Tensor | None, pools: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
     backward = grad is not None
     # The smallest planes `_reduce` takes faster, several at a time.
-    kernel, tiling = (_reduce_planes, _planes) if 64 < _plane(x) <= SMALL else (_reduce, _walks)
+    kernel, tiling = (_reduce_planes, _planes) if 32 < _plane(x) <= SMALL else (_reduce, _walks)
     programs, parts, sizes, constants = tiling(x, "sums" if backward else "pool")
     outs = [_partial(x, n, *shape[1:]) for n, shape in zip(parts, _maps(x, 2), strict=True)]
     inverses = [1.0 if backward else 1 / size for size in x.shape[1:]]

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops.partials import total
 from densezoo.ops.plugins.axes import _combined, _partial, _register, _store, _through_pool, _unit
 from torch import Tensor
 
@@ -359,7 +360,7 @@ def _gate_through_maps(
     _through_maps[(x.shape[0] * parts * tiles,)](
         x, *tensors, out, *sizes, 1 / channel.shape[1], FIRST=first, **constants
     )
-    return out[:, 0] if out.shape[1] == 1 else out.sum(1).to(x.dtype)
+    return out[:, 0] if out.shape[1] == 1 else total(out, 1, x.dtype)
 
 
 def _sizes(x: Tensor, first: bool) -> tuple[int, int]:

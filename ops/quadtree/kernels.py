@@ -14,8 +14,8 @@ of the coarsest level. The backward, which chooses nothing, makes the coarser le
   against the candidates of all parents, and what belongs to another parent is masked. The candidates are gathered from
   the maps as they are; nothing gathered is stored. A program visits TILES such tiles, and may gather for the next while
   it computes. The forward takes scores of 32-bit numbers STEP channels at a time, for the registers' sake.
-- `_keep` chooses the topk keys of ROWS queries by a partial sort of the scores that the forward kernels left in
-  float32.
+- `_keep` chooses the topk keys of ROWS queries, one after the other, from scores that the forward kernels left in
+  float32: over some hundred candidates a partial sort takes twice as long.
 - `_children_backward_key`: a program owns the children of up to 4 keys, and visits the parents that kept one of them:
   those lie next to each other once the kept keys are sorted by number, stably, and so are summed in one order. 4
   queries of each; what belongs to another of its keys is masked.
@@ -271,7 +271,7 @@ def _all_backward(
 @triton.jit(do_not_specialize=["height", "width", "first", "first_coarser", "outside", "count", "queries"])
 def _keep(
     scores, kept, height, width, first, first_coarser, outside, count, queries,
-    TOPK: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COARSEST: tl.constexpr,
+    TOPK: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COARSEST: tl.constexpr,
 ):  # fmt: skip
     query = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = query < queries
@@ -280,29 +280,31 @@ def _keep(
     j = tl.arange(0, BLOCK)
     here = inside[:, None] & (j < count)[None, :]
     s = tl.load(scores + query[:, None].to(tl.int64) * count + j[None, :], mask=here, other=float("-inf"))
-    # Integers of the floats' order, and in the lower half the candidate's number, so that of equals the first is kept.
-    bits = s.to(tl.int32, bitcast=True)
-    bits ^= (bits >> 31) & 0x7FFFFFFF
-    ranked = (bits.to(tl.int64) << 32) | (BLOCK - 1 - j)[None, :]
-    ranked = tl.topk(ranked, KEPT)
-    j = BLOCK - 1 - (ranked & (BLOCK - 1)).to(tl.int32)
-    rank = tl.arange(0, KEPT)[None, :]
-    chosen = inside[:, None] & (rank < TOPK)
     if COARSEST:
-        key = j
+        key = tl.broadcast_to(j[None, :], s.shape)
     else:
         rows = (height + 1) // 2
         columns = (width + 1) // 2
         position = query % positions
         parent = map_of * rows * columns + position // width // 2 * columns + position % width // 2
-        slot = (first_coarser + parent.to(tl.int64))[:, None] * TOPK + j // 4
-        key = tl.load(kept + slot, mask=chosen & (j < count), other=0)
+        slot = (first_coarser + parent.to(tl.int64))[:, None] * TOPK + (j // 4)[None, :]
+        key = tl.load(kept + slot, mask=here & (j // 4 < TOPK)[None, :], other=0)
         key -= first_coarser + (map_of * rows * columns)[:, None]
-        key = (key // columns * 2 + j % 4 // 2) * width + key % columns * 2 + j % 2
-    # What lies outside of the map has the score -inf: the least of all.
-    key = tl.where((ranked >> 32) > -2139095041, key + first + (map_of * positions)[:, None], outside)
+        key = (key // columns * 2 + (j % 4 // 2)[None, :]) * width + key % columns * 2 + (j % 2)[None, :]
+    # What lies outside of the map has the score -inf.
+    key = tl.where(s > float("-inf"), key + first + (map_of * positions)[:, None], outside)
+    # Integers of the floats' order, below which there is one for what has been chosen.
+    bits = s.to(tl.int32, bitcast=True)
+    bits ^= (bits >> 31) & 0x7FFFFFFF
+    rank = tl.full((ROWS, BLOCK), TOPK, tl.int32)
+    for r in range(TOPK):
+        best = tl.max(bits, 1)
+        place = tl.min(tl.where(bits == best[:, None], j[None, :], BLOCK), 1)
+        hit = j[None, :] == place[:, None]
+        rank = tl.where(hit, r, rank)
+        bits = tl.where(hit, -2147483648, bits)
     place = (first + query.to(tl.int64))[:, None] * TOPK + rank
-    tl.store(kept + place, key, mask=chosen)
+    tl.store(kept + place, key, mask=inside[:, None] & (rank < TOPK))
 
 
 @triton.jit
@@ -545,13 +547,13 @@ class _Launch(NamedTuple):
 # By kernel, for maps of 16-bit numbers up to 32 channels and of more, measured on an H200, and of 32-bit numbers.
 LAUNCH = {
     "coarsen": (_Launch(16, 0, 4, 1), _Launch(16, 0, 4, 1), _Launch(16, 0, 4, 1)),
-    "all_forward": (_Launch(32, 64, 4, 2), _Launch(32, 64, 4, 2), _Launch(32, 64, 4, 2)),
+    "all_forward": (_Launch(32, 64, 4, 2), _Launch(64, 64, 4, 3), _Launch(32, 64, 4, 3)),
     "all_backward": (_Launch(64, 0, 4, 1), _Launch(64, 0, 4, 1), _Launch(0, 0, 4, 1)),
-    "all_backward_query": (_Launch(32, 64, 4, 1), _Launch(32, 64, 4, 1), _Launch(16, 32, 4, 1)),
-    "all_backward_key": (_Launch(32, 64, 4, 1), _Launch(32, 64, 4, 1), _Launch(16, 32, 4, 1)),
-    "children_forward": (_Launch(1, 128, 4, 1), _Launch(1, 128, 4, 1), _Launch(1, 128, 8, 1)),
-    "children_backward_query": (_Launch(1, 128, 4, 1), _Launch(8, 64, 2, 3), _Launch(1, 128, 8, 1)),
-    "children_backward_key": (_Launch(4, 4, 1, 1), _Launch(4, 8, 4, 1), _Launch(4, 8, 2, 1)),
+    "all_backward_query": (_Launch(32, 64, 4, 1), _Launch(64, 64, 4, 3), _Launch(16, 32, 4, 1)),
+    "all_backward_key": (_Launch(32, 64, 4, 1), _Launch(64, 64, 4, 2), _Launch(16, 32, 4, 1)),
+    "children_forward": (_Launch(1, 128, 4, 1), _Launch(8, 32, 1, 2), _Launch(4, 64, 2, 2)),
+    "children_backward_query": (_Launch(1, 128, 4, 1), _Launch(1, 32, 1, 1), _Launch(1, 128, 8, 1)),
+    "children_backward_key": (_Launch(4, 4, 1, 1), _Launch(4, 8, 4, 2), _Launch(4, 8, 2, 1)),
 }
 LAUNCH = Table("quadtree_attention", LAUNCH)
 # Scores that a program of `_keep` holds.
@@ -657,10 +659,7 @@ class _Problem:
         block = triton.next_power_of_2(max(count, self.topk))
         rows = max(1, KEEP_TILE // block)
         first_coarser = first if coarsest else self.maps[level + 1].first
-        constants = {
-            "TOPK": self.topk, "KEPT": triton.next_power_of_2(self.topk),
-            "BLOCK": block, "ROWS": rows, "COARSEST": coarsest, "num_warps": 4,
-        }  # fmt: skip
+        constants = {"TOPK": self.topk, "BLOCK": block, "ROWS": rows, "COARSEST": coarsest, "num_warps": 4}
         arguments = height, width, first, first_coarser, self.coarse_keys, count, queries
         return (triton.cdiv(queries, rows),), arguments, constants
 
