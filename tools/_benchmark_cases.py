@@ -69,11 +69,13 @@ def copy_bandwidth() -> float:
 
 
 def measure(case: Case, bandwidth: float, dtype: torch.dtype) -> list[dict]:
-    """Return one row for the forward and one for the backward pass of a case."""
+    """Return one row for the forward and one for the backward pass of a case, none where it is wrong."""
     torch._dynamo.reset()
     error = case.check()
     if not error <= TOLERANCE[dtype]:
-        raise SystemExit(f"{case.name}: not timed: error {error:.1e} to the reference, {TOLERANCE[dtype]:.0e} allowed")
+        wrong = f"error {error:.1e} to the reference in {dtype}, {TOLERANCE[dtype]:.0e} allowed"
+        print(f"{case.name}: not timed: {wrong}", file=sys.stderr)
+        return []
     inputs = [t.detach().requires_grad_() for t in case.inputs]
     rows = [{"case": case.name, "pass": p, "us": {}, "error": error} for p in ("forward", "backward")]
     for way, run in case.ways.items():
@@ -133,7 +135,7 @@ def time_cases(makers: Iterable[Callable], dtype: torch.dtype | None) -> tuple[l
                 parts = by_dtype(make, bandwidth)
             else:
                 parts = (measure(case, bandwidth, dtype) for case in make(dtype, "cuda"))
-            for new in parts:
+            for new in filter(None, parts):
                 rows += new
                 # Comparing takes minutes: what is known is shown at once.
                 print(*operator_table(new).splitlines()[2:], sep="\n", file=sys.stderr, flush=True)

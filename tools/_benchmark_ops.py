@@ -20,7 +20,10 @@ def channel_attention_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     shapes = [(128, 56, 56, 3), (128, 28, 28, 6), (128, 14, 14, 12), (128, 7, 7, 24)]
     shapes += [(2, 200, 304, 3), (2, 100, 152, 6)]
     for batch, height, width, heads in shapes:
-        inputs = torch.randn(batch, height, width, 3, heads, 32, device=device, dtype=dtype).unbind(3)
+        qkv = torch.randn(batch, height, width, 3, heads, 32, device=device, dtype=dtype)
+        # Scores, which are sums over all positions, of order one: else nothing but rounding decides.
+        qkv[:, :, :, 0] *= (32 / (height * width)) ** 0.5
+        inputs = qkv.unbind(3)
 
         def reference(q, k, v):
             return channel_attention_reference(q, k, v, 32**-0.5)

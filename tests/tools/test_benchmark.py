@@ -170,6 +170,19 @@ def test_kernels_in_each_dtype(monkeypatch):
     assert "| ours / floor | float16 / ours | float32 / ours |" in table
 
 
+def test_what_is_wrong_is_not_timed(monkeypatch, capsys):
+    cases, timed = timed_on_a_cpu(monkeypatch)
+
+    def make(dtype, device):
+        x, error = torch.randn(3, dtype=dtype), 1e-3
+        yield cases.Case("twice", (x,), {"densezoo": lambda x: 2 * x}, lambda: error)
+
+    (rows,) = cases.by_dtype(make, 1.0)
+    assert [list(row["us"]) for row in rows] == 2 * [["bfloat16", "float16"]]
+    assert "twice: not timed: error 1.0e-03 to the reference in torch.float32, 1e-05 allowed" in capsys.readouterr().err
+    assert len(timed) == 4
+
+
 def test_gradients_of_a_modules_parameters_are_timed(monkeypatch):
     cases, timed = timed_on_a_cpu(monkeypatch)
     cbam = tool("_benchmark_modules").MODULES["CBAM"]
