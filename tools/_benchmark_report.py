@@ -118,8 +118,11 @@ def write(runs: list[dict], out: Path, throughput: Path = CARDS / "throughput.js
             parts.append(f"![{what}]({plot_operators(rows, out.with_name(f'benchmarks_{what}.png')).name})")
     for what, dense in (("models", False), ("models_dense", True)):
         models = [run for run in runs if run["what"] == "models" and is_dense(run) == dense]
-        # Of two measurements the later one.
-        if rows := {row["model"]: row for run in models for row in run["rows"]}:
+        rows = {}
+        for row in (row for run in models for row in run["rows"]):
+            # Of two measurements the later one.
+            rows[row["model"]] = rows.get(row["model"], {}) | row
+        if rows:
             parts.append(f"![{what}]({plot_models([*rows.values()], out.with_name(f'benchmarks_{what}.png')).name})")
     if latency := [row for run in runs if run["what"] == "latency" for row in run["rows"]]:
         parts.append(f"![latency]({plot_latency(latency, out.with_name('benchmarks_latency.png')).name})")
