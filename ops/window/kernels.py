@@ -185,7 +185,7 @@ def _backward_whole(
     batch, height, width, heads, windows_h, windows_w, window_h, window_w, shift_h, shift_w,
     table_n, table_h, table_w, scale, stride_b, stride_h, stride_w, grad_b, grad_h, grad_w,
     HAS_BIAS: tl.constexpr, GRID: tl.constexpr, MASKED: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    PRECISION: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
+    PRECISION: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % heads
     m = tl.arange(0, BLOCK)
@@ -216,7 +216,10 @@ def _backward_whole(
         v = _load(base + 2 * heads * DIM, rows, inside, DIM, BLOCK_DIM)
         token = (row * width + col).to(INDEX)
         first = image * height * width * heads * DIM
-        do = _load(grad_out + image * grad_b, row.to(INDEX) * grad_h + col * grad_w, inside, DIM, BLOCK_DIM)
+        if DENSE:
+            do = _load(grad_out + first, token * heads * DIM, inside, DIM, BLOCK_DIM)
+        else:
+            do = _load(grad_out + image * grad_b, row.to(INDEX) * grad_h + col * grad_w, inside, DIM, BLOCK_DIM)
 
         s = tl.dot(q, k.T, input_precision=PRECISION) * (scale * 1.4426950408889634) + bias
         if MASKED:
@@ -610,9 +613,11 @@ def _window_attention_backward(
     shape = 0 if rel_pos_bias is None else problem.partial_shape
     partial = torch.empty(shape, dtype=torch.float32, device=qkv.device)
     if problem.is_whole:
+        # Offsets that the gradient shares with what is written need no registers of their own: spills otherwise.
         _backward_whole[problem.sums_grid](
-            *inputs, grad_out, grad_qkv, partial, *problem.arguments, *grad_strides, **problem.sums
-        )
+            *inputs, grad_out, grad_qkv, partial, *problem.arguments, *grad_strides, **problem.sums,
+            DENSE=grad_out.is_contiguous(),
+        )  # fmt: skip
     else:
         delta = torch.empty_like(lse)
         _backward_query[problem.grid](
