@@ -110,6 +110,8 @@ class QuadTreeAttention(nn.Module):
         self.q_proj = nn.Conv2d(dim, dim, 1)
         self.k_proj = nn.Conv2d(dim, dim, 1)
         self.v_proj = nn.Conv2d(dim, dim, 1)
+        # What the three give goes through it, for hooks to see.
+        self.qkv = nn.Identity()
         if attn_type == "B":
             act = ACTIVATIONS[value_act]
             self.py_att = LevelMix(dim, levels)
@@ -122,7 +124,7 @@ class QuadTreeAttention(nn.Module):
         # once as it likes convolutions to, rows innermost.
         convs, sizes = (self.q_proj, self.k_proj, self.v_proj), [x.shape[1:3]]
         weight, bias = (torch.cat([getattr(conv, name) for conv in convs]) for name in ("weight", "bias"))
-        q, k, v = F.linear(x.flatten(1, 2), weight.flatten(1), bias).chunk(3, -1)
+        q, k, v = self.qkv(F.linear(x.flatten(1, 2), weight.flatten(1), bias)).chunk(3, -1)
         q, k = (part.unflatten(1, sizes[0]) for part in (q, k))
         if self.attn_type == "A":
             values, encoding = [v.unflatten(1, sizes[0])], None

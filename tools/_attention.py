@@ -11,7 +11,7 @@ from densezoo.backbones.davit import ChannelAttention
 from torch import Tensor, nn
 
 # Projection -> where the values are among its C output channels, (from, to) in parts of the C of `proj`.
-VALUES = {"qkv": (2, 3), "kv": (1, 2), "v_proj": (0, 1), "f": (1, 2)}
+VALUES = {"qkv": (2, 3), "kv": (1, 2), "f": (1, 2)}
 
 
 class _Stop(Exception):
@@ -23,7 +23,7 @@ def value_projection(module: nn.Module) -> str | None:
     # Channels attend to each other there.
     if isinstance(module, ChannelAttention) or not isinstance(getattr(module, "proj", None), nn.Linear):
         return None
-    return next((name for name in VALUES if isinstance(getattr(module, name, None), nn.Linear | nn.Conv2d)), None)
+    return next((name for name in VALUES if isinstance(getattr(module, name, None), nn.Linear | nn.Identity)), None)
 
 
 def as_map(x: Tensor, height: int, width: int) -> Tensor:
@@ -76,11 +76,10 @@ def attention_weights(model: nn.Module, image: Tensor, name: str, point: tuple[f
     kept: dict[str, Tensor] = {}
 
     def cut(layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        axis = 1 if isinstance(layer, nn.Conv2d) else -1
         start, end = (part * module.proj.in_features for part in VALUES[projection])
-        before, value, after = output.detach().tensor_split((start, end), axis)
+        before, value, after = output.detach().tensor_split((start, end), -1)
         kept["value"] = value.clone().requires_grad_()
-        return torch.cat((before, kept["value"], after), axis)
+        return torch.cat((before, kept["value"], after), -1)
 
     def stop(layer: nn.Module, args: tuple) -> None:
         kept["output"] = args[0]
@@ -92,6 +91,6 @@ def attention_weights(model: nn.Module, image: Tensor, name: str, point: tuple[f
     rows, columns = output.shape[1:3]
     at = output[0, min(int(point[0] * rows), rows - 1), min(int(point[1] * columns), columns - 1)]
     (weights,) = torch.autograd.grad(at.sum(), kept["value"])
-    weights = weights.permute(0, 2, 3, 1) if projection == "v_proj" else as_map(weights, *size)
+    weights = as_map(weights, *size)
     # What attention pads a map with is at its bottom and right.
     return weights[0, :rows, :columns].abs().mean(-1)

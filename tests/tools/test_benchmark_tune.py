@@ -116,8 +116,16 @@ def test_neighbours(tune):
     na2d = tune.kernels_of("na2d")
     setting = na2d._Launch((1, 8), 64, 32, 512, 8, 1, 128)
     near = [*tune.neighbours(setting, setting)]
-    assert near[:3] == [setting._replace(registers=registers) for registers in (None, 168, 96)]
-    fields = {"stages": {2}, "warps": {4}, "programs": {256, 1024}, "batch": {16, 64}, "chunk": {32, 128}}
+    assert near[:2] == [setting._replace(run=run) for run in (2, 8)]
+    assert near[2:5] == [setting._replace(registers=registers) for registers in (None, 168, 96)]
+    fields = {
+        "run": {2, 8},
+        "stages": {2},
+        "warps": {4},
+        "programs": {256, 1024},
+        "batch": {16, 64},
+        "chunk": {32, 128},
+    }
     fields |= {"tile": {(2, 8), (1, 4), (1, 16)}, "registers": {None, 168, 96}}
     assert set(near) == {setting._replace(**{field: n}) for field, values in fields.items() for n in values}
     # On with what was changed last.
