@@ -446,7 +446,7 @@ def _combined(x: Tensor, partial: Tensor, inverse: float, backward: bool) -> Ten
 
 def _reductions(x: Tensor, grad: Tensor | None, pools: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
     backward = grad is not None
-    # The smallest planes `_reduce` takes faster, several at a time.
+    # Smaller planes, which networks seldom have, are `_reduce`'s.
     kernel, tiling = (_reduce_planes, _planes) if 32 < _plane(x) <= SMALL else (_reduce, _walks)
     programs, parts, sizes, constants = tiling(x, "sums" if backward else "pool")
     outs = [_partial(x, n, *shape[1:]) for n, shape in zip(parts, _maps(x, 2), strict=True)]

@@ -877,24 +877,9 @@ def _(query, key, value, value1, value2, value3, added1, added2, added3, topk, *
 
 @register_flop_formula(torch.ops.densezoo.quadtree_attention_backward)
 def _(
-    grad_out,
-    query,
-    key,
-    value,
-    value1,
-    value2,
-    value3,
-    added1,
-    added2,
-    added3,
-    out,
-    lse,
-    kept,
-    coarsest,
-    topk,
-    *args,
-    **kwargs,
-) -> int:
+    grad_out, query, key, value, value1, value2, value3, added1, added2, added3, out, lse, kept, coarsest, topk,
+    *args, **kwargs,
+) -> int:  # fmt: skip
     # Five products: the scores once more, and the gradients of query, key, value and weights.
     return 10 * _products(query, (value, value1, value2, value3), topk)
 
