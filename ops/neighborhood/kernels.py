@@ -291,7 +291,7 @@ def _query_chunk(
 def _sums(x, members, EXACT: tl.constexpr):
     """Return x @ members, where they are ones and zeros; not EXACT to 16 bits or more."""
     if EXACT:
-        return tl.dot(x, members.to(tl.float32), input_precision="ieee")
+        return tl.dot(x, members.to(tl.float32), input_precision="tf32x3")
     members = members.to(tl.bfloat16)
     high = x.to(tl.bfloat16)
     return tl.dot((x - high.to(tl.float32)).to(tl.bfloat16), members, tl.dot(high, members))
@@ -731,7 +731,8 @@ def _problem(
         "HAS_RPB": has_rpb,
         "DIM": dim,
         "BLOCK_DIM": block_dim,
-        "PRECISION": "tf32" if tf32 and dtype == torch.float32 else "ieee",
+        # Three products in tf32 are as accurate as one in float32, and faster on the tensor cores.
+        "PRECISION": "tf32" if tf32 and dtype == torch.float32 else "tf32x3",
         # 32-bit offsets within an image halve the registers of addresses; images themselves are 64 bits apart.
         "INDEX": tl.int32 if max(extent, 3 * height * width * heads * dim) < 2**31 else tl.int64,
     }
@@ -740,15 +741,20 @@ def _problem(
     # Of wide heads only a small tile lies on the chip.
     form = 2 if sizes[-1] > 128 else 0 if max(lengths) <= 8 else 1 if lengths[1] <= 16 else 2
 
+    def fitting(launch: _Launch) -> _Launch:
+        # Three products in tf32 take the registers of more warps.
+        threefold = dtype == torch.float32 and not tf32
+        return launch._replace(warps=4, stages=2, registers=None) if threefold else launch
+
     def spans(launch: _Launch) -> tuple[int, ...]:
         axes = zip(launch.tile, kernel_size, stride, lengths, strict=True)
         return tuple(min(tile + kernel + step - 2, length) for tile, kernel, step, length in axes)
 
     sees_alike = stride[0] == 1 and not is_causal[0]
-    by_query = [LAUNCH[name, form] for name in ("forward", "backward_query")]
+    by_query = [fitting(LAUNCH[name, form]) for name in ("forward", "backward_query")]
     alike = (kernel_size[0] // 2, kernel_size[0] // 2) if sees_alike else None
     forward, backward_query = (_tiling(launch, sizes, dilation, spans(launch), alike) for launch in by_query)
-    launch = LAUNCH["backward_key", form]
+    launch = fitting(LAUNCH["backward_key", form])
     axes = zip((height, width), dilation, launch.tile, kernel_size, stride, is_causal, strict=True)
     pads, most = zip(*(_padded(*axis) for axis in axes), strict=True)
     # Queries this far from a border have their windows in the middle.
@@ -756,7 +762,7 @@ def _problem(
     backward_key = _tiling(launch, sizes, dilation, most, alike, pads)
     if not backward_key.constants["HOIST"]:
         pads = 0, 0
-        backward_key = _tiling(LAUNCH_MANY, sizes, dilation, spans(LAUNCH_MANY), None)
+        backward_key = _tiling(fitting(LAUNCH_MANY), sizes, dilation, spans(LAUNCH_MANY), None)
         backward_key.constants["HOIST"] = False
     backward_key.constants.update(zip(("pad_h", "pad_w"), pads, strict=True))
     return _Problem(constants, forward, backward_query, backward_key)
