@@ -549,7 +549,7 @@ class _Plan:
             "DIM": self.dim,
             "BLOCK_DIM": max(16, triton.next_power_of_2(self.dim)),
             "AGENTS": max(16, triton.next_power_of_2(agents)),
-            "PRECISION": "tf32" if tf32 else "tf32x3",
+            "PRECISION": "tf32" if tf32 else "ieee",
             # 32-bit offsets within an image halve the registers of addresses; images themselves are 64 bits apart.
             "INDEX": tl.int32 if max(largest, self.tokens * self.heads * self.dim) < 2**31 else tl.int64,
         }

@@ -240,7 +240,7 @@ class _Problem:
         self.constants = {
             "DIM": self.dim,
             "BLOCK_DIM": self.block_dim,
-            "PRECISION": "tf32" if itemsize == 4 and allows_tf32 else "tf32x3",
+            "PRECISION": "tf32" if itemsize == 4 and allows_tf32 else "ieee",
             # 32-bit offsets within an image halve the registers of addresses; images themselves are 64 bits apart.
             "INDEX": tl.int32 if max(extent, 3 * self.out_strides[0]) < 2**31 else tl.int64,
         }

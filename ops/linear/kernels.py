@@ -457,7 +457,7 @@ class _Plan:
             if kernel == "forward" and tokens <= 64:
                 # Of a window there is no next tile to load.
                 launch = launch._replace(stages=1, registers=128)
-            tile = {"BLOCK_DIM": block_dim, "TOKENS": launch.tokens, "PRECISION": "tf32" if tf32 else "tf32x3"}
+            tile = {"BLOCK_DIM": block_dim, "TOKENS": launch.tokens, "PRECISION": "tf32" if tf32 else "ieee"}
             options = {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.registers}
             return features | {"SINGLE": heads == 1} | tile | options
 

@@ -22,8 +22,7 @@ of the coarsest level. The backward, which chooses nothing, makes the coarser le
 
 Gradients go from coarse to fine: a level's gradients of queries and keys take their share of those of the means. What
 is `added` to the output of a coarser level has the gradient of that output.
-Scores are in base 2, scaled by log2(e), and of full precision (three products in tf32), whatever the rest may be, as
-keys are chosen by them. `begin` is where the level's normalisers begin in `lse`, `first` the number of
+Scores are in base 2, scaled by log2(e). `begin` is where the level's normalisers begin in `lse`, `first` the number of
 the first key of the coarser level.
 """
 
@@ -119,7 +118,7 @@ def _all_forward(
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     KEEP: tl.constexpr, ADD: tl.constexpr,
-    PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    PRECISION: tl.constexpr, SCORES: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % heads
     image = tl.program_id(1).to(tl.int64)
@@ -138,7 +137,7 @@ def _all_forward(
         here = (n < count)[:, None] & (d < DIM)[None, :]
         k_tile = tl.load(_tokens(k, n, width, image, head, k_b, k_h, k_w, k_n, d, INDEX), mask=here, other=0.0)
         v_tile = tl.load(_tokens(v, n, width, image, head, v_b, v_h, v_w, v_n, d, INDEX), mask=here, other=0.0)
-        s = tl.dot(q_tile, k_tile.T, input_precision="tf32x3") * (scale * 1.4426950408889634)
+        s = tl.dot(q_tile, k_tile.T, input_precision=SCORES) * (scale * 1.4426950408889634)
         if KEEP:
             place = (first - begin + m)[:, None] * count + n[None, :]
             tl.store(scores + place, s, mask=(m < count)[:, None] & (n < count)[None, :])
@@ -162,7 +161,7 @@ def _all_backward_query(
     q, k, v, added, out, lse, grad, delta, grad_q, begin, height, width, heads, scale,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, ADD: tl.constexpr,
-    PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    PRECISION: tl.constexpr, SCORES: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % heads
     image = tl.program_id(1).to(tl.int64)
@@ -187,7 +186,7 @@ def _all_backward_query(
         here = (n < count)[:, None] & (d < DIM)[None, :]
         k_tile = tl.load(_tokens(k, n, width, image, head, k_b, k_h, k_w, k_n, d, INDEX), mask=here, other=0.0)
         v_tile = tl.load(_tokens(v, n, width, image, head, v_b, v_h, v_w, v_n, d, INDEX), mask=here, other=0.0)
-        s = tl.dot(q_tile, k_tile.T, input_precision="tf32x3") * (scale * 1.4426950408889634)
+        s = tl.dot(q_tile, k_tile.T, input_precision=SCORES) * (scale * 1.4426950408889634)
         p = tl.where((n < count)[None, :], tl.exp2(s - norm[:, None]), 0.0)
         dp = tl.dot(g_tile, v_tile.to(dtype).T, input_precision=PRECISION)
         ds = p * (dp - row_delta[:, None])
@@ -202,7 +201,7 @@ def _all_backward_key(
     q, k, v, lse, grad, delta, grad_k, grad_v, begin, height, width, heads, scale,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    PRECISION: tl.constexpr, SCORES: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % heads
     image = tl.program_id(1).to(tl.int64)
@@ -224,7 +223,7 @@ def _all_backward_key(
         g_tile = tl.load(grad + rows, mask=here, other=0.0).to(dtype)
         norm = tl.load(lse + first + m, mask=m < count, other=0.0)
         row_delta = tl.load(delta + first + m, mask=m < count, other=0.0)
-        s = tl.dot(k_tile, q_tile.T, input_precision="tf32x3") * (scale * 1.4426950408889634)
+        s = tl.dot(k_tile, q_tile.T, input_precision=SCORES) * (scale * 1.4426950408889634)
         p = tl.where((m < count)[None, :], tl.exp2(s - norm[None, :]), 0.0)
         acc_v += tl.dot(p.to(dtype), g_tile, input_precision=PRECISION)
         dp = tl.dot(v_tile.to(dtype), g_tile.T, input_precision=PRECISION)
@@ -241,7 +240,7 @@ def _all_backward(
     q, k, v, lse, grad, grad_q, grad_k, grad_v, begin, height, width, heads, scale,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    PRECISION: tl.constexpr, SCORES: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
@@ -257,7 +256,7 @@ def _all_backward(
     v_tile = tl.load(_tokens(v, m, width, image, head, v_b, v_h, v_w, v_n, d, INDEX), mask=inside, other=0.0)
     g_tile = tl.load(grad + rows, mask=inside, other=0.0).to(dtype)
     norm = tl.load(lse + begin + (image * heads + head) * count + m, mask=exists, other=0.0)
-    s = tl.dot(q_tile, k_tile.T, input_precision="tf32x3") * (scale * 1.4426950408889634)
+    s = tl.dot(q_tile, k_tile.T, input_precision=SCORES) * (scale * 1.4426950408889634)
     p = tl.where(exists[:, None] & exists[None, :], tl.exp2(s - norm[:, None]), 0.0)
     acc = tl.dot(p.to(dtype).T, g_tile, input_precision=PRECISION)
     tl.store(grad_v + rows, acc.to(grad_v.dtype.element_ty), mask=inside)
@@ -352,7 +351,7 @@ def _children_forward(
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
     TOPK: tl.constexpr, CANDIDATES: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, TILES: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, STEP: tl.constexpr, KEEP: tl.constexpr, ADD: tl.constexpr,
-    PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    PRECISION: tl.constexpr, SCORES: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     rows = (height + 1) // 2
     columns = (width + 1) // 2
@@ -387,7 +386,7 @@ def _children_forward(
             some = (c < DIM)[None, :]
             k_tile = tl.load(_place(k, key_row, key_column, k_h, k_w, c, INDEX), mask=seen[:, None] & some, other=0.0)
             q_tile = tl.load(_place(q, row, column, q_h, q_w, c, INDEX), mask=exists[:, None] & some, other=0.0)
-            s = tl.dot(q_tile, k_tile.T, s, input_precision="tf32x3")
+            s = tl.dot(q_tile, k_tile.T, s, input_precision=SCORES)
         s *= scale * 1.4426950408889634
         own = exists[:, None] & (parent[:, None] == owner[None, :])
         s = tl.where(own & seen[None, :], s, float("-inf"))
@@ -418,7 +417,7 @@ def _children_backward_query(
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
     TOPK: tl.constexpr, CANDIDATES: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, TILES: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    PRECISION: tl.constexpr, SCORES: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     rows = (height + 1) // 2
     columns = (width + 1) // 2
@@ -453,7 +452,7 @@ def _children_backward_query(
         g_tile = tl.load(grad + here, mask=inside, other=0.0).to(dtype)
         query = row * width + column
         norm = tl.load(lse + query, mask=exists, other=0.0)
-        s = tl.dot(q_tile, k_tile.T, input_precision="tf32x3") * (scale * 1.4426950408889634)
+        s = tl.dot(q_tile, k_tile.T, input_precision=SCORES) * (scale * 1.4426950408889634)
         own = exists[:, None] & (parent[:, None] == owner[None, :]) & seen[None, :]
         p = tl.where(own, tl.exp2(s - norm[:, None]), 0.0)
         dp = tl.dot(g_tile, v_tile.to(dtype).T, input_precision=PRECISION)
@@ -471,7 +470,7 @@ def _children_backward_key(
     q, k, v, starts, order, lse, grad, delta, coarser, grad_k, grad_v, begin, first, height, width, heads, scale,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
     TOPK: tl.constexpr, KEYS: tl.constexpr, PARENTS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    PRECISION: tl.constexpr, SCORES: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     rows = (height + 1) // 2
     columns = (width + 1) // 2
@@ -519,7 +518,7 @@ def _children_backward_key(
         g_tile = g_tile.to(dtype)
         norm = tl.load(lse + row * width + column, mask=listed, other=0.0)
         row_delta = tl.load(delta + row * width + column, mask=listed, other=0.0)
-        s = tl.dot(k_tile, q_tile.T, input_precision="tf32x3") * (scale * 1.4426950408889634)
+        s = tl.dot(k_tile, q_tile.T, input_precision=SCORES) * (scale * 1.4426950408889634)
         p = tl.where(own & listed[None, :], tl.exp2(s - norm[None, :]), 0.0)
         acc_v += tl.dot(p.to(dtype), g_tile, input_precision=PRECISION)
         dp = tl.dot(v_tile, g_tile.T, input_precision=PRECISION)
@@ -605,7 +604,8 @@ class _Problem:
             # 32-bit offsets within an image halve the registers of addresses; images themselves are 64 bits apart.
             "INDEX": tl.int32 if max(extents) < 2**31 else tl.int64,
         }
-        self.precision = {"PRECISION": "tf32" if tf32 else "tf32x3"}
+        # Keys are chosen by scores of full precision, whatever the rest may be.
+        self.precision = {"PRECISION": "tf32" if tf32 else "ieee", "SCORES": "tf32x3" if tf32 else "ieee"}
         self.family = {"TOPK": topk, "CANDIDATES": triton.next_power_of_2(4 * topk)}
 
         # Queries and keys of the coarser levels are dense.
