@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 from _benchmark_cases import Case
+from densezoo.ops import get_backend, set_backend
 from densezoo.ops.plugins import CBAM, ECA, SE, Triplet
 from timm.layers import EcaModule, SEModule
 from timm.layers.cbam import CbamModule
@@ -32,7 +33,10 @@ def module_cases(
     batch: int = 128,
     shapes: Sequence[tuple[int, int, torch.memory_format]] = SHAPES,
 ) -> Iterator[Case]:
-    """A module in training, parameters in `dtype` as its input, eager and compiled, ours and timm's."""
+    """A module in training, parameters in `dtype` as its input, eager and compiled, ours and timm's.
+
+    Where ours has kernels, what torch.compile makes of it without them is another way.
+    """
     for channels, side, layout in shapes:
         ours = kind(channels, device=device, dtype=dtype)
         for parameter in ours.parameters():
@@ -43,10 +47,29 @@ def module_cases(
         ways = {}
         for name, module in modules.items():
             ways |= {f"{name} compiled": torch.compile(module, dynamic=False), f"{name} eager": module}
+        if kind in (CBAM, Triplet):
+            ways["reference compiled"] = CompiledReference(ours)
         x = torch.randn(batch, channels, side, side, device=device, dtype=dtype).to(memory_format=layout)
         case = f"{kind.__name__} {batch}, {channels}x{side}x{side}"
         case += ", channels last" if layout is torch.channels_last else ""
         yield Case(case, (x,), ways, partial(worst_difference, list(modules.values()), x[:2]))
+
+
+class CompiledReference(nn.Module):
+    """A module as torch.compile makes it of plain PyTorch."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = torch.compile(module, dynamic=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take (B, C, H, W) to the same shape."""
+        before = get_backend()
+        set_backend("reference")
+        try:
+            return self.module(x)
+        finally:
+            set_backend(before)
 
 
 TIMM: dict[type[nn.Module], Callable[[int], nn.Module]] = {

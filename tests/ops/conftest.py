@@ -12,6 +12,14 @@ def restore_backend():
     set_backend(before)
 
 
+@pytest.fixture(autouse=True)
+def release_memory():
+    """Leave the memory of large tensors to other processes' tests on the same GPU."""
+    yield
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 2**32:
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture
 def nan_filled_memory():
     """Fill uninitialised memory with NaN, so that an element which a kernel leaves unwritten shows."""

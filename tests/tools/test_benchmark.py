@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import torch
+from densezoo.ops import get_backend, set_backend
 from tiny import tool
 
 OPS = {
@@ -141,6 +142,23 @@ def test_modules_compute_the_same(name, layout):
     if "timm eager" in case.ways:
         next(case.ways["timm eager"].parameters()).data.neg_()
         assert case.check() > 1e-3
+
+
+def test_modules_with_kernels_are_compared_with_plain_pytorch(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
+    modules = tool("_benchmark_modules")
+    for name, make in modules.MODULES.items():
+        (case,) = make(torch.float32, "cpu", batch=2, shapes=[(32, 6, torch.contiguous_format)])
+        assert ("reference compiled" in case.ways) == (name in ("CBAM", "Triplet"))
+    ours, plain = case.ways["densezoo compiled"], case.ways["reference compiled"]
+    assert [*plain.parameters()] == [*ours.parameters()]
+    set_backend("triton")
+    try:
+        torch.testing.assert_close(plain(*case.inputs), ours(*case.inputs))
+        monkeypatch.setattr(ours, "forward", lambda x: get_backend())
+        assert plain(None) == "reference" and get_backend() == "triton"
+    finally:
+        set_backend("auto")
 
 
 def timed_on_a_cpu(monkeypatch):
