@@ -230,3 +230,18 @@ def test_p2at_weighs_its_auxiliary_losses():
         expected = head.loss_by_feat(head.aux_segs[i](fused[i]), samples)["loss_ce"]
         torch.testing.assert_close(losses[f"aux_{i}.loss_ce"], 0.4 * expected)
     assert head(maps).shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize("name", ["MEUHead", "P2ATHead"])
+@pytest.mark.parametrize("levels", [{}, dict(in_index=[0, 1, 2]), dict(in_index=3)], ids=str)
+def test_segmentation_heads_ask_for_a_level_each(name, levels):
+    with pytest.raises(ValueError, match=r"in_index: got .*, expected a level for each width of in_channels"):
+        build(dict(type=f"densezoo.{name}", in_channels=[8] * 4, channels=8, num_classes=3, **levels))
+
+
+def test_sepc_head_asks_for_pairs_of_maps():
+    head = build(dict(type="densezoo.SEPCRetinaHead", num_classes=3, in_channels=8))
+    with pytest.raises(ValueError, match="x: got one map a level, expected SEPC's pairs"):
+        head(5 * [torch.zeros(2, 8, 4, 4)])
+    with pytest.raises(ValueError, match="stacked_convs: got 4, expected 0"):
+        build(dict(type="densezoo.SEPCRetinaHead", num_classes=3, in_channels=8, stacked_convs=4))
