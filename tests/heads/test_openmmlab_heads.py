@@ -245,3 +245,29 @@ def test_sepc_head_asks_for_pairs_of_maps():
         head(5 * [torch.zeros(2, 8, 4, 4)])
     with pytest.raises(ValueError, match="stacked_convs: got 4, expected 0"):
         build(dict(type="densezoo.SEPCRetinaHead", num_classes=3, in_channels=8, stacked_convs=4))
+
+
+def test_dyhead_without_biases_in_its_convolutions_is_mmdets():
+    theirs = build(dict(type="mmdet.DyHead", in_channels=32, out_channels=32, num_blocks=2, zero_init_offset=False))
+    ours = build(dict(type="densezoo.DyHead", in_channels=32, out_channels=32, num_blocks=2))
+    names = {
+        "dyhead_blocks": "dyhead_tower",
+        "spatial_conv_high": "DyConv.0",
+        "spatial_conv_mid": "DyConv.1",
+        "spatial_conv_low": "DyConv.2",
+        "spatial_conv_offset": "offset",
+        "norm": "bn",
+        "scale_attn_module": "AttnConv",
+        "task_attn_module.conv1.conv": "relu.fc.0",
+        "task_attn_module.conv2.conv": "relu.fc.2",
+    }
+    state = theirs.state_dict()
+    for key, value in state.items():
+        for name, own in names.items():
+            key = key.replace(f"{name}.", f"{own}.")
+        parameter = ours.get_parameter(key)
+        torch.nn.init.normal_(parameter, std=0.2)
+        value.copy_(parameter.detach().view(value.shape))
+    maps = tuple(torch.randn(2, 32, *size) for size in ((16, 20), (8, 10), (4, 5)))
+    for out, expected in zip(ours(maps), theirs(maps), strict=True):
+        torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
