@@ -17,11 +17,6 @@ class _BasicBlock(resnet.BasicBlock):
         super().__init__(inplanes, planes, *args, **kwargs)
         self.plugin_names = []
         for plugin in plugins or ():
-            if plugin["position"] != "after_conv2":
-                raise ValueError(
-                    f"plugins: got position {plugin['position']!r}, expected 'after_conv2', the end of a block of two "
-                    "convolutions, or 'after_stage'"
-                )
             self.plugin_names.append(_add_plugin(self, plugin, planes))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,13 +42,27 @@ class PluginResNet(resnet.ResNet):
     ResNet-18 and 34 start at one. Arguments are mmdet's.
 
     Raises:
-        ValueError: A plugin's position is none of these.
+        ValueError: A plugin has none of these positions or not one entry of `stages` a stage, or two are alike.
     """
 
     arch_settings = {
         depth: (_BasicBlock if block is resnet.BasicBlock else block, stages)
         for depth, (block, stages) in resnet.ResNet.arch_settings.items()
     }
+
+    def make_stage_plugins(self, plugins: Sequence[dict], stage_idx: int) -> list[dict]:
+        """Return the plugins of a stage, as mmdet calls it."""
+        inside = ("after_conv2",) if self.block is _BasicBlock else ("after_conv1", "after_conv2", "after_conv3")
+        positions = (*inside, "after_stage")
+        for plugin in plugins:
+            position, stages = plugin.get("position"), plugin.get("stages")
+            if position not in positions:
+                raise ValueError(
+                    f"plugins: got position {position!r} for ResNet-{self.depth}, expected one of {positions}"
+                )
+            if stages is not None and len(stages) != self.num_stages:
+                raise ValueError(f"plugins: got stages {stages!r}, expected {self.num_stages} of them, True or False")
+        return super().make_stage_plugins(plugins, stage_idx)
 
     def make_res_layer(self, plugins: Sequence[dict] | None = None, **kwargs) -> nn.Sequential:
         """Return a stage, as mmdet calls it, and what comes after it."""
@@ -67,6 +76,9 @@ class PluginResNet(resnet.ResNet):
 
 def _add_plugin(module: nn.Module, plugin: dict, channels: int) -> str:
     """Add a plugin layer to a module; return its name there."""
-    name, layer = build_plugin_layer(dict(plugin["cfg"]), postfix=plugin.get("postfix", ""), in_channels=channels)
+    cfg = dict(plugin["cfg"])
+    name, layer = build_plugin_layer(cfg, postfix=cfg.pop("postfix", ""), in_channels=channels)
+    if hasattr(module, name):
+        raise ValueError(f"plugins: got two called {name!r} in one place, expected each with its 'postfix' in `cfg`")
     module.add_module(name, layer)
     return name

@@ -21,6 +21,8 @@ class _SEPCHead:
         super().__init__(*args, stacked_convs=0, **kwargs)
 
     def forward_single(self, x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        if isinstance(x, Tensor):
+            raise ValueError("x: got one map a level, expected SEPC's pairs: put densezoo.SEPC last in the neck")
         classes, boxes = x
         return self.retina_cls(classes), self.retina_reg(boxes)
 

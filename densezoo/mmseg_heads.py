@@ -18,9 +18,13 @@ class MEUHead(BaseDecodeHead):
         in_channels: Width of each level of `in_index`, finest first.
         channels: Width of the decoder.
         kwargs: Those of mmseg's BaseDecodeHead; `in_index` says which levels.
+
+    Raises:
+        ValueError: There are not two levels or more, or `in_index` has not one for each.
     """
 
     def __init__(self, in_channels: Sequence[int], channels: int = 64, **kwargs):
+        _check_levels(in_channels, **kwargs)
         super().__init__(in_channels, channels, input_transform="multiple_select", **kwargs)
         self.decoder = MEUDecoder(in_channels, channels)
 
@@ -39,6 +43,9 @@ class P2ATHead(BaseDecodeHead):
         decoder: Other arguments of `densezoo.heads.p2at.P2ATDecoder`.
         aux_weight: Of each auxiliary loss.
         kwargs: Those of mmseg's BaseDecodeHead; `in_index` says which levels.
+
+    Raises:
+        ValueError: There are not four levels, or `in_index` has not one for each.
     """
 
     def __init__(
@@ -49,6 +56,7 @@ class P2ATHead(BaseDecodeHead):
         aux_weight: float = 0.4,
         **kwargs,
     ):
+        _check_levels(in_channels, **kwargs)
         kwargs = dict(dropout_ratio=0, init_cfg=None) | kwargs
         super().__init__(in_channels, channels, input_transform="multiple_select", **kwargs)
         self.aux_weight = aux_weight
@@ -68,3 +76,10 @@ class P2ATHead(BaseDecodeHead):
             for name, value in self.loss_by_feat(predict(aux), batch_data_samples).items():
                 losses[f"aux_{i}.{name}"] = value * self.aux_weight if "loss" in name else value
         return losses
+
+
+def _check_levels(in_channels: Sequence[int], in_index: Sequence[int] | None = None, **_) -> None:
+    """Raise ValueError where `in_index` does not say which level each width of `in_channels` is of."""
+    are_lists = isinstance(in_channels, Sequence) and isinstance(in_index, Sequence)
+    if not are_lists or len(in_channels) != len(in_index):
+        raise ValueError(f"in_index: got {in_index!r}, expected a level for each width of in_channels, {in_channels!r}")

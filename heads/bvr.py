@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from densezoo.necks.parts import check_features
 from densezoo.ops.backend import is_exporting
+from densezoo.ops.plugins.parts import positive
 from torch import Tensor, nn
 
 CORNERS = ("top_left_corner", "bottom_right_corner")
@@ -47,13 +49,16 @@ class BVR(nn.Module):
         num_keys: int = 50,
     ):
         super().__init__()
-        numbers = dict(num_classes=num_classes, points_per_level=points_per_level, num_keys=num_keys)
+        numbers = dict(num_classes=num_classes, in_channels=in_channels, channels=channels)
+        numbers |= dict(points_per_level=points_per_level, num_keys=num_keys)
         for name, number in numbers.items():
-            if number < 1:
-                raise ValueError(f"{name}: got {number}, expected a positive integer")
-        if channels < 1 or channels % 32:
+            positive(name, number)
+        if channels % 32:
             raise ValueError(f"channels: got {channels}, expected a positive multiple of 32, one for each group")
-        self.strides = tuple(strides)
+        if not isinstance(strides, Sequence) or not strides:
+            raise ValueError(f"strides: got {strides!r}, expected the strides of one level or more, finest first")
+        self.in_channels, self.channels = in_channels, channels
+        self.strides = tuple(positive("strides", stride) for stride in strides)
         self.points_per_level, self.num_keys = points_per_level, num_keys
         self.keypoint_head = KeyPointHead(num_classes, in_channels, channels)
         self.cls_transformer = Bridge(channels, num_heads, cell=strides[0])
@@ -80,6 +85,12 @@ class BVR(nn.Module):
         if not len(maps) == len(cls_maps) == len(reg_maps) == len(self.strides):
             found = (len(maps), len(cls_maps), len(reg_maps))
             raise ValueError(f"maps, cls_maps, reg_maps: got {found} levels, expected {len(self.strides)} each")
+        for name, levels, width in (
+            ("maps", maps, self.in_channels),
+            ("cls_maps", cls_maps, self.channels),
+            ("reg_maps", reg_maps, self.channels),
+        ):
+            check_features(levels, len(levels) * [width], name)
         points = self.keypoint_head(maps)
         cells = cell_centers([m.shape[2:] for m in maps], self.strides, maps[0].device)
         chosen = {kind: self.choose(levels, cells) for kind, levels in points.items()}
@@ -161,8 +172,10 @@ class RoIBVR(nn.Module):
         self, in_channels: int = 256, channels: int = 1024, num_heads: int = 8, num_keys: int = 50, cell: float = 8
     ):
         super().__init__()
-        if num_keys < 1:
-            raise ValueError(f"num_keys: got {num_keys}, expected a positive integer")
+        for name, number in dict(in_channels=in_channels, channels=channels, num_keys=num_keys).items():
+            positive(name, number)
+        if cell <= 0:
+            raise ValueError(f"cell: got {cell}, expected a positive number of pixels")
         self.num_keys = num_keys
         convs = [layer for _ in range(4) for layer in (nn.Conv2d(in_channels, in_channels, 3, padding=1), nn.ReLU())]
         self.convs = nn.Sequential(*convs, nn.ConvTranspose2d(in_channels, in_channels, 2, stride=2), nn.ReLU())

@@ -5,7 +5,9 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from densezoo.necks.parts import check_features
 from densezoo.ops.backend import is_exporting
+from densezoo.ops.plugins.parts import positive
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
@@ -23,18 +25,17 @@ class DyHead(nn.Module):
         num_blocks: How many times scales, positions and channels are attended to.
 
     Raises:
-        ValueError: An argument is out of its range, or the levels do not halve one another.
+        ValueError: An argument is out of its range, or the levels do not halve one another or have another width.
     """
 
     def __init__(self, in_channels: int, out_channels: int = 256, num_blocks: int = 6):
         super().__init__()
-        if out_channels < 1 or out_channels % 16:
+        if positive("out_channels", out_channels) % 16:
             raise ValueError(
                 f"out_channels: got {out_channels}, expected a positive multiple of 16, one for each group"
             )
-        if num_blocks < 1:
-            raise ValueError(f"num_blocks: got {num_blocks}, expected a positive integer")
-        widths = [in_channels] + num_blocks * [out_channels]
+        self.in_channels = positive("in_channels", in_channels)
+        widths = [in_channels] + positive("num_blocks", num_blocks) * [out_channels]
         self.dyhead_tower = nn.Sequential(*(DyConv(*pair) for pair in pairwise(widths)))
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -42,6 +43,7 @@ class DyHead(nn.Module):
 
         Each level is half as high and wide as the one before it, rounded up.
         """
+        check_features(maps, max(len(maps), 1) * [self.in_channels], "maps")
         if not is_exporting():
             for i, (finer, coarser) in enumerate(pairwise(maps), 1):
                 found, expected = tuple(coarser.shape[2:]), tuple((n + 1) // 2 for n in finer.shape[2:])

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 
 import torch.nn.functional as F
+from densezoo.necks.parts import check_features, check_widths
+from densezoo.ops.plugins.parts import positive
 from torch import Tensor, nn
 
 
@@ -16,10 +18,15 @@ class MEU(nn.Module):
         high_channels: Width of the coarser level.
         low_channels: Width of the finer level.
         channels: Width of the result.
+
+    Raises:
+        ValueError: A width is not positive.
     """
 
     def __init__(self, high_channels: int, low_channels: int, channels: int):
         super().__init__()
+        for name, value in dict(high_channels=high_channels, low_channels=low_channels, channels=channels).items():
+            positive(name, value)
         self.high = nn.Sequential(nn.Conv2d(high_channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
         self.low = nn.Sequential(nn.Conv2d(low_channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
         self.channel = nn.Conv2d(channels, channels, 1, bias=False)
@@ -42,21 +49,19 @@ class MEUDecoder(nn.Module):
         channels: Width of the results.
 
     Raises:
-        ValueError: There are fewer than two levels, or not as many as there are maps.
+        ValueError: There are fewer than two levels, a width is not positive, or the maps are others.
     """
 
     def __init__(self, in_channels: Sequence[int], channels: int = 64):
         super().__init__()
-        if len(in_channels) < 2:
-            raise ValueError(f"in_channels: got {in_channels!r}, expected the widths of two levels or more")
-        *finer, coarsest = in_channels
+        self.in_channels = check_widths(in_channels, 2)
+        *finer, coarsest = self.in_channels
         highs = [coarsest] + (len(finer) - 1) * [channels]
         self.blocks = nn.ModuleList(MEU(high, low, channels) for high, low in zip(highs, finer[::-1], strict=True))
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Take levels (B, in_channels[i], H_i, W_i), finest first, to (B, channels, H_0, W_0)."""
-        if len(maps) != len(self.blocks) + 1:
-            raise ValueError(f"maps: got {len(maps)} levels, expected {len(self.blocks) + 1}")
+        check_features(maps, self.in_channels, "maps")
         *finer, x = maps
         for block, low in zip(self.blocks, finer[::-1], strict=True):
             x = block(x, low)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from densezoo.necks.parts import check_features, check_widths
+from densezoo.ops.plugins.parts import positive
 from torch import Tensor, nn
 
 
@@ -36,13 +38,13 @@ class P2ATDecoder(nn.Module):
         pos_embed_size: int = 16,
     ):
         super().__init__()
+        self.in_channels = check_widths(in_channels)
         if len(in_channels) != 4:
             raise ValueError(f"in_channels: got {in_channels!r}, expected the widths of four levels")
         numbers = dict(channels=channels, num_heads=num_heads, key_dim=key_dim, num_blocks=num_blocks)
         for name, number in (numbers | dict(pos_embed_size=pos_embed_size)).items():
-            if number < 1:
-                raise ValueError(f"{name}: got {number}, expected a positive integer")
-        c1, c2, c3, c4 = in_channels
+            positive(name, number)
+        c1, c2, c3, c4 = self.in_channels
         self.reduce = conv(c4, channels)
         blocks = (AxialBlock(channels, num_heads, key_dim, pos_embed_size) for _ in range(num_blocks))
         self.blocks = nn.Sequential(*blocks)
@@ -62,8 +64,7 @@ class P2ATDecoder(nn.Module):
             A map (B, channels, H_0, W_0), and those for the auxiliary losses, (B, channels, H_1, W_1) and
             (B, channels, H_0, W_0).
         """
-        if len(maps) != 4:
-            raise ValueError(f"maps: got {len(maps)} levels, expected 4")
+        check_features(maps, self.in_channels, "maps")
         c1, c2, c3, c4 = maps
         x = self.decoders[0](self.blocks(self.reduce(c4)))
         decoded, fused = [x], []

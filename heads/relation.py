@@ -1,6 +1,7 @@
 """Relation-DETR's position relation, for the self-attention of detection transformers."""
 
 import torch
+from densezoo.ops.plugins.parts import positive
 from torch import Tensor, nn
 
 
@@ -22,9 +23,8 @@ class PositionRelation(nn.Module):
 
     def __init__(self, num_heads: int = 8, embed_dim: int = 16, temperature: float = 10000.0, scale: float = 100.0):
         super().__init__()
-        if num_heads < 1:
-            raise ValueError(f"num_heads: got {num_heads}, expected a positive integer")
-        if embed_dim < 2 or embed_dim % 2:
+        positive("num_heads", num_heads)
+        if positive("embed_dim", embed_dim) % 2:
             raise ValueError(f"embed_dim: got {embed_dim}, expected a positive even number, for sines and cosines")
         self.pos_proj = nn.Sequential(nn.Conv2d(4 * embed_dim, num_heads, 1), nn.ReLU())
         frequencies = scale * temperature ** -(torch.arange(0, embed_dim, 2) / embed_dim)

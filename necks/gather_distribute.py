@@ -47,7 +47,8 @@ class GatherDistribute(nn.Module):
         drop_path_rate: Stochastic depth of the last block of the high branch; from 0 on, linear over the blocks.
 
     Raises:
-        ValueError: There are not four levels, there is no such size, or a width is not positive.
+        ValueError: There are not four levels, there is no such size, a width is not positive, or `drop_path_rate` is
+            no share.
     """
 
     def __init__(
@@ -61,8 +62,10 @@ class GatherDistribute(nn.Module):
         self.in_channels = check_widths(in_channels)
         if len(self.in_channels) != 4:
             raise ValueError(f"in_channels: got {self.in_channels}, expected four widths, of c2, c3, c4 and c5")
-        if arch not in ARCHS:
+        if not isinstance(arch, str) or arch not in ARCHS:
             raise ValueError(f"arch: got {arch!r}, expected one of {', '.join(ARCHS)}")
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate: got {drop_path_rate}, expected 0 or more and less than 1")
         options = dict(ARCHS[arch])
         if out_channels is not None:
             options["out_channels"] = positive("out_channels", out_channels)

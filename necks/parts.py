@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -23,21 +24,28 @@ def check_widths(in_channels: Sequence[int], least: int = 1) -> list[int]:
     return [positive("in_channels", width) for width in in_channels]
 
 
-def check_features(features: Sequence[Tensor], in_channels: Sequence[int]) -> None:
-    """Raise ValueError where the maps are not those that a neck was built for."""
+def check_features(features: Sequence[Tensor], in_channels: Sequence[int], name: str = "features") -> None:
+    """Raise ValueError, starting with `name`, where the maps are not those that a neck or head was built for."""
     if isinstance(features, Tensor):
-        raise ValueError("features: got one tensor, expected a sequence of maps (B, C, H, W), finest first")
+        raise ValueError(f"{name}: got one tensor, expected a sequence of maps (B, C, H, W), finest first")
     widths = [x.shape[1] for x in features]
     if widths != list(in_channels):
         raise ValueError(
-            f"features: got {len(widths)} maps of {widths} channels, expected {len(in_channels)}, finest first, of "
+            f"{name}: got {len(widths)} maps of {widths} channels, expected {len(in_channels)}, finest first, of "
             f"{list(in_channels)} as in in_channels"
         )
+    # Asked of a graph to export it would limit the sizes that the graph serves.
+    if is_exporting():
+        return
+    for finer, coarser in pairwise(features):
+        if coarser.shape[2] > finer.shape[2] or coarser.shape[3] > finer.shape[3]:
+            sizes = [tuple(x.shape[2:]) for x in features]
+            raise ValueError(f"{name}: got maps of sizes {sizes}, expected the finest first, then none larger")
 
 
 def check_levels(levels: int, num_outs: int | None, start_level: int) -> int:
     """Return the number of outputs: `num_outs`, or as many as inputs are used; ValueError where there are too few."""
-    if start_level not in range(levels):
+    if not isinstance(start_level, int) or start_level not in range(levels):
         raise ValueError(f"start_level: got {start_level!r}, expected 0 to {levels - 1} for {levels} levels")
     used = levels - start_level
     if num_outs is None:

@@ -65,12 +65,14 @@ class RFP(FPN):
         images, *maps = features
         first = super().forward(maps)
         levels = first[self.first_level - self.start_level :]
-        for stage, conv, x in zip(self.stages, self.rfp_convs, levels, strict=False):
-            feedback = conv(self.rfp_aspp(x))
-            stage.feedback = feedback.permute(0, 2, 3, 1) if self.channels_last else feedback
-        maps = self.rfp_modules[0](images)
-        for stage in self.stages:
-            stage.feedback = None
+        try:
+            for stage, conv, x in zip(self.stages, self.rfp_convs, levels, strict=False):
+                feedback = conv(self.rfp_aspp(x))
+                stage.feedback = feedback.permute(0, 2, 3, 1) if self.channels_last else feedback
+            maps = self.rfp_modules[0](images)
+        finally:
+            for stage in self.stages:
+                stage.feedback = None
         second = super().forward(maps)
         return tuple(torch.lerp(a, b, self.rfp_weight(b).sigmoid()) for a, b in zip(first, second, strict=True))
 
@@ -82,7 +84,8 @@ def stages_of(backbone: nn.Module, in_channels: Sequence[int]) -> list[nn.Module
         ValueError: It is none, or returns maps of other widths.
     """
     model = getattr(backbone, "model", backbone)
-    info = [model.feature_info[i] for i in backbone.out_indices] if hasattr(model, "feature_info") else []
+    is_zoos = hasattr(model, "feature_info") and hasattr(backbone, "out_indices")
+    info = [model.feature_info[i] for i in backbone.out_indices] if is_zoos else []
     stages = []
     for stage in info:
         stages += [m for m in model.get_submodule(stage["module"]).modules() if hasattr(m, "feedback")][:1]

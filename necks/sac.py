@@ -2,6 +2,7 @@
 
 import torch.nn.functional as F
 from densezoo.necks.parts import deform_conv2d
+from densezoo.ops.backend import is_exporting
 from densezoo.ops.plugins.parts import positive
 from torch import Tensor, nn
 
@@ -23,6 +24,9 @@ class SAC(nn.Conv2d):
         dilation: The smaller one; the padding is the same, so that the stride alone changes the size.
         bias: As in `nn.Conv2d`.
         use_deform: Whether both convolutions deform (arXiv 1703.06211).
+
+    Raises:
+        ValueError: A width or the dilation is not positive, or a map is smaller than 3x3.
     """
 
     def __init__(
@@ -34,6 +38,8 @@ class SAC(nn.Conv2d):
         bias: bool = True,
         use_deform: bool = False,
     ):
+        positive("in_channels", in_channels)
+        positive("out_channels", out_channels)
         positive("dilation", dilation)
         super().__init__(in_channels, out_channels, 3, stride, dilation, dilation, bias=bias)
         self.use_deform = use_deform
@@ -62,6 +68,9 @@ class SAC(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Take a map (B, in_channels, H, W) to (B, out_channels, H / stride, W / stride)."""
+        # Asked of a graph to export it would limit the sizes that the graph serves.
+        if not is_exporting() and min(x.shape[2:]) < 3:
+            raise ValueError(f"x: got a map of {tuple(x.shape[2:])}, expected 3x3 pixels at least")
         x = x + self.pre_context(x.mean((2, 3), keepdim=True))
         around = F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), 5, stride=1)
         switch = self.switch(around)

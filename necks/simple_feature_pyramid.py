@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from densezoo.necks.parts import check_features, halve, subsample
+from densezoo.necks.parts import check_features, check_widths, halve, subsample
 from densezoo.ops.plugins.parts import positive
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
@@ -36,11 +36,12 @@ class SimpleFeaturePyramid(nn.Module):
         num_outs: int | None = None,
     ):
         super().__init__()
-        widths = [in_channels] if isinstance(in_channels, int) else list(in_channels)
+        widths = [in_channels] if isinstance(in_channels, int) else check_widths(in_channels)
         if len(widths) != 1:
             raise ValueError(f"in_channels: got {widths}, expected one width: all levels come from one map")
         self.in_channels = [positive("in_channels", widths[0])]
-        if not scales or not set(scales) <= set(SCALES) or sorted(set(scales), reverse=True) != list(scales):
+        known = set(scales) if isinstance(scales, Sequence) else set()
+        if not known or not known <= set(SCALES) or sorted(known, reverse=True) != list(scales):
             raise ValueError(f"scales: got {scales!r}, expected some of {SCALES} in this order")
         if int(scales[0]) and widths[0] % int(scales[0]):
             raise ValueError(

@@ -70,6 +70,26 @@ def test_checkpointing_changes_nothing():
         torch.testing.assert_close(a, b)
 
 
-def test_an_unknown_position_is_told():
-    with pytest.raises(ValueError, match="position 'after_conv3', expected 'after_conv2'.*'after_stage'"):
-        build(18, [plugin("SE", "after_conv3")])
+@pytest.mark.parametrize(
+    ("depth", "plugins", "message"),
+    [
+        (18, [plugin("SE", "after_conv3")], r"position 'after_conv3' for ResNet-18, .*'after_conv2', 'after_stage'\)"),
+        (50, [plugin("SE", "after_conv4")], "position 'after_conv4' for ResNet-50, expected one of .*'after_conv3'"),
+        (50, [dict(cfg=dict(type="densezoo.SE"))], "got position None for ResNet-50, expected one of"),
+        (18, [plugin("SE", "after_stage", (True, True))], r"got stages \(True, True\), expected 4 of them"),
+        (18, 2 * [plugin("SE", "after_conv2")], "got two called 'se' in one place, expected each with its 'postfix'"),
+        (50, 2 * [plugin("SE", "after_stage")], "got two called 'se' in one place, expected each with its 'postfix'"),
+    ],
+)
+def test_what_plugins_may_be_is_told(depth, plugins, message):
+    with pytest.raises(ValueError, match=message):
+        build(depth, plugins)
+
+
+@pytest.mark.parametrize(("depth", "position"), [(18, "after_conv2"), (50, "after_conv3"), (50, "after_stage")])
+def test_two_of_a_kind_have_a_postfix(depth, position):
+    plugins = [plugin("SE", position), plugin("SE", position)]
+    plugins[1]["cfg"]["postfix"] = 2
+    layer = build(depth, plugins).layer1
+    place = layer if position == "after_stage" else layer[0]
+    assert isinstance(place.se, SE) and isinstance(place.se2, SE) and place.se is not place.se2

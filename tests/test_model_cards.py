@@ -107,7 +107,7 @@ def test_configs_and_results_name_each_other():
     # Recipes that were published without results.
     without = r"mask-rcnn_quadtree-b\d_fpn_3x_coco|flatten-pvt-(medium|large|v2-b3|v2-b4)_in1k"
     # The recipes of other depths, and of another detector than the paper's.
-    without += r"|(se|cbam|bam|triplet)-resnet(18|34|101|152)_in1k|faster-rcnn_(se|cbam)-resnet50_fpn_1x_coco"
+    without += r"|(se|cbam|bam|triplet)-resnet(18|34|101|152)_in1k|faster-rcnn_(se|cbam|bam)-resnet(50|101)_fpn_1x_coco"
     assert all(re.fullmatch(without, config.stem) for config in configs - named.keys())
 
 

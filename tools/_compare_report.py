@@ -30,7 +30,12 @@ trains and what it costs; they do not tell what it gives on COCO with pretrained
   of 1. Medians of up to {timed} calls on {device}, one model after the other; × is the ratio to the
   plain model.{remark}
 - SEPC's last convolutions have no padding, as published, which takes two cells of each level: of the coarsest here
-  half. The simple feature pyramid comes from one map, so that its backbone has a stage less.
+  half. The anchors that are left stand at the top left: 65% of the digits overlap one by half, of the plain one's 92%.
+  With padding SEPC-lite learns as the plain model does: AP 0.054 and 0.055 after 150 steps, 0.029 without.
+- Dynamic Head computes what the published one does and, but for the biases of its convolutions, mmdet's. It is slow
+  from scratch: after 150 steps its AP in Faster R-CNN is 0.02, and 0.07 as plain convolutions over levels, without
+  offsets, attention and dynamic ReLU, with outputs as large as the FPN's; the plain model's is 0.39.
+- The simple feature pyramid comes from one map, so that its backbone has a stage less.
 - Relation-DETR's position relation is not here: DINO needs far more than this budget to learn anything from scratch.
 
 ![score and time](comparison.png)

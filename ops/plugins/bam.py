@@ -47,7 +47,7 @@ class BAM(nn.Module):
         self.spatial_att = nn.Sequential(OrderedDict(gate_s=nn.Sequential(gate_s)))
         self.init_weights()
 
-    def init_weights(self) -> None:
+    def init_weights(self, **_) -> None:  # timm passes what concerns its own blocks
         """Start as the released network."""
         init_as_published(self)
 

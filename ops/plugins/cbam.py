@@ -31,7 +31,7 @@ class CBAM(nn.Module):
         self.SpatialGate = nn.Sequential(OrderedDict(spatial=map_conv(kernel_size, **factory)))
         self.init_weights()
 
-    def init_weights(self) -> None:
+    def init_weights(self, **_) -> None:  # timm passes what concerns its own blocks
         """Start as the released network: the spatial gate is 1/2 everywhere."""
         init_as_published(self)
         nn.init.zeros_(self.SpatialGate.spatial.bn.weight)

@@ -37,7 +37,7 @@ class DAS(nn.Module):
         self.norm = nn.LayerNorm(channels, **factory)
         self.init_weights()
 
-    def init_weights(self) -> None:
+    def init_weights(self, **_) -> None:  # timm passes what concerns its own blocks
         """Start with taps that look nowhere else."""
         nn.init.zeros_(self.offset.weight)
         nn.init.zeros_(self.offset.bias)

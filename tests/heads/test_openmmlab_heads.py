@@ -230,3 +230,44 @@ def test_p2at_weighs_its_auxiliary_losses():
         expected = head.loss_by_feat(head.aux_segs[i](fused[i]), samples)["loss_ce"]
         torch.testing.assert_close(losses[f"aux_{i}.loss_ce"], 0.4 * expected)
     assert head(maps).shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize("name", ["MEUHead", "P2ATHead"])
+@pytest.mark.parametrize("levels", [{}, dict(in_index=[0, 1, 2]), dict(in_index=3)], ids=str)
+def test_segmentation_heads_ask_for_a_level_each(name, levels):
+    with pytest.raises(ValueError, match=r"in_index: got .*, expected a level for each width of in_channels"):
+        build(dict(type=f"densezoo.{name}", in_channels=[8] * 4, channels=8, num_classes=3, **levels))
+
+
+def test_sepc_head_asks_for_pairs_of_maps():
+    head = build(dict(type="densezoo.SEPCRetinaHead", num_classes=3, in_channels=8))
+    with pytest.raises(ValueError, match="x: got one map a level, expected SEPC's pairs"):
+        head(5 * [torch.zeros(2, 8, 4, 4)])
+    with pytest.raises(ValueError, match="stacked_convs: got 4, expected 0"):
+        build(dict(type="densezoo.SEPCRetinaHead", num_classes=3, in_channels=8, stacked_convs=4))
+
+
+def test_dyhead_without_biases_in_its_convolutions_is_mmdets():
+    theirs = build(dict(type="mmdet.DyHead", in_channels=32, out_channels=32, num_blocks=2, zero_init_offset=False))
+    ours = build(dict(type="densezoo.DyHead", in_channels=32, out_channels=32, num_blocks=2))
+    names = {
+        "dyhead_blocks": "dyhead_tower",
+        "spatial_conv_high": "DyConv.0",
+        "spatial_conv_mid": "DyConv.1",
+        "spatial_conv_low": "DyConv.2",
+        "spatial_conv_offset": "offset",
+        "norm": "bn",
+        "scale_attn_module": "AttnConv",
+        "task_attn_module.conv1.conv": "relu.fc.0",
+        "task_attn_module.conv2.conv": "relu.fc.2",
+    }
+    state = theirs.state_dict()
+    for key, value in state.items():
+        for name, own in names.items():
+            key = key.replace(f"{name}.", f"{own}.")
+        parameter = ours.get_parameter(key)
+        torch.nn.init.normal_(parameter, std=0.2)
+        value.copy_(parameter.detach().view(value.shape))
+    maps = tuple(torch.randn(2, 32, *size) for size in ((16, 20), (8, 10), (4, 5)))
+    for out, expected in zip(ours(maps), theirs(maps), strict=True):
+        torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)

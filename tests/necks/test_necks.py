@@ -241,6 +241,7 @@ def test_copies(name):
         (lambda: FPN(WIDTHS, 0), "out_channels: got 0, expected a positive integer"),
         (lambda: FPN(WIDTHS, num_outs=3), "num_outs: got 3, expected 4 or more"),
         (lambda: FPN(WIDTHS, start_level=4), "start_level: got 4, expected 0 to 3 for 4 levels"),
+        (lambda: FPN(WIDTHS, start_level=1.0), "start_level: got 1.0, expected 0 to 3 for 4 levels"),
         (lambda: FPN(WIDTHS, start_level=-1), "start_level: got -1, expected 0 to 3 for 4 levels"),
         (lambda: FPN(WIDTHS, add_extra_convs="on_top"), "add_extra_convs: got 'on_top', expected False, True or "),
         (lambda: FPN(WIDTHS, norm="ln"), "norm: got 'ln', expected one of None, 'bn', 'gn'"),
@@ -249,6 +250,8 @@ def test_copies(name):
         (lambda: SimpleFeaturePyramid([64, 128]), r"in_channels: got \[64, 128\], expected one width"),
         (lambda: SimpleFeaturePyramid(64, scales=(4, 3)), r"scales: got \(4, 3\), expected some of"),
         (lambda: SimpleFeaturePyramid(64, scales=(1, 2)), r"scales: got \(1, 2\), expected some of"),
+        (lambda: SimpleFeaturePyramid(64, scales=4), "scales: got 4, expected some of"),
+        (lambda: SimpleFeaturePyramid(None), "in_channels: got None, expected the widths of 1 levels or more"),
         (lambda: SimpleFeaturePyramid(64, num_outs=3), "num_outs: got 3, expected 4 or more"),
         (lambda: SEPC([64, 32]), r"in_channels: got \[64, 32\], expected one width at all levels"),
         (lambda: SEPC(num_pconvs=0), "num_pconvs: got 0, expected a positive integer"),
@@ -259,8 +262,16 @@ def test_copies(name):
         (lambda: RCNet(WIDTHS, num_outs=3), "num_outs: got 3, expected 4 or more"),
         (lambda: GatherDistribute(WIDTHS[1:]), r"in_channels: got \[32, 48, 64\], expected four widths"),
         (lambda: GatherDistribute(WIDTHS, arch="x"), "arch: got 'x', expected one of n, s, m, l"),
+        (
+            lambda: GatherDistribute(WIDTHS, drop_path_rate=1),
+            "drop_path_rate: got 1, expected 0 or more and less than 1",
+        ),
         (lambda: GatherDistribute(WIDTHS, 0), "out_channels: got 0, expected a positive integer"),
         (lambda: RFP(WIDTHS, nn.Identity()), "rfp_backbone: Identity takes no feedback; expected a backbone of"),
+        (
+            lambda: RFP([64, 64, 128, 256, 512], timm.create_model("resnet18", features_only=True)),
+            "rfp_backbone: FeatureListNet takes no feedback; expected a backbone of densezoo",
+        ),
         (lambda: RFP(WIDTHS, zoo_backbone()), r"rfp_backbone: returns maps of \[16, 32, 64, 128\] channels, expected"),
         (lambda: RFP([16], zoo_backbone()), r"in_channels: got \[16\], expected two levels or more"),
         (lambda: RFP(ZOO, zoo_backbone(), aspp_dilations=(1, 3)), r"aspp_dilations: got \(1, 3\), expected a last one"),
@@ -281,6 +292,9 @@ def test_other_maps_than_said(name):
         neck([*features[:-1], features[-1][:, 1:]])
     with pytest.raises(ValueError, match="features: got one tensor, expected a sequence of maps"):
         neck(features[0])
+    if len(features) > 1:
+        with pytest.raises(ValueError, match="features: got maps of sizes .*, expected the finest first"):
+            neck([*features[:-1], torch.randn(2, widths[-1], 20, 30)])
 
 
 @pytest.mark.parametrize("kind", ["FPN", "PAFPN"])
@@ -504,6 +518,12 @@ def test_rfp_leaves_nothing_behind():
     neck((images, *features))
     again = copy.deepcopy(neck)
     torch.save(neck, io.BytesIO())
+    for a, b in zip(neck.rfp_modules[0](images), features, strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match="features: got"):
+        neck((images, *features[1:]))
+    with pytest.raises(RuntimeError):
+        neck((images[:, :2], *features))
     for a, b in zip(neck.rfp_modules[0](images), features, strict=True):
         torch.testing.assert_close(a, b)
     # the copy feeds its own backbone

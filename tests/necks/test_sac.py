@@ -49,6 +49,13 @@ def test_gradients_and_lower_precision(use_deform):
     assert half.dtype == torch.bfloat16 and (half.float() - exact).norm() < 0.05 * exact.norm()
 
 
+def test_what_it_cannot_take_is_told():
+    with pytest.raises(ValueError, match="out_channels: got 0, expected a positive integer"):
+        SAC(4, 0)
+    with pytest.raises(ValueError, match=r"x: got a map of \(2, 5\), expected 3x3 pixels at least"):
+        SAC(4, 6)(torch.randn(1, 4, 2, 5))
+
+
 @pytest.mark.parametrize("use_deform", [False, True])
 def test_compile_and_export(use_deform):
     module, x = randomize(SAC(4, 6, use_deform=use_deform)).eval(), torch.randn(2, 4, 9, 12)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from densezoo.ops import plugins
 from densezoo.ops.plugins import BAM, CBAM, DAS, ECA, ELA, FCA, PKCAM, SE, ULSAM, GatherExcite, Triplet
 from densezoo.ops.plugins.parts import map_conv, max_mean
+from timm.models import byobnet
 from torch._dynamo.testing import CompileCounterWithBackend
 from torchvision.ops import deform_conv2d
 
@@ -780,6 +781,14 @@ def test_timm_resnet_with_options():
     assert model.layer2[0].se.fc[0].out_features == 32
     features = timm.create_model("resnet18", features_only=True, block_args=dict(attn_layer=Triplet))
     assert [f.shape[1] for f in features(torch.randn(1, 3, 64, 64))] == [64, 64, 128, 256, 512]
+
+
+@each
+def test_timm_byobnet(kind):
+    block = byobnet.ByoBlockCfg(type="bottle", d=1, c=64, s=2, gs=0, br=0.5)
+    model = byobnet.ByobNet(byobnet.ByoModelCfg(blocks=(block, block), stem_chs=16, attn_layer=kind), num_classes=3)
+    assert sum(isinstance(m, kind) for m in model.modules()) == 2
+    model(torch.randn(2, 3, 64, 96)).sum().backward()
 
 
 @each
