@@ -106,9 +106,9 @@ def main() -> None:
     if min(args.sizes) < 32:
         parser.error(f"--sizes: got {min(args.sizes)}, expected 32 or more")
     suffix = ".json" if args.what == "tune" else ".png"
-    for option, path, suffix in (("--out", args.out, suffix), ("--json", args.json, ".json")):
-        if path and (path.suffix != suffix or path.is_dir() or not os.access(path.parent, os.W_OK)):
-            parser.error(f"{option}: got {path}, expected a {suffix} in a folder that can be written")
+    for option, path, kind in (("--out", args.out, suffix), ("--json", args.json, ".json")):
+        if path and (path.suffix != kind or path.is_dir() or not os.access(path.parent, os.W_OK)):
+            parser.error(f"{option}: got {path}, expected a {kind} in a folder that can be written")
     on_gpu = torch.cuda.is_available()
     if not on_gpu and args.what != "latency":
         parser.error("needs a CUDA GPU: times on a CPU say nothing about the kernels")
