@@ -4,6 +4,13 @@ import torch
 from torch import Tensor
 
 
+def check_tensors(**arguments: object) -> None:
+    """Raise ValueError for an argument that is no tensor; the message names it."""
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name}: got {type(value).__name__}, expected a tensor")
+
+
 def per_axis(name: str, value, kind: type = int) -> tuple:
     """Return an argument as (rows, columns): a pair as it is, a single value for both.
 

@@ -90,6 +90,21 @@ def report(runs: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
+def read(path: Path) -> dict:
+    """Return a run that --json saved.
+
+    Raises:
+        OSError: There is no such file.
+        ValueError: It holds something else; the message names it.
+    """
+    try:
+        run = json.loads(path.read_text())
+        report([run])
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from None
+    return run
+
+
 def throughput_of(runs: list[dict]) -> dict[str, dict]:
     """Return what runs measured of the zoo's classifiers, by name; of two measurements the later one."""
     found = {}

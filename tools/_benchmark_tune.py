@@ -1,6 +1,7 @@
 """Launch settings for tools/benchmark.py tune: what is faster of each setting's neighbours, one field at a time."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -112,12 +113,17 @@ def tune(operators: Sequence[str], dtype: torch.dtype, tries: int, out: Path | N
     """Tune operators, all that have a table of settings by default, print a report, and save what is faster to `out`.
 
     Raises:
-        ValueError: An operator has no table, or `out` is no file of settings.
+        ValueError: An operator has no table, or `out` is no file of settings or cannot be written.
     """
     tunable = [name for name in OPERATORS if isinstance(getattr(kernels_of(name), "LAUNCH", None), Table)]
     if others := set(operators) - set(tunable):
         raise ValueError(f"name: got {min(others)}, expected one with a table of settings: {', '.join(tunable)}")
-    content, rows = read(out) if out else {}, []
+    if out and not os.access(out.parent, os.W_OK):
+        raise ValueError(f"{out}: its folder cannot be written; --out saves elsewhere")
+    try:
+        content, rows = read(out) if out else {}, []
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{out}: {error}") from None
     # Graphs are captured on a stream of their own, and a backward runs on that of its forward.
     with torch.cuda.stream(torch.cuda.Stream() if torch.cuda.is_available() else None):
         for name in operators or tunable:

@@ -22,6 +22,7 @@ and keeps what is faster over the cases of ops; --out FILE.json saves it elsewhe
 
 import argparse
 import json
+import os
 import sys
 from datetime import date
 from importlib.metadata import version
@@ -35,8 +36,9 @@ from _benchmark_models import MODELS, model_rows
 from _benchmark_modules import MODULES
 from _benchmark_ops import OPERATORS
 from _benchmark_plots import plot_latency
-from _benchmark_report import report, write
+from _benchmark_report import read, report, write
 from _benchmark_tune import tune
+from _files import replacing
 from densezoo.ops.launch import file_here
 
 from densezoo import __version__
@@ -87,8 +89,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.what == "report":
         try:
-            return write([json.loads(Path(name).read_text()) for name in args.names], BENCHMARKS)
-        except (OSError, ValueError, KeyError) as e:
+            # All are read before anything is written.
+            if runs := [read(Path(name)) for name in args.names]:
+                return write(runs, BENCHMARKS)
+            parser.error("report: got no files, expected those that --json saved")
+        except (OSError, ValueError) as e:
             parser.error(f"report: {e}; expected files that --json saved")
     cases = CASES.get(args.what)
     if unknown := set(args.names) - set(cases or timm.list_models()):
@@ -101,8 +106,9 @@ def main() -> None:
     if min(args.sizes) < 32:
         parser.error(f"--sizes: got {min(args.sizes)}, expected 32 or more")
     suffix = ".json" if args.what == "tune" else ".png"
-    if args.out and (args.out.suffix != suffix or not args.out.parent.is_dir()):
-        parser.error(f"--out: got {args.out}, expected a {suffix} in a folder that exists")
+    for option, path, kind in (("--out", args.out, suffix), ("--json", args.json, ".json")):
+        if path and (path.suffix != kind or path.is_dir() or not os.access(path.parent, os.W_OK)):
+            parser.error(f"{option}: got {path}, expected a {kind} in a folder that can be written")
     on_gpu = torch.cuda.is_available()
     if not on_gpu and args.what != "latency":
         parser.error("needs a CUDA GPU: times on a CPU say nothing about the kernels")
@@ -134,7 +140,8 @@ def main() -> None:
     }
     print(report([run]))
     if args.json:
-        args.json.write_text(json.dumps(run, indent=1) + "\n")
+        with replacing(args.json) as file:
+            file.write_text(json.dumps(run, indent=1) + "\n")
 
 
 if __name__ == "__main__":

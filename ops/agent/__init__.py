@@ -3,6 +3,7 @@
 import torch
 from densezoo.ops.agent.reference import agent_attention_reference
 from densezoo.ops.backend import takes_triton
+from densezoo.ops.shapes import check_tensors
 from torch import Tensor
 
 __all__ = ["agent_attention"]
@@ -53,10 +54,11 @@ def agent_attention(
 
 def _check(query, key, value, agent, aggregation_bias, broadcast_bias) -> None:
     tensors = dict(query=query, key=key, value=value, agent=agent)
+    check_tensors(**tensors)
     for name, t in tensors.items():
         # Agents have their own number of tokens; all else is shared.
         fits = t.dim() == query.dim() == 4 and t.shape[0] == query.shape[0] and t.shape[2:] == query.shape[2:]
-        if not fits or (name != "agent" and t.shape[1] != query.shape[1]):
+        if not fits or 0 in t.shape[2:] or (name != "agent" and t.shape[1] != query.shape[1]):
             raise ValueError(
                 f"{name}: got shape {tuple(t.shape)}, expected (B, tokens, heads, dim), the same for query, key and "
                 f"value, and (B, agents, heads, dim) for agent (query: {tuple(query.shape)})"
@@ -73,6 +75,7 @@ def _check(query, key, value, agent, aggregation_bias, broadcast_bias) -> None:
     ):
         if bias is None:
             continue
+        check_tensors(**{name: bias})
         if tuple(bias.shape) != expected:
             raise ValueError(f"{name}: got shape {tuple(bias.shape)}, expected {axes} = {expected}")
         if not bias.is_floating_point() or bias.device != query.device:

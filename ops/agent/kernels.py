@@ -12,7 +12,7 @@ All agents of a head fit into one tile, so that scores between agents and a tile
 - `_backward`: a program owns one head of a group of images, one image after another. Over the queries it sums the
   gradient of the agents' values, which the keys need; then it visits the keys. Split programs do that in two launches.
   Gradients of the biases are summed over the images of the group in memory that the program alone touches, and over
-  groups by PyTorch: two deterministic stages.
+  groups by `partials.total`, which also adds up what split programs know of the agents: two deterministic stages.
 
 Scores are kept in base 2, scaled by log2(e).
 """

@@ -3,6 +3,7 @@
 import torch
 from densezoo.ops.backend import takes_triton
 from densezoo.ops.channel.reference import channel_attention_qkv_reference, channel_attention_reference
+from densezoo.ops.shapes import check_tensors
 from torch import Tensor
 
 __all__ = ["channel_attention", "channel_attention_qkv"]
@@ -32,8 +33,9 @@ def channel_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float
         ValueError: An argument's shape, dtype or device is wrong; the message names it.
         RuntimeError: The backend is set to `triton` and the kernels cannot run on these inputs.
     """
+    check_tensors(query=query, key=key, value=value)
     for name, t in (("query", query), ("key", key), ("value", value)):
-        if t.dim() < 4 or t.shape != query.shape:
+        if t.dim() < 4 or t.shape != query.shape or 0 in t.shape[-2:]:
             raise ValueError(
                 f"{name}: got shape {tuple(t.shape)}, expected (B, positions..., heads, dim), the same for query, key "
                 "and value"
@@ -72,11 +74,12 @@ def channel_attention_qkv(
         ValueError: An argument's shape, dtype or value is wrong; the message names it.
         RuntimeError: The backend is set to `triton` and the kernels cannot run on these inputs.
     """
-    if qkv.dim() < 5 or qkv.shape[-3] != 3:
+    check_tensors(qkv=qkv)
+    if qkv.dim() < 5 or qkv.shape[-3] != 3 or 0 in qkv.shape[-2:]:
         raise ValueError(f"qkv: got shape {tuple(qkv.shape)}, expected (B, positions..., 3, heads, dim)")
     if not qkv.is_floating_point():
         raise ValueError(f"qkv: got {qkv.dtype}, expected a floating dtype")
-    if sorted(roles) != [0, 1, 2]:
+    if not isinstance(roles, (tuple, list)) or len(roles) != 3 or set(roles) != {0, 1, 2}:
         raise ValueError(f"roles: got {roles!r}, expected 0, 1 and 2 in some order")
     scale = qkv.shape[-1] ** -0.5 if scale is None else 1.0 * scale
     if takes_triton("channel_attention_qkv", qkv, _unsupported(qkv)):

@@ -5,8 +5,8 @@ positions: one that sums a product of two tensors, and one that applies a matrix
 heads of one image, held as one block of channels: the products of channels of different heads are masked.
 
 - Where there are enough images and heads to fill the GPU, `_forward` and `_backward` do both passes.
-- Else the positions are split: `_sums` writes the product of each piece, PyTorch adds them up, and each program of the
-  second pass applies the result to its piece.
+- Else the positions are split: `_sums` writes the product of each piece, `partials.total` adds them up, and each
+  program of the second pass applies the result to its piece.
 
 The forward reads and writes every tensor once, and so does the backward but for `grad_out`, which both passes read. The
 weights are kept for the backward where they are small beside the query. Elsewhere maps are so small that the backward

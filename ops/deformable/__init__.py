@@ -3,6 +3,7 @@
 import torch
 from densezoo.ops.backend import takes_triton
 from densezoo.ops.deformable.reference import ms_deform_attn_reference
+from densezoo.ops.shapes import check_tensors
 from torch import Tensor
 
 __all__ = ["ms_deform_attn"]
@@ -49,6 +50,13 @@ def ms_deform_attn(
 
 
 def _check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights) -> None:
+    check_tensors(
+        value=value,
+        spatial_shapes=spatial_shapes,
+        level_start_index=level_start_index,
+        sampling_locations=sampling_locations,
+        attention_weights=attention_weights,
+    )
     if value.dim() != 4:
         raise ValueError(f"value: got shape {tuple(value.shape)}, expected (B, keys, heads, dim)")
     if sampling_locations.dim() != 6 or not sampling_locations.shape[3]:

@@ -4,6 +4,7 @@ import torch
 from densezoo.ops.backend import takes_triton
 from densezoo.ops.depthwise.reference import depthwise_conv_reference
 from densezoo.ops.precision import autocast_dtype
+from densezoo.ops.shapes import check_tensors
 from torch import Tensor, nn
 
 __all__ = ["DepthwiseConv", "depthwise_conv"]
@@ -55,8 +56,9 @@ def depthwise_conv(
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, window_size: tuple, is_autocast: bool) -> None:
-    if x.dim() != 4:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B, H, W, C)")
+    check_tensors(x=x, weight=weight)
+    if x.dim() != 4 or 0 in x.shape[1:]:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B, H, W, C), H, W and C not 0")
     if not x.is_floating_point():
         raise ValueError(f"x: got {x.dtype}, expected a floating dtype")
     if weight.dim() != 4 or weight.shape[:2] != (x.shape[3], 1) or weight.shape[2] != weight.shape[3]:
@@ -65,9 +67,14 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, window_size: tuple, i
         )
     if weight.shape[3] % 2 == 0:
         raise ValueError(f"weight: got size {weight.shape[3]}, expected an odd one")
-    if bias is not None and bias.shape != x.shape[3:]:
-        raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({x.shape[3]},)")
-    if len(window_size) != 2 or any(side is not None and side < 1 for side in window_size):
+    if bias is not None:
+        check_tensors(bias=bias)
+        if bias.shape != x.shape[3:]:
+            raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({x.shape[3]},)")
+    sides = window_size if isinstance(window_size, (tuple, list)) else ()
+    # A free size of an exported graph is no int.
+    are_sizes = (side is None or (isinstance(side, (int, torch.SymInt)) and side >= 1) for side in sides)
+    if len(sides) != 2 or not all(are_sizes):
         raise ValueError(f"window_size: got {window_size!r}, expected (rows, columns) from 1, or None for a whole side")
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None and (t.device != x.device or not (is_autocast or t.dtype == x.dtype)):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from densezoo.ops.backend import takes_triton
 from densezoo.ops.focal.reference import focal_modulation_reference
+from densezoo.ops.shapes import check_tensors
 from torch import Tensor
 
 __all__ = ["focal_modulation"]
@@ -51,8 +52,9 @@ def focal_modulation(
 
 
 def _check(context, gates, weights) -> None:
-    if context.dim() != 4:
-        raise ValueError(f"context: got shape {tuple(context.shape)}, expected (B, H, W, dim)")
+    check_tensors(context=context, gates=gates)
+    if context.dim() != 4 or 0 in context.shape[1:]:
+        raise ValueError(f"context: got shape {tuple(context.shape)}, expected (B, H, W, dim), H, W and dim not 0")
     if not isinstance(weights, (list, tuple)) or not weights:
         raise ValueError(
             f"weights: got {type(weights).__name__}, expected a list or tuple of kernels (dim, 1, size, size), one a "
@@ -70,6 +72,7 @@ def _check(context, gates, weights) -> None:
                 f"gates (context: {context.dtype} on {context.device})"
             )
     for level, t in enumerate(weights):
+        check_tensors(**{f"weights[{level}]": t})
         fits = t.dim() == 4 and t.shape[:2] == (context.shape[3], 1) and t.shape[2] == t.shape[3] and t.shape[2] % 2
         if not fits:
             raise ValueError(

@@ -1,8 +1,11 @@
 """Linear attention: softmax replaced by a product of feature maps, at a cost linear in the tokens."""
 
+import math
+
 import torch
 from densezoo.ops.backend import takes_triton
 from densezoo.ops.linear.reference import focused_linear_attention_reference
+from densezoo.ops.shapes import check_tensors
 from torch import Tensor
 
 __all__ = ["focused_linear_attention"]
@@ -54,8 +57,9 @@ def focused_linear_attention(
 
 
 def _check(query, key, value, feature_scale, positional_encoding, focusing_factor) -> None:
+    check_tensors(query=query, key=key, value=value, feature_scale=feature_scale)
     for name, t in (("query", query), ("key", key), ("value", value)):
-        if t.dim() != 4 or t.shape != query.shape:
+        if t.dim() != 4 or t.shape != query.shape or 0 in t.shape[2:]:
             raise ValueError(
                 f"{name}: got shape {tuple(t.shape)}, expected (B, tokens, heads, dim), the same for query, key and "
                 "value"
@@ -71,12 +75,13 @@ def _check(query, key, value, feature_scale, positional_encoding, focusing_facto
     ):
         if t is None:
             continue
+        check_tensors(**{name: t})
         if t.shape != expected:
             raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected {axes} = {tuple(expected)}")
         if not t.is_floating_point() or t.device != query.device:
             raise ValueError(f"{name}: got {t.dtype} on {t.device}, expected a floating dtype on {query.device}")
-    if not focusing_factor >= 1:
-        raise ValueError(f"focusing_factor: got {focusing_factor}, expected at least 1")
+    if not isinstance(focusing_factor, (int, float)) or not 1 <= focusing_factor < math.inf:
+        raise ValueError(f"focusing_factor: got {focusing_factor!r}, expected a number of at least 1")
 
 
 def _unsupported(query: Tensor, feature_scale: Tensor, positional_encoding: Tensor | None) -> str | None:

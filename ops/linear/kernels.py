@@ -15,8 +15,8 @@ phi(x) = |x| w. The two norms of a token are all that its heads share: once they
 - `_backward_key`: a program owns one head of one image or of a run of its tokens. The gradient of a key along itself is
   a sum over heads: of several, programs are launched twice, first for the gradient of the values and heads' shares.
 
-Gradients of parameters are partial sums that PyTorch adds up: two deterministic stages. Norms, powers and means leave
-the range of float16: its products are those of tf32, which keeps as many digits in the range of float32.
+Gradients of parameters are partial sums that `partials.total` adds up: two deterministic stages. Norms, powers and
+means leave the range of float16: its products are those of tf32, which keeps as many digits in the range of float32.
 """
 
 from functools import lru_cache

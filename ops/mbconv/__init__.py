@@ -3,6 +3,7 @@
 import torch
 from densezoo.ops.backend import takes_triton
 from densezoo.ops.mbconv.reference import activate, activated_conv_reference
+from densezoo.ops.shapes import check_tensors
 from torch import Tensor, nn
 
 __all__ = ["activated_conv", "activated_conv_mean", "batch_norm_affine"]
@@ -142,21 +143,23 @@ def _to_map(tokens: Tensor, x: Tensor, stride: int) -> Tensor:
 
 
 def _check(x: Tensor, vectors: dict[str, Tensor], weight: Tensor, stride: int, padding: tuple, act: str) -> None:
-    if x.dim() != 4 or not x.is_floating_point():
-        raise ValueError(f"x: got {x.dtype} of shape {tuple(x.shape)}, expected floating (B, H, W, C)")
-    for name, t in vectors.items():
-        if t.shape != x.shape[3:] or t.device != x.device:
-            raise ValueError(
-                f"{name}: got shape {tuple(t.shape)} on {t.device}, expected ({x.shape[3]},) on {x.device}"
-            )
-    if weight.shape != (x.shape[3], 1, 3, 3) or weight.device != x.device:
+    check_tensors(x=x, **vectors, weight=weight)
+    if x.dim() != 4 or 0 in x.shape[1:] or not x.is_floating_point():
         raise ValueError(
-            f"weight: got shape {tuple(weight.shape)} on {weight.device}, "
-            f"expected ({x.shape[3]}, 1, 3, 3) on {x.device}"
+            f"x: got {x.dtype} of shape {tuple(x.shape)}, expected floating (B, H, W, C), H, W and C not 0"
         )
+    channels = x.shape[3]
+    for name, t in (*vectors.items(), ("weight", weight)):
+        expected = (channels, 1, 3, 3) if t is weight else (channels,)
+        if t.shape != expected or t.device != x.device or not t.is_floating_point():
+            raise ValueError(
+                f"{name}: got shape {tuple(t.shape)}, {t.dtype} on {t.device}, expected {expected}, a floating dtype "
+                f"on {x.device}"
+            )
     if stride not in (1, 2):
         raise ValueError(f"stride: got {stride!r}, expected 1 or 2")
-    if len(padding) != 2 or any(side not in (0, 1) for side in padding) or (stride == 1 and 0 in padding):
+    sides = padding if isinstance(padding, (tuple, list)) else ()
+    if len(sides) != 2 or any(side not in (0, 1) for side in sides) or (stride == 1 and 0 in sides):
         raise ValueError(f"padding: got {padding!r}, expected 0 or 1 per axis, and 1 with stride 1")
     if act not in ACTS:
         raise ValueError(f"act: got {act!r}, expected one of {', '.join(ACTS)}")

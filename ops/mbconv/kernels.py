@@ -10,7 +10,8 @@ memory. With STRIDE 2 the input's columns and rows are twice those of the output
   applied as a row is written, and each strip's sums are written too, for the mean over the map.
 - `_backward` owns the input's numbers, each of which it reads and activates once. It gathers the three rows of the
   output's gradient around them: for the gradient of the activated, and with it for those of the weight. A program's
-  sums, 9 rows of channels for the weight and one each for shift and scale, are added by torch, always in one order.
+  sums, 9 rows of channels for the weight and one each for shift and scale, are added up by `partials.total`, always in
+  the same order.
 """
 
 from functools import lru_cache

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from densezoo.ops.backend import get_backend, is_exporting, takes_triton
 from densezoo.ops.precision import autocast_dtype
+from densezoo.ops.shapes import check_tensors
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -31,7 +32,7 @@ def mlp(
 
     Args:
         x: (..., C), any floating dtype; under autocast all arguments are taken in its dtype.
-        weight1: (hidden, C).
+        weight1: (hidden, C), of `x`'s dtype unless autocast is on, as all that follow.
         bias1: (hidden,).
         weight2: (D, hidden).
         bias2: (D,).
@@ -41,19 +42,29 @@ def mlp(
         (..., D). Sums run in float32 for 16-bit inputs.
 
     Raises:
-        ValueError: `approximate` is neither, or an argument's shape is wrong; the message names it.
+        ValueError: `approximate` is neither, or an argument's shape or dtype is wrong; the message names it.
         RuntimeError: The backend is set to `triton`, and a kernel that applies cannot run.
     """
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate: got {approximate!r}, expected 'none' or 'tanh'")
-    hidden, out = weight1.shape[0], weight2.shape[0]
-    expected = {"weight1": (hidden, x.shape[-1]), "bias1": (hidden,), "weight2": (out, hidden), "bias2": (out,)}
-    for (name, shape), tensor in zip(expected.items(), (weight1, bias1, weight2, bias2), strict=True):
-        if tensor.shape != shape:
-            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {shape} for x of {tuple(x.shape)}")
-    if _takes_kernels(x, out, approximate):
+    _check(x, weight1, bias1, weight2, bias2)
+    if _takes_kernels(x, weight2.shape[0], approximate):
         return _mlp_fused(x, weight1, bias1, weight2, bias2, approximate)
     return F.linear(F.gelu(F.linear(x, weight1, bias1), approximate=approximate), weight2, bias2)
+
+
+def _check(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> None:
+    parameters = dict(weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
+    check_tensors(x=x, **parameters)
+    if not x.dim() or not x.is_floating_point():
+        raise ValueError(f"x: got {x.dtype} of shape {tuple(x.shape)}, expected floating (..., C)")
+    hidden, out = (weight.shape[0] if weight.dim() else 0 for weight in (weight1, weight2))
+    shapes = (hidden, x.shape[-1]), (hidden,), (out, hidden), (out,)
+    for (name, t), shape in zip(parameters.items(), shapes, strict=True):
+        if t.shape != shape:
+            raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected {shape} for x of {tuple(x.shape)}")
+        if t.dtype != x.dtype and autocast_dtype(x) is None:
+            raise ValueError(f"{name}: got {t.dtype}, expected x's: {x.dtype} (or any dtype in autocast)")
 
 
 def _takes_kernels(x: Tensor, out: int, approximate: str) -> bool:

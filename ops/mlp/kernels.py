@@ -7,8 +7,8 @@
 - `_backward`: a program owns ROWS rows and SPAN hidden channels, of which it makes COLS at a time: the gradient before
   the GELU, and the GELU itself again, from the saved map or from the input. Both it writes, for the gradients of the
   weights. With all hidden channels it adds up the gradient of the input meanwhile; else that is left to cuBLAS. What
-  its rows give to the gradients of the biases it writes as a row of partial sums, which torch adds, always in the same
-  order.
+  its rows give to the gradients of the biases it writes as a row of partial sums, which `partials.total` adds up,
+  always in the same order.
 
 Gradients of weights are sums over all rows, and products of cuBLAS. Wide MLPs have more arithmetic than traffic: in
 inference they leave it to cuBLAS, which applies the GELU before it writes.

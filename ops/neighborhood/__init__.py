@@ -3,6 +3,7 @@
 import torch
 from densezoo.ops.backend import takes_triton
 from densezoo.ops.neighborhood.reference import na2d_qkv_reference, na2d_reference
+from densezoo.ops.shapes import check_tensors
 from torch import Tensor
 
 __all__ = ["na2d", "na2d_qkv"]
@@ -53,8 +54,9 @@ def na2d(
             `kernel_size * dilation` raise: pad them, as `densezoo.backbones.nat` does.
         RuntimeError: The backend is set to `triton` and the kernels cannot run on these inputs.
     """
+    check_tensors(query=query, key=key, value=value)
     for name, t in (("query", query), ("key", key), ("value", value)):
-        if t.dim() != 5 or t.shape != query.shape:
+        if t.dim() != 5 or t.shape != query.shape or 0 in t.shape[3:]:
             raise ValueError(
                 f"{name}: got shape {tuple(t.shape)}, expected (B, H, W, heads, dim), the same for query, key and value"
             )
@@ -102,7 +104,8 @@ def na2d_qkv(
         ValueError: An argument's shape, dtype, device or value is wrong; the message names it.
         RuntimeError: The backend is set to `triton` and the kernels cannot run on these inputs.
     """
-    if qkv.dim() != 6 or qkv.shape[3] != 3:
+    check_tensors(qkv=qkv)
+    if qkv.dim() != 6 or qkv.shape[3] != 3 or 0 in qkv.shape[4:]:
         raise ValueError(f"qkv: got shape {tuple(qkv.shape)}, expected (B, H, W, 3, heads, dim)")
     if not qkv.is_floating_point():
         raise ValueError(f"qkv: got {qkv.dtype}, expected a floating dtype")
@@ -147,6 +150,7 @@ def _check(shape, device, rpb, kernel_size, stride, dilation) -> None:
                 f"the map to {k * d} (densezoo.backbones.nat.NeighborhoodAttention does) or lower the dilation"
             )
     if rpb is not None:
+        check_tensors(rpb=rpb)
         expected = (shape[3], 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1)
         if tuple(rpb.shape) != expected:
             raise ValueError(f"rpb: got shape {tuple(rpb.shape)}, expected (heads, 2k-1, 2k-1) = {expected}")

@@ -11,7 +11,8 @@ with the tensor cores and masks what lies outside of each query's window. The sc
 - `_backward_query`: the same tiles. It writes the gradient of the queries, and sum(out * grad_out) per query for the
   next kernel. The gradient of the bias is summed over the program's tiles and images in registers, folded along the
   diagonals of equal (key - query) by products with ones, and written as one partial table a program; the next kernel
-  sums those: two deterministic stages.
+  sums those: two deterministic stages. Of a halo of more chunks the sums have no room beside the queries' gradient: a
+  second launch makes them, with one chunk a program.
 - `_backward_key`: a program owns a run of key tiles likewise, and visits the chunks of queries that can see a tile:
   with HOIST as above, or whatever their number. Its first programs sum the partial tables instead. Keys near a
   border are seen from further away, those in the middle of a short axis from both of its ends: there tiles start `pad`

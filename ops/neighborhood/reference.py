@@ -1,6 +1,7 @@
 """Neighbourhood attention in plain PyTorch: the CPU path, the export path and what the kernels are tested against."""
 
 import torch
+import torch.nn.functional as F
 from densezoo.ops.backend import is_exporting
 from torch import Tensor
 
@@ -104,11 +105,14 @@ def na2d_reference(
     shape = (n * m, tile_h * tile_w, k_rows.shape[1] * k_cols.shape[1])
     hidden = _fold(~(row_seen & col_seen), *shape)
     if rpb is None:
-        bias = hidden.new_zeros((), dtype=query.dtype).expand(1, *shape)
+        bias = hidden.new_zeros((), dtype=query.dtype).expand(1, *shape).masked_fill(hidden, float("-inf"))
     else:
+        # What is hidden has an entry of its own, at the table's end.
+        table = F.pad(rpb.to(query.dtype).flatten(1), (0, 1), value=float("-inf"))
         entry = _fold(row_entry * (2 * kernel_size[1] - 1) + col_entry, *shape)
-        bias = rpb.to(query.dtype).flatten(1)[:, entry]
-    bias = bias.masked_fill(hidden, float("-inf")).transpose(0, 1)  # (tiles, heads or 1, queries, keys)
+        entry = entry.masked_fill(hidden, table.shape[1] - 1).flatten()
+        bias = table.gather(1, entry.expand(heads, -1)).view(heads, *shape)
+    bias = bias.transpose(0, 1)  # (tiles, heads or 1, queries, keys)
 
     scores = gather(query * scale, q_rows, q_cols) @ gather(key, k_rows, k_cols).mT
     attn = (scores.view(batch, n * m, heads, *shape[1:]) + bias).softmax(-1)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from densezoo.ops.backend import get_backend, is_exporting, takes_triton
 from densezoo.ops.precision import autocast_dtype
+from densezoo.ops.shapes import check_tensors
 from torch import Tensor, nn
 
 __all__ = ["LayerNorm", "PreNorm", "layer_norm"]
@@ -30,8 +31,15 @@ def layer_norm(
         Of `x`'s shape. Sums run in float32 for 16-bit inputs.
 
     Raises:
+        ValueError: An argument's shape or dtype is wrong; the message names it.
         RuntimeError: The backend is set to `triton` and the kernel cannot run on these inputs.
     """
+    check_tensors(x=x, weight=weight, bias=bias)
+    if not x.dim() or not x.shape[-1] or not x.is_floating_point():
+        raise ValueError(f"x: got {x.dtype} of shape {tuple(x.shape)}, expected floating (..., C), C not 0")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t.shape != x.shape[-1:]:
+            raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected ({x.shape[-1]},), the channels of x")
     is_compiling = torch.compiler.is_compiling() and not is_exporting()
     is_asked_for = get_backend() == "triton" or (is_compiling and torch.is_grad_enabled())
     # torch.compile would store what has four axes as it likes convolutions to, rows innermost.

@@ -2,7 +2,8 @@
 
 A program owns every `programs`-th tile of ROWS rows and all channels of them: it reads the output's gradient and the
 input once, reduces each row for the input's gradient, and adds up, in registers, what its rows give to the gradients of
-weight and bias. Those partial sums, two rows of channels a program, are added by torch, always in the same order.
+weight and bias. Those partial sums, two rows of channels a program, are added up by `partials.total`, always in the
+same order.
 """
 
 from typing import NamedTuple

@@ -3,6 +3,7 @@
 import torch
 from densezoo.ops.backend import takes_triton
 from densezoo.ops.pooling.reference import pool_mix_reference
+from densezoo.ops.shapes import check_tensors
 from torch import Tensor
 
 __all__ = ["add_branch", "pool_mix"]
@@ -36,14 +37,18 @@ def pool_mix(
 
     Returns:
         The sum and its norm, of `x`'s shape. Under autocast the sum is in float32, and so is the norm, but that of the
-        kernels has the dtype that a projection would cast it to. Else both have `x`'s dtype.
+        kernels has the dtype that a projection would cast it to. Else both have `x`'s dtype, or a wider one of the
+        parameters.
 
     Raises:
-        ValueError: An argument's shape is wrong; the message names it.
+        ValueError: An argument's shape or dtype is wrong; the message names it.
         RuntimeError: The backend is set to `triton` and the kernels cannot run on these inputs.
     """
-    if x.dim() != 4:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B, H, W, dim)")
+    check_tensors(x=x, weight=weight, next_weight=next_weight)
+    if x.dim() != 4 or 0 in x.shape[1:]:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B, H, W, dim), H, W and dim not 0")
+    if not x.is_floating_point():
+        raise ValueError(f"x: got {x.dtype}, expected a floating dtype")
     vectors = dict(weight=weight, bias=bias, next_weight=next_weight, next_bias=next_bias, layer_scale=layer_scale)
     for name, t in vectors.items():
         if t is not None and t.shape != x.shape[-1:]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from densezoo.ops.backend import takes_triton
 from densezoo.ops.quadtree.reference import halve, quadtree_attention_reference, to_quads
+from densezoo.ops.shapes import check_tensors
 from torch import Tensor
 
 __all__ = ["halve", "quadtree_attention", "to_quads"]
@@ -64,9 +65,10 @@ def quadtree_attention(
 
 
 def _check(query, key, value, topk, attn_type, encoding) -> None:
+    check_tensors(query=query, key=key)
     for name, maps in (("value", value), *([] if encoding is None else [("encoding", encoding)])):
         if not isinstance(maps, Sequence) or not maps or not all(isinstance(t, Tensor) for t in maps):
-            kind = type(maps).__name__
+            kind = [type(t).__name__ for t in maps] if isinstance(maps, Sequence) else type(maps).__name__
             raise ValueError(f"{name}: got {kind}, expected a list of maps, one per level, the finest first")
     if encoding is not None and len(encoding) != len(value):
         raise ValueError(f"encoding: got {len(encoding)} maps, expected {len(value)}, one for each of value")
@@ -79,7 +81,8 @@ def _check(query, key, value, topk, attn_type, encoding) -> None:
         height, width = (height + 1) // 2, (width + 1) // 2
     for name, t, rows, columns in expected:
         shape = (query.shape[0], rows, columns, *query.shape[3:])
-        if query.dim() != 5 or t.dim() != 5 or any(a != b for a, b in zip(t.shape, shape, strict=True)):
+        fits = query.dim() == t.dim() == 5 and all(a == b for a, b in zip(t.shape, shape, strict=True))
+        if not fits or 0 in t.shape[3:]:
             raise ValueError(
                 f"{name}: got shape {tuple(t.shape)}, expected (B, H, W, heads, dim), the same for query, key and "
                 f"the finest level, with half the sides, rounded up, at each further one (query: {tuple(query.shape)})"

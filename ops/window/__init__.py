@@ -2,7 +2,7 @@
 
 import torch
 from densezoo.ops.backend import takes_triton
-from densezoo.ops.shapes import per_axis
+from densezoo.ops.shapes import check_tensors, per_axis
 from densezoo.ops.window.reference import window_attention_reference
 from torch import Tensor
 
@@ -66,7 +66,9 @@ def window_attention(
 
 
 def _check(qkv, rel_pos_bias, num_heads, window_size, shift, grid) -> None:
-    if qkv.dim() != 4 or qkv.shape[-1] % (3 * num_heads) or not qkv.is_floating_point():
+    check_tensors(qkv=qkv)
+    fits = qkv.dim() == 4 and qkv.shape[-1] and not qkv.shape[-1] % (3 * num_heads)
+    if not fits or not qkv.is_floating_point():
         raise ValueError(
             f"qkv: got {qkv.dtype} of shape {tuple(qkv.shape)}, expected floating (B, H, W, 3 * C) with C a "
             f"multiple of num_heads {num_heads}"
@@ -78,6 +80,7 @@ def _check(qkv, rel_pos_bias, num_heads, window_size, shift, grid) -> None:
     if grid and any(shift):
         raise ValueError(f"shift: got {shift} with grid=True, expected 0: a grid covers the whole map")
     if rel_pos_bias is not None:
+        check_tensors(rel_pos_bias=rel_pos_bias)
         expected = (num_heads, 2 * window_size[0] - 1, 2 * window_size[1] - 1)
         if tuple(rel_pos_bias.shape) != expected:
             raise ValueError(

@@ -7,7 +7,7 @@ the first product to the last. A program owns a head and takes windows of all im
 flight while it computes; the bias is gathered from its table once for all of them. The backward computes the softmax
 anew, which costs less than to keep anything of the forward, and writes the gradients of query, key and value as they
 were read. It sums the gradient of the bias over its windows in registers, folds it along the diagonals of equal
-(key - query) into one partial table a program, and PyTorch sums those: two deterministic stages.
+(key - query) into one partial table a program, and `partials.total` sums those: two deterministic stages.
 
 A larger window is cut into tiles (`_forward_tiles`, `_backward_query`, `_backward_key`, `_backward_bias`): a program
 owns a tile of queries, or of keys, and visits the window's other tiles; for the gradient of the bias it owns a pair of

@@ -173,7 +173,7 @@ KERNEL_SETTINGS = [(3, 30, 9, 2, 8, True), (1, 70, 49, 1, 16, True), (2, 75, 16,
 @pytest.mark.parametrize("launch", [{}, {"RUN": 16}, {"PROGRAMS": 1}], ids=["whole", "split", "grouped"])
 @pytest.mark.parametrize("setting", KERNEL_SETTINGS, ids=str)
 @pytest.mark.skipif(cuda, reason="the kernels run on the GPU, in the tests below")
-def test_kernels_interpreted(setting, launch, monkeypatch, request):
+def test_kernels_interpreted(setting, launch, monkeypatch, request, nan_filled_memory):
     from densezoo.ops.agent import kernels
 
     for name, value in launch.items():
@@ -188,7 +188,7 @@ HELD_SETTINGS = [(5, 30, 9, 2, 8, True), (1, 64, 49, 1, 16, True), (3, 130, 16, 
 
 @pytest.mark.parametrize("setting", HELD_SETTINGS, ids=str)
 @pytest.mark.skipif(cuda, reason="the kernels run on the GPU, in the tests below")
-def test_kernels_that_hold_biases_interpreted(setting, monkeypatch, request):
+def test_kernels_that_hold_biases_interpreted(setting, monkeypatch, request, nan_filled_memory):
     from densezoo.ops.agent import kernels
 
     for key in (("held", 64), ("held", 128)):
@@ -227,6 +227,15 @@ def test_sums_beyond_float16(device):
         out = run(*leaves)
         grads.append(torch.autograd.grad(out, leaves, torch.full_like(out, 2e3)))
     assert max(error(*pair) for pair in zip(*grads, strict=True)) < 2e-3
+
+
+@pytest.mark.parametrize("device", [INTERPRETED, pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_windows_of_padding(device):
+    setting = (3, 20, 9, 2, 8, True)
+    tensors = inputs(setting, device=device)
+    for t in tensors[:4]:
+        t[-1] = 0
+    compare(tensors, 1e-5)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -284,10 +293,13 @@ def test_more_than_2_31_elements():
     assert qkv.numel() > 2**31
     agent = torch.randn(45, 9, 1, 32, device="cuda", dtype=torch.bfloat16)
     set_backend("triton")
-    with torch.no_grad():
-        out = run(*qkv.unbind(2), agent)
-        last = run(*qkv[-1:].unbind(2), agent[-1:])
-    assert error(out[-1:], last) < 1e-2
+    grad = torch.randn(45, 500_000, 1, 32, device="cuda", dtype=torch.bfloat16)
+    results = []
+    for count in (45, 1):
+        leaves = [t.detach().requires_grad_() for t in (*qkv[-count:].unbind(2), agent[-count:])]
+        out = run(*leaves)
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, grad[-count:])])
+    assert max(error(big[-1:], one) for big, one in zip(*results, strict=True)) < 1e-2
 
 
 @pytest.mark.gpu
@@ -329,7 +341,10 @@ def test_backend_is_chosen_by_name():
     [
         ({"query": torch.zeros(2, 8, 16)}, "query"),
         ({"query": torch.zeros(2, 8, 2, 8, dtype=torch.int64)}, "query"),
+        ({"query": torch.zeros(2, 8, 2, 0)}, "query"),
         ({"key": torch.zeros(2, 9, 2, 8)}, "key"),
+        ({"agent": None}, "agent"),
+        ({"broadcast_bias": 0.0}, "broadcast_bias"),
         ({"value": torch.zeros(2, 8, 2, 8, dtype=torch.float64)}, "value"),
         ({"value": torch.zeros(2, 8, 2, 8, device="meta")}, "value"),
         ({"agent": torch.zeros(2, 4, 1, 8)}, "agent"),

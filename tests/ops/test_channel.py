@@ -91,7 +91,7 @@ SHAPES = [(2, 5, 7, 3, 8), (3, 7, 7, 5, 20), (1, 20, 19, 2, 12), (1, 25, 41, 3, 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("channels", [16, 64], ids=["one head", "several heads"])
 @pytest.mark.skipif(cuda, reason="the kernels run on the GPU, in the tests below")
-def test_kernels_interpreted(shape, channels, monkeypatch):
+def test_kernels_interpreted(shape, channels, monkeypatch, nan_filled_memory):
     from densezoo.ops.channel import kernels
 
     launch = {name: settings._replace(channels=channels) for name, settings in kernels.LAUNCH.items()}
@@ -244,7 +244,9 @@ def test_exports_with_free_height_and_width():
     [
         ({"query": torch.zeros(8, 2, 4)}, "query"),
         ({"query": torch.zeros(1, 8, 2, 4, dtype=torch.int64)}, "query"),
+        ({"query": torch.zeros(1, 8, 2, 0)}, "query"),
         ({"key": torch.zeros(1, 8, 2, 5)}, "key"),
+        ({"value": None}, "value"),
         ({"value": torch.zeros(1, 8, 2, 4, dtype=torch.float64)}, "value"),
         ({"value": torch.zeros(1, 8, 2, 4, device="meta")}, "value"),
     ],
@@ -264,6 +266,10 @@ def test_packed_names_wrong_arguments():
         ({"qkv": qkv.long()}, "qkv"),
         ({"roles": (0, 1, 1)}, "roles"),
         ({"roles": (0, 1)}, "roles"),
+        ({"roles": ("query", 1, 2)}, "roles"),
+        ({"roles": None}, "roles"),
+        ({"qkv": None}, "qkv"),
+        ({"qkv": qkv[..., :0]}, "qkv"),
     ):
         with pytest.raises(ValueError, match=f"^{named}: got"):
             channel_attention_qkv(**({"qkv": qkv} | change))

@@ -139,7 +139,7 @@ def check_kernels(setting, allowed, dtype=torch.float32, device="cpu", location_
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 @pytest.mark.skipif(cuda, reason="the kernels run on the GPU, in the tests below")
-def test_kernels_interpreted(setting):
+def test_kernels_interpreted(setting, nan_filled_memory):
     check_kernels(setting, 1e-6)
 
 
@@ -310,6 +310,7 @@ def test_more_than_2_31_elements():
         ({"sampling_locations": torch.zeros(2, 5, 2, 0, 3, 2)}, "sampling_locations"),
         ({"attention_weights": torch.zeros(2, 5, 2, 6)}, "attention_weights"),
         ({"attention_weights": torch.zeros(2, 5, 2, 2, 3, dtype=torch.int32)}, "attention_weights"),
+        ({"spatial_shapes": [(4, 5), (2, 3)]}, "spatial_shapes"),
         ({"spatial_shapes": torch.tensor([[4, 5]])}, "spatial_shapes"),
         ({"spatial_shapes": torch.tensor([[4.0, 5.0], [2.0, 3.0]])}, "spatial_shapes"),
         ({"level_start_index": torch.tensor([0])}, "level_start_index"),

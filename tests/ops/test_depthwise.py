@@ -59,11 +59,15 @@ def test_reference_is_a_convolution_of_each_window(size, window_size):
     [
         ({"x": torch.ones(3, 4, 8)}, r"x: got shape \(3, 4, 8\)"),
         ({"x": torch.ones(1, 3, 4, 8, dtype=torch.int32)}, "x: got torch.int32"),
+        ({"x": torch.ones(1, 0, 4, 8)}, r"x: got shape \(1, 0, 4, 8\)"),
+        ({"weight": None}, "weight: got NoneType, expected a tensor"),
         ({"weight": torch.ones(8, 8, 3, 3)}, r"weight: got shape \(8, 8, 3, 3\)"),
         ({"weight": torch.ones(8, 1, 4, 4)}, "weight: got size 4, expected an odd one"),
         ({"weight": torch.ones(8, 1, 3, 3, dtype=torch.float64)}, "weight: got torch.float64"),
         ({"bias": torch.ones(7)}, r"bias: got shape \(7,\), expected \(8,\)"),
         ({"window_size": (0, None)}, r"window_size: got \(0, None\)"),
+        ({"window_size": (2.5, 2)}, r"window_size: got \(2.5, 2\)"),
+        ({"window_size": 3}, "window_size: got 3"),
     ],
 )
 def test_wrong_arguments(change, message):

@@ -117,7 +117,7 @@ def test_computes_in_float32(dtype, autocast):
 @pytest.mark.parametrize("aligned", [False, True], ids=["views", "dense"])
 @pytest.mark.parametrize("setting", [(2, 5, 1, 3, (3, 5)), (1, 2, 3, 34, (1, 3)), (1, 2, 1, 3, (7,))], ids=str)
 @pytest.mark.skipif(cuda, reason="the kernels run on the GPU, in the tests below")
-def test_kernels_interpreted(setting, aligned, monkeypatch):
+def test_kernels_interpreted(setting, aligned, monkeypatch, nan_filled_memory):
     from densezoo.ops.focal import kernels
 
     # Several images a program, or short pieces.
@@ -251,6 +251,10 @@ def test_exports_with_free_height_and_width():
     "change, named",
     [
         ({"context": torch.zeros(2, 5, 8)}, "context"),
+        ({"context": torch.zeros(2, 0, 6, 8)}, "context"),
+        ({"context": torch.zeros(2, 5, 6, 0)}, "context"),
+        ({"gates": None}, "gates"),
+        ({"weights": [torch.zeros(8, 1, 3, 3), None]}, r"weights\[1\]"),
         ({"context": torch.zeros(2, 5, 6, 8, dtype=torch.int64)}, "context"),
         ({"gates": torch.zeros(2, 5, 6, 2)}, "gates"),
         ({"gates": torch.zeros(2, 5, 7, 3)}, "gates"),

@@ -192,7 +192,7 @@ INTERPRETED = pytest.param("cpu", marks=pytest.mark.skipif(cuda, reason="the ker
 @pytest.mark.parametrize("run", [512, 16], ids=["whole", "split"])
 @pytest.mark.parametrize("setting", KERNEL_SETTINGS, ids=str)
 @pytest.mark.skipif(cuda, reason="the kernels run on the GPU, in the tests below")
-def test_kernels_interpreted(setting, run, monkeypatch, request):
+def test_kernels_interpreted(setting, run, monkeypatch, request, nan_filled_memory):
     from densezoo.ops.linear import kernels
 
     monkeypatch.setattr(kernels, "RUN", run)
@@ -209,6 +209,15 @@ def test_features_near_zero(device, dtype, allowed):
     tensors = inputs(setting, device=device)
     tensors[0] = 1e-3 * tensors[0] - 1e-3
     compare(setting, [*(t.to(dtype) for t in tensors[:3]), *tensors[3:]], allowed)
+
+
+@pytest.mark.parametrize("device", [INTERPRETED, pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_windows_of_padding(device):
+    setting = (3, 20, 2, 8, 3, True)
+    tensors = inputs(setting, device=device)
+    for t in tensors[:3]:
+        t[-1] = 0
+    compare(setting, tensors, 1e-5)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -236,6 +245,7 @@ GPU_SETTINGS = [
     (3, 196, 5, 64, 3, True),
     (16, 49, 8, 64, 3, True),
     (128, 49, 8, 64, 3, False),
+    (256, 49, 2, 32, 3, True),
     (1, 15200, 2, 64, 3, True),
     (2, 777, 4, 24, 4, True),
     (1, 1000, 3, 128, 3, True),
@@ -268,10 +278,13 @@ def test_more_than_2_31_elements():
     assert qkv.numel() > 2**31
     scale = torch.ones(1, 32, device="cuda")
     set_backend("triton")
-    with torch.no_grad():
-        out = run(setting)(*qkv.unbind(2), scale)
-        last = run(setting)(*qkv[-1:].unbind(2), scale)
-    assert error(out[-1:], last) < 1e-2
+    grad = torch.randn(*setting[:2], *setting[2:4], device="cuda", dtype=torch.bfloat16)
+    results = []
+    for count in (len(qkv), 1):
+        leaves = [t.detach().requires_grad_() for t in qkv[-count:].unbind(2)]
+        out = run(setting)(*leaves, scale)
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, grad[-count:])])
+    assert max(error(big[-1:], one) for big, one in zip(*results, strict=True)) < 1e-2
 
 
 @pytest.mark.gpu
@@ -315,7 +328,10 @@ def test_backend_is_chosen_by_name():
     [
         ({"query": torch.zeros(2, 8, 16)}, "query"),
         ({"query": torch.zeros(2, 8, 2, 8, dtype=torch.int64)}, "query"),
+        ({"query": torch.zeros(2, 8, 0, 8)}, "query"),
         ({"key": torch.zeros(2, 9, 2, 8)}, "key"),
+        ({"feature_scale": None}, "feature_scale"),
+        ({"positional_encoding": 0.0}, "positional_encoding"),
         ({"value": torch.zeros(2, 8, 2, 8, dtype=torch.float64)}, "value"),
         ({"value": torch.zeros(2, 8, 2, 8, device="meta")}, "value"),
         ({"feature_scale": torch.ones(16)}, "feature_scale"),
@@ -324,6 +340,8 @@ def test_backend_is_chosen_by_name():
         ({"positional_encoding": torch.zeros(8, 2, 8, device="meta")}, "positional_encoding"),
         ({"focusing_factor": 0}, "focusing_factor"),
         ({"focusing_factor": float("nan")}, "focusing_factor"),
+        ({"focusing_factor": float("inf")}, "focusing_factor"),
+        ({"focusing_factor": "3"}, "focusing_factor"),
     ],
 )
 def test_wrong_arguments_are_named(change, named):

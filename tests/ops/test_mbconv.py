@@ -59,11 +59,15 @@ def test_reference_is_the_modules(act, module):
     "change, message",
     [
         ({"x": torch.ones(3, 4, 8)}, r"x: got torch.float32 of shape \(3, 4, 8\)"),
+        ({"x": torch.ones(1, 3, 0, 8)}, r"x: got torch.float32 of shape \(1, 3, 0, 8\)"),
+        ({"scale": None}, "scale: got NoneType, expected a tensor"),
         ({"scale": torch.ones(7)}, r"scale: got shape \(7,\)"),
+        ({"scale": torch.ones(8, dtype=torch.int64)}, r"scale: got shape \(8,\), torch.int64 on cpu"),
         ({"shift": torch.ones(7)}, r"shift: got shape \(7,\)"),
         ({"weight": torch.ones(8, 1, 5, 5)}, r"weight: got shape \(8, 1, 5, 5\)"),
         ({"stride": 3}, "stride: got 3"),
         ({"padding": (0, 1)}, r"padding: got \(0, 1\)"),
+        ({"padding": 1}, "padding: got 1"),
         ({"act": "relu"}, "act: got 'relu', expected one of gelu_tanh, silu"),
     ],
 )

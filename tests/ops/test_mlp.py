@@ -366,6 +366,24 @@ def test_wrong_shapes_are_named(name, index, shape):
         mlp(*tensors)
 
 
+@pytest.mark.parametrize(
+    "index, tensor, message",
+    [
+        (0, torch.ones(2, 4, dtype=torch.int64), "x: got torch.int64"),
+        (0, torch.tensor(1.0), r"x: got torch.float32 of shape \(\)"),
+        (1, torch.ones(8), r"weight1: got shape \(8,\)"),
+        (2, None, "bias1: got NoneType, expected a tensor"),
+        (3, torch.ones(4, 8), "weight2: got torch.float32, expected x's: torch.float64"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_named(index, tensor, message):
+    tensors = inputs(((2, 4), 8, 4))
+    tensors[index] = tensor
+    with pytest.raises(ValueError, match=f"^{message}"):
+        mlp(*tensors)
+
+
 def test_wrong_gelu():
     with pytest.raises(ValueError, match="approximate: got 'sigmoid'"):
         mlp(*inputs(((2, 4), 8, 4)), approximate="sigmoid")

@@ -65,6 +65,23 @@ def test_more_than_2_31_elements():
     assert error(got, tail.grad) < 1e-2
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.ones(2, 8, dtype=torch.int64)}, "x: got torch.int64"),
+        ({"x": torch.ones(2, 0)}, r"x: got torch.float32 of shape \(2, 0\)"),
+        ({"weight": torch.ones(2, 8)}, r"weight: got shape \(2, 8\), expected \(8,\)"),
+        ({"bias": torch.ones(7)}, r"bias: got shape \(7,\)"),
+        ({"bias": None}, "bias: got NoneType, expected a tensor"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_named(change, message):
+    arguments = dict(x=torch.ones(2, 8), weight=torch.ones(8), bias=torch.ones(8)) | change
+    with pytest.raises(ValueError, match=f"^{message}"):
+        layer_norm(**arguments)
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_operator_contract(device):
     from densezoo.ops.norm import kernels  # noqa: F401  (defines the operator)

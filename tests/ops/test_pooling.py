@@ -173,17 +173,20 @@ def test_repeats_in_every_bit_in_a_graph():
 
 
 @pytest.mark.parametrize(
-    "argument, change",
+    "message, change",
     [
-        ("x", dict(x=torch.ones(2, 5, 6))),
-        ("next_bias", dict(next_bias=torch.ones(5))),
-        ("drop", dict(drop=torch.ones(2))),
+        ("x: got shape", dict(x=torch.ones(2, 5, 6))),
+        ("x: got shape", dict(x=torch.ones(2, 3, 0, 6))),
+        ("x: got torch.int64", dict(x=torch.ones(2, 3, 4, 6, dtype=torch.int64))),
+        ("weight: got NoneType", dict(weight=None)),
+        ("next_bias: got shape", dict(next_bias=torch.ones(5))),
+        ("drop: got shape", dict(drop=torch.ones(2))),
     ],
 )
-def test_errors_name_the_argument(argument, change):
+def test_errors_name_the_argument(message, change):
     ones = torch.ones(6)
     arguments = dict(x=torch.ones(2, 3, 4, 6), weight=ones, bias=ones, next_weight=ones, next_bias=ones) | change
-    with pytest.raises(ValueError, match=f"^{argument}: got shape"):
+    with pytest.raises(ValueError, match=f"^{message}"):
         pool_mix(**arguments)
 
 

@@ -286,7 +286,7 @@ def check_kernels(setting, allowed, dtype=torch.float32, device="cpu", dense=Tru
 )
 @pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-6), (torch.float16, 2e-3)], ids=str)
 @pytest.mark.skipif(cuda, reason="the kernels run on the GPU, in the tests below")
-def test_kernels_interpreted(setting, dense, dtype, allowed):
+def test_kernels_interpreted(setting, dense, dtype, allowed, nan_filled_memory):
     check_kernels(setting, allowed, dtype, dense=dense)
 
 
@@ -453,6 +453,8 @@ def test_what_the_kernels_leave_to_the_reference():
     [
         ({"query": torch.zeros(2, 8, 16)}, "query"),
         ({"query": torch.zeros(2, 5, 8, 2, 8, dtype=torch.int64)}, "query"),
+        ({"query": torch.zeros(2, 5, 8, 2, 0)}, "query"),
+        ({"key": None}, "key"),
         ({"key": torch.zeros(2, 5, 9, 2, 8)}, "key"),
         ({"key": torch.zeros(2, 5, 8, 16)}, "key"),
         ({"value": torch.zeros(2, 5, 8, 2, 8)}, "value"),

@@ -154,7 +154,7 @@ def test_16_bit_inputs_are_summed_in_float32(setting, dtype, autocast):
 @pytest.mark.parametrize("biased", [True, False], ids=["bias", "plain"])
 @pytest.mark.parametrize("setting", KERNEL_SETTINGS, ids=str)
 @pytest.mark.skipif(cuda, reason="the kernels run on the GPU, in the tests below")
-def test_kernels_interpreted(setting, biased):
+def test_kernels_interpreted(setting, biased, nan_filled_memory):
     tensors = inputs(setting, torch.float32)[: 2 if biased else 1]
     set_backend("triton")
     got = gradients(run(setting), tensors)
@@ -264,6 +264,22 @@ def test_kernels(setting, dtype, allowed, biased, nan_filled_memory):
     assert max(map(error, got, expected)) < allowed
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_windows_of_padding(shift, device):
+    """Of a map padded before its projection: all tokens of such windows are the projection's bias."""
+    if device == "cpu" and cuda:
+        pytest.skip("the kernels run on the GPU")
+    setting = (1, 9, 10, 2, 8, 3, shift, False)
+    qkv, bias = (t.to(device) for t in inputs(setting, torch.float32))
+    qkv[:, 4:] = qkv[:, :, 3:] = torch.linspace(-1, 1, qkv.shape[-1], device=device)
+    set_backend("triton")
+    got = gradients(run(setting), [qkv, bias])
+    set_backend("reference")
+    expected = gradients(run(setting), [qkv.double(), bias.double()])
+    assert max(map(error, got, expected)) < 1e-5
+
+
 @pytest.mark.gpu
 def test_more_than_2_31_elements():
     qkv = torch.randn(23, 1024, 1024, 96, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -330,7 +346,9 @@ def test_exports_with_free_height_and_width(option):
 @pytest.mark.parametrize(
     "change, named",
     [
+        ({"qkv": None}, "qkv"),
         ({"qkv": torch.zeros(8, 8, 24)}, "qkv"),
+        ({"qkv": torch.zeros(1, 8, 8, 0)}, "qkv"),
         ({"qkv": torch.zeros(1, 8, 8, 32)}, "qkv"),
         ({"qkv": torch.zeros(1, 8, 8, 24, dtype=torch.int64)}, "qkv"),
         ({"num_heads": 3}, "qkv"),
@@ -342,6 +360,7 @@ def test_exports_with_free_height_and_width(option):
         ({"shift": 4}, "shift"),
         ({"shift": (0, -1)}, "shift"),
         ({"shift": 2, "grid": True}, "shift"),
+        ({"rel_pos_bias": [0.0]}, "rel_pos_bias"),
         ({"rel_pos_bias": torch.zeros(2, 7, 8)}, "rel_pos_bias"),
         ({"rel_pos_bias": torch.zeros(2, 7, 7, device="meta")}, "rel_pos_bias"),
     ],

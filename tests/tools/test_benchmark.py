@@ -114,7 +114,11 @@ def test_on_a_gpu(what, name, tmp_path, monkeypatch, capsys):
         (["ops", "na3d"], "got na3d, expected of na2d"),
         (["modules", "SE", "BAM"], "got BAM, expected of SE, ECA, CBAM, Triplet"),
         (["models", "resnet51"], "got resnet51"),
+        (["models", "resnet18", "--json", "no/such/rows.json"], "--json: got no/such/rows.json, expected a .json"),
+        (["latency", "nat_tiny", "--json", "no/such/rows.json"], "--json: got no/such/rows.json, expected a .json"),
+        (["latency", "nat_tiny", "--json", "rows.txt"], "--json: got rows.txt, expected a .json in a folder"),
         (["report", "nothing.json"], "nothing.json"),
+        (["report"], "report: got no files, expected those that --json saved"),
         (["tune", "na2d", "--dtype", "all"], "--dtype: got all, expected with ops, not tune"),
         (["latency", "nat_tiny", "--sizes", "224", "8"], "--sizes: got 8, expected 32 or more"),
         (["latency", "nat_tiny", "--out", "no/such/plot.png"], "--out: got no/such/plot.png, expected a .png"),
@@ -129,6 +133,22 @@ def test_wrong_arguments(arguments, message, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         run(monkeypatch, *arguments)
     assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1]", "3", '{"what": "ops"}', '{"what": "ops", "rows": []}', OPS | {"rows": [{}]}], ids=repr
+)
+def test_a_report_of_wrong_files_leaves_the_old_one(content, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    before = {"benchmarks.md": "old", "benchmarks_ops.png": "old", "right.json": json.dumps(OPS)}
+    before["wrong.json"] = content if isinstance(content, str) else json.dumps(content)
+    for name, text in before.items():
+        Path(name).write_text(text)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "report", "right.json", "wrong.json")
+    message = capsys.readouterr().err
+    assert "wrong.json: " in message and "expected files that --json saved" in message
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)

@@ -153,12 +153,18 @@ def test_wrong_arguments(arguments, message, monkeypatch, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_wrong_file_ends_it_first(tune, tmp_path):
+@pytest.mark.parametrize(("text", "message"), [('{"na3d": {}}', "got operator 'na3d'"), ("{", "Expecting")])
+def test_a_wrong_file_ends_it_first(text, message, tune, tmp_path):
     path = tmp_path / "settings.json"
-    path.write_text('{"na3d": {}}')
-    with pytest.raises(ValueError, match="got operator 'na3d'"):
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"settings.json: {message}"):
         tune.tune(["channel_attention"], torch.float32, 1, path)
-    assert path.read_text() == '{"na3d": {}}'
+    assert path.read_text() == text
+
+
+def test_a_folder_that_cannot_be_written_ends_it_first(tune, tmp_path):
+    with pytest.raises(ValueError, match="sm_90.json: its folder cannot be written; --out saves elsewhere"):
+        tune.tune(["channel_attention"], torch.float32, 1, tmp_path / "no such folder" / "sm_90.json")
 
 
 @pytest.mark.gpu
