@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from densezoo.necks.parts import check_features
 from densezoo.ops.backend import is_exporting
-from densezoo.ops.plugins.parts import positive
+from densezoo.ops.shapes import check_features, positive
 from torch import Tensor, nn
 
 CORNERS = ("top_left_corner", "bottom_right_corner")

@@ -5,9 +5,8 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from densezoo.necks.parts import check_features
 from densezoo.ops.backend import is_exporting
-from densezoo.ops.plugins.parts import positive
+from densezoo.ops.shapes import check_features, positive
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 

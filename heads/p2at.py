@@ -5,8 +5,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from densezoo.necks.parts import check_features, check_widths
-from densezoo.ops.plugins.parts import positive
+from densezoo.ops.shapes import check_features, check_widths, positive
 from torch import Tensor, nn
 
 

@@ -1,7 +1,7 @@
 """Relation-DETR's position relation, for the self-attention of detection transformers."""
 
 import torch
-from densezoo.ops.plugins.parts import positive
+from densezoo.ops.shapes import positive
 from torch import Tensor, nn
 
 

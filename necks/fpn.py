@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 import torch.nn.functional as F
-from densezoo.necks.parts import check_features, check_levels, check_widths, conv_norm, crop_to, init_xavier, subsample
-from densezoo.ops.plugins.parts import positive
+from densezoo.necks.parts import check_levels, conv_norm, crop_to, init_xavier, subsample
+from densezoo.ops.shapes import check_features, check_widths, positive
 from torch import Tensor, nn
 
 SOURCES = ("on_input", "on_lateral", "on_output")

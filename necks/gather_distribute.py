@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from densezoo.necks.parts import check_features, check_widths, conv_norm
-from densezoo.ops.plugins.parts import positive
+from densezoo.necks.parts import conv_norm
+from densezoo.ops.shapes import check_features, check_widths, positive
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval

@@ -1,46 +1,15 @@
 """What several necks share."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from densezoo.ops.backend import is_exporting
-from densezoo.ops.plugins.parts import positive
+from densezoo.ops.shapes import positive
 from torch import Tensor, nn
 
 NORMS = (None, "bn", "gn")
-
-
-def check_widths(in_channels: Sequence[int], least: int = 1) -> list[int]:
-    """Return the widths of the levels; ValueError where they are not `least` positive integers or more."""
-    if isinstance(in_channels, str | int) or not isinstance(in_channels, Sequence) or len(in_channels) < least:
-        raise ValueError(
-            f"in_channels: got {in_channels!r}, expected the widths of {least} levels or more, finest first, such as "
-            "a timm backbone's feature_info.channels()"
-        )
-    return [positive("in_channels", width) for width in in_channels]
-
-
-def check_features(features: Sequence[Tensor], in_channels: Sequence[int], name: str = "features") -> None:
-    """Raise ValueError, starting with `name`, where the maps are not those that a neck or head was built for."""
-    if isinstance(features, Tensor):
-        raise ValueError(f"{name}: got one tensor, expected a sequence of maps (B, C, H, W), finest first")
-    widths = [x.shape[1] for x in features]
-    if widths != list(in_channels):
-        raise ValueError(
-            f"{name}: got {len(widths)} maps of {widths} channels, expected {len(in_channels)}, finest first, of "
-            f"{list(in_channels)} as in in_channels"
-        )
-    # Asked of a graph to export it would limit the sizes that the graph serves.
-    if is_exporting():
-        return
-    for finer, coarser in pairwise(features):
-        if coarser.shape[2] > finer.shape[2] or coarser.shape[3] > finer.shape[3]:
-            sizes = [tuple(x.shape[2:]) for x in features]
-            raise ValueError(f"{name}: got maps of sizes {sizes}, expected the finest first, then none larger")
 
 
 def check_levels(levels: int, num_outs: int | None, start_level: int) -> int:

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from densezoo.necks.parts import (
-    check_features,
     check_levels,
-    check_widths,
     conv_norm,
     crop_to,
     deform_conv2d,
@@ -16,7 +14,7 @@ from densezoo.necks.parts import (
     init_xavier,
 )
 from densezoo.ops.backend import is_exporting
-from densezoo.ops.plugins.parts import positive
+from densezoo.ops.shapes import check_features, check_widths, positive
 from torch import Tensor, nn
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from densezoo.necks.fpn import FPN
-from densezoo.ops.plugins.parts import positive
+from densezoo.ops.shapes import positive
 from torch import Tensor, nn
 
 

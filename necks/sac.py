@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from densezoo.necks.parts import deform_conv2d
 from densezoo.ops.backend import is_exporting
-from densezoo.ops.plugins.parts import positive
+from densezoo.ops.shapes import positive
 from torch import Tensor, nn
 
 

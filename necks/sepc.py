@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from densezoo.necks.parts import check_features, check_widths, crop_to, deform_conv2d
-from densezoo.ops.plugins.parts import positive
+from densezoo.necks.parts import crop_to, deform_conv2d
+from densezoo.ops.shapes import check_features, check_widths, positive
 from torch import Tensor, nn
 
 

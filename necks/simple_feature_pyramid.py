@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from densezoo.necks.parts import check_features, check_widths, halve, subsample
-from densezoo.ops.plugins.parts import positive
+from densezoo.necks.parts import halve, subsample
+from densezoo.ops.shapes import check_features, check_widths, positive
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 

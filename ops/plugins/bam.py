@@ -2,7 +2,8 @@
 
 from collections import OrderedDict
 
-from densezoo.ops.plugins.parts import init_as_published, positive, reduced
+from densezoo.ops.plugins.parts import init_as_published, reduced
+from densezoo.ops.shapes import positive
 from torch import Tensor, nn
 
 

@@ -1,7 +1,8 @@
 """Deformable attention to capture salient information."""
 
 import torch
-from densezoo.ops.plugins.parts import odd, positive
+from densezoo.ops.plugins.parts import odd
+from densezoo.ops.shapes import positive
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 

@@ -2,7 +2,8 @@
 
 import math
 
-from densezoo.ops.plugins.parts import odd, positive
+from densezoo.ops.plugins.parts import odd
+from densezoo.ops.shapes import positive
 from torch import Tensor, nn
 
 

@@ -1,6 +1,7 @@
 """Efficient local attention."""
 
-from densezoo.ops.plugins.parts import odd, positive
+from densezoo.ops.plugins.parts import odd
+from densezoo.ops.shapes import positive
 from torch import Tensor, nn
 
 

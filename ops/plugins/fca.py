@@ -3,8 +3,8 @@
 import math
 
 import torch
-from densezoo.ops.plugins.parts import pooled_basis, positive, squeeze_mlp
-from densezoo.ops.shapes import per_axis
+from densezoo.ops.plugins.parts import pooled_basis, squeeze_mlp
+from densezoo.ops.shapes import per_axis, positive
 from torch import Tensor, nn
 
 # The released code's choices: frequencies of a 7x7 grid, (along the height, along the width), the best first.

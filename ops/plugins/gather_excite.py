@@ -2,8 +2,8 @@
 
 import torch
 import torch.nn.functional as F
-from densezoo.ops.plugins.parts import pooled_basis, positive, reduced
-from densezoo.ops.shapes import per_axis
+from densezoo.ops.plugins.parts import pooled_basis, reduced
+from densezoo.ops.shapes import per_axis, positive
 from torch import Tensor, nn
 
 VARIANTS = ("theta-", "theta", "theta+")

@@ -5,14 +5,8 @@ from collections.abc import Sequence
 
 import torch
 from densezoo.ops.backend import is_exporting, takes_triton
+from densezoo.ops.shapes import positive
 from torch import Tensor, nn
-
-
-def positive(name: str, value: int) -> int:
-    """Return `value`, or raise ValueError, starting with `name`, where it is no positive integer."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: got {value!r}, expected a positive integer")
-    return value
 
 
 def odd(name: str, value: int) -> int:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 from densezoo.ops.plugins.eca import kernel_size_for
-from densezoo.ops.plugins.parts import odd, positive
+from densezoo.ops.plugins.parts import odd
+from densezoo.ops.shapes import positive
 from torch import Tensor, nn
 
 

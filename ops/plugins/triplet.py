@@ -3,7 +3,8 @@
 from collections import OrderedDict
 
 from densezoo.ops.backend import takes_triton
-from densezoo.ops.plugins.parts import map_conv, map_gates, map_unsupported, max_mean, positive
+from densezoo.ops.plugins.parts import map_conv, map_gates, map_unsupported, max_mean
+from densezoo.ops.shapes import positive
 from torch import Tensor, nn
 
 

@@ -1,7 +1,7 @@
 """Ultra-lightweight subspace attention module."""
 
 import torch.nn.functional as F
-from densezoo.ops.plugins.parts import positive
+from densezoo.ops.shapes import positive
 from torch import Tensor, nn
 
 
