@@ -3,6 +3,7 @@
 import torch
 from densezoo.ops.backend import takes_triton
 from densezoo.ops.deformable.reference import ms_deform_attn_reference
+from densezoo.ops.launch import MAX_IMAGES
 from densezoo.ops.shapes import check_tensors
 from torch import Tensor
 
@@ -99,4 +100,6 @@ def unsupported(value: Tensor, sampling_locations: Tensor, attention_weights: Te
             return f"{name} of {t.dtype} (kernels: float16, bfloat16, float32)"
     if not 1 <= value.shape[-1] <= 256:
         return f"head dim {value.shape[-1]} (kernels: 1 to 256)"
+    if len(value) > MAX_IMAGES:
+        return f"{len(value)} images (kernels: up to {MAX_IMAGES})"
     return None

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from densezoo.ops.backend import takes_triton
 from densezoo.ops.focal.reference import focal_modulation_reference
+from densezoo.ops.launch import MAX_IMAGES
 from densezoo.ops.shapes import check_tensors
 from torch import Tensor
 
@@ -92,4 +93,6 @@ def _unsupported(context: Tensor, weights: Sequence[Tensor]) -> str | None:
     size = max(weight.shape[-1] for weight in weights)
     if size > MAX_KERNEL_SIZE:
         return f"kernel size {size} (kernels: at most {MAX_KERNEL_SIZE})"
+    if len(context) > MAX_IMAGES:
+        return f"{len(context)} images (kernels: up to {MAX_IMAGES})"
     return None

@@ -15,6 +15,8 @@ import torch
 from densezoo.ops import backend
 
 FOLDER = Path(__file__).parent
+# As many programs as CUDA has on the second axis of a grid, on which some kernels put images.
+MAX_IMAGES = 2**16 - 1
 
 _log = logging.getLogger("densezoo")
 

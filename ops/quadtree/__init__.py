@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from densezoo.ops.backend import takes_triton
+from densezoo.ops.launch import MAX_IMAGES
 from densezoo.ops.quadtree.reference import halve, quadtree_attention_reference, to_quads
 from densezoo.ops.shapes import check_tensors
 from torch import Tensor
@@ -111,6 +112,8 @@ def _unsupported(query: Tensor, value: Sequence[Tensor], topk: int, attn_type: s
     if len(value) > 1 and topk > 64:
         return f"topk {topk} (kernels: up to 64)"
     batch, height, width, heads, _ = value[-1].shape
+    if batch > MAX_IMAGES:
+        return f"{batch} images (kernels: up to {MAX_IMAGES})"
     if len(value) > 1 and height * width > 4096:
         return f"a coarsest level of {height}x{width} positions (kernels: up to 4096)"
     if batch * heads * query.shape[1] * query.shape[2] >= 2**31:

@@ -110,3 +110,13 @@ def test_float32_with_tf32(name, monkeypatch):
     expected = gradients(function, [t.double() for t in tensors])
     # tf32 keeps 10 digits, one less than it takes to round.
     assert max(map(error, got, expected)) < 1e-2
+
+
+@pytest.mark.parametrize("name", ["quadtree_attention", "focal_modulation", "ms_deform_attn"])
+def test_more_images_than_a_grid_has_programs(name):
+    function, shapes = CASES[name]
+    tensors = inputs(shapes, 1, "cuda" if cuda else "cpu")
+    tensors = [t.expand(65536, *s[1:]) if s[0] is None else t for t, s in zip(tensors, shapes, strict=True)]
+    set_backend("triton")
+    with pytest.raises(RuntimeError, match=f"{name}: .*65536 images \\(kernels: up to 65535\\)"):
+        function(*tensors)
