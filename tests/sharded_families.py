@@ -1,6 +1,7 @@
 """Run in two processes by test_fsdp.py: a step of every family, sharded and plain, has to give the same weights."""
 
 import copy
+import gc
 
 import torch
 from mmengine.optim import OptimWrapper
@@ -50,4 +51,7 @@ for kind in TYPES:
         torch.testing.assert_close(dict(after), dict(expected), rtol=1e-5, atol=1e-6)
         moved = [name for name, value in expected.items() if not torch.equal(value, before[name])]
         assert len(moved) > 0.9 * len(list(plain.parameters()))
+# Modules and optimizers hold the group: it ends with the last of them, and must not outlive the interpreter.
+del model, sharded, plain, optimizer
+gc.collect()
 distributed.destroy_process_group()
