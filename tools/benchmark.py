@@ -57,35 +57,45 @@ def time_models(names: list[str], dense: bool, mode: str) -> tuple[list[dict], s
     return rows, f"images per second, {size}, torch.compile mode {mode}"
 
 
-def main() -> None:
-    """Run the benchmark that the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["ops", "modules", "models", "latency", "tune", "report"])
-    parser.add_argument(
-        "names",
-        nargs="*",
-        metavar="name",
-        help=f"operators, of {', '.join(OPERATORS)}, modules, of {', '.join(MODULES)}, timm models, or files of --json",
-    )
-    parser.add_argument(
-        "--dtype",
-        default="bfloat16",
-        choices=[*(str(d).removeprefix("torch.") for d in TOLERANCE), "all"],
-        help="of operators and modules (%(default)s); `all` for ops alone; models run in bfloat16 autocast",
-    )
-    parser.add_argument("--dense", action="store_true", help="models as dense backbones at 800x1216, batch 2")
-    parser.add_argument(
+def add_whats(parser: argparse.ArgumentParser) -> None:
+    """Add what there is to time, each with its options."""
+    whats = parser.add_subparsers(dest="what", required=True, metavar="what")
+    dtypes = [str(d).removeprefix("torch.") for d in TOLERANCE]
+    parts = {}
+    for what, help, kind, names in (
+        ("ops", "operators", "operator", OPERATORS),
+        ("modules", "attention modules", "module", MODULES),
+        ("models", "whole models", "model", ["timm's and the zoo's models"]),
+        ("latency", "backbones by the size of the image", "model", ["timm's and the zoo's models"]),
+        ("tune", "launch settings", "operator", OPERATORS),
+        ("report", "tables and plots of saved rows", "file", ["files of --json"]),
+    ):
+        parts[what] = part = whats.add_parser(what, help=help)
+        part.add_argument("names", nargs="*", metavar=kind, help=", ".join(names))
+        if what in ("ops", "modules", "tune"):
+            choices = [*dtypes, "all"] if what == "ops" else dtypes
+            part.add_argument("--dtype", default="bfloat16", choices=choices, help="of the inputs (%(default)s)")
+        if what not in ("tune", "report"):
+            part.add_argument("--json", type=Path, help="also write the rows here")
+    parts["models"].add_argument("--dense", action="store_true", help="as dense backbones at 800x1216, batch 2")
+    parts["models"].add_argument(
         "--mode",
         default="default",
         choices=["default", "reduce-overhead", "max-autotune"],
-        help="how models are compiled; reduce-overhead: as CUDA graphs (%(default)s)",
+        help="how they are compiled; reduce-overhead: as CUDA graphs (%(default)s)",
     )
-    parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, metavar="SIDE", help="of latency's images")
-    output = parser.add_mutually_exclusive_group()
-    output.add_argument("--out", type=Path, help="latency's plot (latency.png), or tune's settings (not saved)")
-    output.add_argument("--write", action="store_true", help="save tune's settings where the kernels take them from")
-    parser.add_argument("--tries", type=int, default=16, help="settings that tune tries in place of one (%(default)s)")
-    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parts["latency"].add_argument("--sizes", nargs="+", type=int, default=SIZES, metavar="SIDE", help="of the images")
+    parts["latency"].add_argument("--out", type=Path, default=Path("latency.png"), help="the plot (%(default)s)")
+    output = parts["tune"].add_mutually_exclusive_group()
+    output.add_argument("--out", type=Path, help="a .json for the settings (not saved)")
+    output.add_argument("--write", action="store_true", help="save the settings where the kernels take them from")
+    parts["tune"].add_argument("--tries", type=int, default=16, help="settings tried in place of one (%(default)s)")
+
+
+def main() -> None:
+    """Run the benchmark that the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_whats(parser)
     args = parser.parse_args()
     if args.what == "report":
         try:
@@ -99,16 +109,14 @@ def main() -> None:
     if unknown := set(args.names) - set(cases or timm.list_models()):
         hint = ", ".join(cases) if cases else "timm's and the zoo's models"
         parser.error(f"name: got {', '.join(sorted(unknown))}, expected of {hint}")
-    if args.dtype == "all" and args.what != "ops":
-        parser.error(f"--dtype: got all, expected with ops, not {args.what}")
-    if args.tries < 1:
+    if args.what == "tune" and args.tries < 1:
         parser.error(f"--tries: got {args.tries}, expected 1 or more")
-    if min(args.sizes) < 32:
+    if args.what == "latency" and min(args.sizes) < 32:
         parser.error(f"--sizes: got {min(args.sizes)}, expected 32 or more")
-    suffix = ".json" if args.what == "tune" else ".png"
-    for option, path, kind in (("--out", args.out, suffix), ("--json", args.json, ".json")):
+    for option in ("out", "json"):
+        path, kind = getattr(args, option, None), ".png" if (args.what, option) == ("latency", "out") else ".json"
         if path and (path.suffix != kind or path.is_dir() or not os.access(path.parent, os.W_OK)):
-            parser.error(f"{option}: got {path}, expected a {kind} in a folder that can be written")
+            parser.error(f"--{option}: got {path}, expected a {kind} in a folder that can be written")
     on_gpu = torch.cuda.is_available()
     if not on_gpu and args.what != "latency":
         parser.error("needs a CUDA GPU: times on a CPU say nothing about the kernels")
@@ -118,8 +126,9 @@ def main() -> None:
             return tune(args.names, getattr(torch, args.dtype), args.tries, file_here() if args.write else args.out)
         except ValueError as e:
             parser.error(f"tune: {e}")
-    dtype = args.dtype.replace("all", "each dtype") if cases else "bfloat16 autocast" if on_gpu else "float32"
+    dtype = "bfloat16 autocast" if on_gpu else "float32"
     if cases:
+        dtype = args.dtype.replace("all", "each dtype")
         makers = [cases[name] for name in args.names or cases]
         rows, measured = time_cases(makers, None if args.dtype == "all" else getattr(torch, args.dtype))
     elif args.what == "models":
@@ -127,11 +136,11 @@ def main() -> None:
     else:
         rows = list(latency_rows(args.names or MODELS, args.sizes, "cuda" if on_gpu else "cpu"))
         measured = "dense backbones, eager, one image"
-        print(f"plot saved to {plot_latency(rows, args.out or Path('latency.png'))}", file=sys.stderr)
+        print(f"plot saved to {plot_latency(rows, args.out)}", file=sys.stderr)
     words = [word for word in sys.argv[1:] if word not in ("--json", str(args.json))]
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     run = {
-        "what": "dtypes" if args.dtype == "all" else args.what,
+        "what": "dtypes" if dtype == "each dtype" else args.what,
         "command": " ".join(["python", "tools/benchmark.py", *words]),
         "machine": f"{device}, torch {torch.__version__}, triton {version('triton')}, timm "
         f"{timm.__version__}, densezoo {__version__}, {dtype}, {measured}",

@@ -119,7 +119,10 @@ def test_on_a_gpu(what, name, tmp_path, monkeypatch, capsys):
         (["latency", "nat_tiny", "--json", "rows.txt"], "--json: got rows.txt, expected a .json in a folder"),
         (["report", "nothing.json"], "nothing.json"),
         (["report"], "report: got no files, expected those that --json saved"),
-        (["tune", "na2d", "--dtype", "all"], "--dtype: got all, expected with ops, not tune"),
+        (["tune", "na2d", "--dtype", "all"], "argument --dtype: invalid choice: 'all'"),
+        (["ops", "na2d", "--dense"], "unrecognized arguments: --dense"),
+        (["latency", "nat_tiny", "--dtype", "float16"], "unrecognized arguments: --dtype float16"),
+        (["report", "right.json", "--json", "out.json"], "unrecognized arguments: --json out.json"),
         (["latency", "nat_tiny", "--sizes", "224", "8"], "--sizes: got 8, expected 32 or more"),
         (["latency", "nat_tiny", "--out", "no/such/plot.png"], "--out: got no/such/plot.png, expected a .png"),
         pytest.param(
