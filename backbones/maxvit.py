@@ -208,7 +208,7 @@ class MBConv(nn.Module):
             for module, kind in kinds.items()
         )
         fit = all(norm.running_mean is not None and norm.momentum is not None for norm in norms)
-        return are_plain and fit and x.dtype != torch.float64 and takes_triton("activated_conv", x, None)
+        return are_plain and fit and x.dtype != torch.float64 and takes_triton("activated_conv", x)
 
     def _forward_tokens(self, x: Tensor) -> Tensor:
         """Compute `forward` on tokens (B, H * W, dim): torch.compile would store maps with their rows innermost."""

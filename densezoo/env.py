@@ -72,7 +72,7 @@ def backend_of(name: str, has_kernels: bool, device: str) -> tuple[str, str]:
     if not has_kernels:
         return "reference", "it has no kernels: plain PyTorch on every device"
     try:
-        takes = ops.backend.takes_triton(name, torch.empty(0, device=device), None)
+        takes = ops.backend.takes_triton(name, torch.empty(0, device=device))
     except RuntimeError as error:
         return "none", str(error)
     if takes:

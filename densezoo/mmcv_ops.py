@@ -593,7 +593,7 @@ def ms_deform_attn_forward(
         Tensor: (B, Q, heads * dim), in the dtype of value.
     """
     args = value, value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights
-    if takes_triton("ms_deform_attn", value, ms_deform_attn_unsupported(value, sampling_locations, attention_weights)):
+    if takes_triton("ms_deform_attn", value, ms_deform_attn_unsupported, value, sampling_locations, attention_weights):
         from densezoo.ops.deformable.kernels import ms_deform_attn_triton
 
         return ms_deform_attn_triton(*args)
@@ -611,7 +611,7 @@ def ms_deform_attn_backward(
 ) -> None:  # fmt: skip
     """Add the gradients of `ms_deform_attn_forward` to those given, recomputing one level at a time."""
     args = value, value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights
-    if takes_triton("ms_deform_attn", value, ms_deform_attn_unsupported(value, sampling_locations, attention_weights)):
+    if takes_triton("ms_deform_attn", value, ms_deform_attn_unsupported, value, sampling_locations, attention_weights):
         from densezoo.ops.deformable.kernels import ms_deform_attn_triton_backward
 
         grads = ms_deform_attn_triton_backward(grad_output, *args)

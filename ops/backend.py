@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import sysconfig
+from collections.abc import Callable
 
 import torch
 
@@ -65,13 +66,16 @@ def is_exporting() -> bool:
     return torch.compiler._is_exporting_flag
 
 
-def takes_triton(op: str, tensor: torch.Tensor, unsupported: str | None) -> bool:
+def takes_triton(
+    op: str, tensor: torch.Tensor, unsupported: Callable[..., str | None] | None = None, *inputs: object
+) -> bool:
     """Return whether `op` runs its Triton kernels on `tensor`, in the backend in force.
 
     Args:
         op: The operator's name, for messages.
         tensor: An input of the operator; its device decides.
-        unsupported: Why the operator's kernels cannot take these inputs, or None where they can.
+        unsupported: Function of `inputs` to why the operator's kernels cannot take them, or None where they can; asked
+            where there is a choice alone, since an answer would limit the sizes that an exported graph serves.
 
     Raises:
         RuntimeError: The backend is `triton` and the kernels cannot run; the message says why.
@@ -79,17 +83,17 @@ def takes_triton(op: str, tensor: torch.Tensor, unsupported: str | None) -> bool
     # An exported graph holds standard operators only, so that it runs where densezoo is not installed.
     if _backend == "reference" or is_exporting():
         return False
-    if lacks := missing[1 if tensor.is_cuda else 0]:
-        unsupported = lacks
-    elif not (tensor.is_cuda or interprets):
-        if _backend == "auto":
+    reason = missing[1 if tensor.is_cuda else 0]
+    if not reason:
+        if _backend == "auto" and not tensor.is_cuda:
             return False
-        unsupported = f"its inputs are on {tensor.device}, the kernels need a GPU or TRITON_INTERPRET=1"
-    elif _backend == "auto" and not tensor.is_cuda:
-        return False
-    if unsupported is None:
+        if tensor.is_cuda or interprets:
+            reason = unsupported(*inputs) if unsupported else None
+        else:
+            reason = f"its inputs are on {tensor.device}, the kernels need a GPU or TRITON_INTERPRET=1"
+    if reason is None:
         return True
-    fall_back(op, unsupported)
+    fall_back(op, reason)
     return False
 
 

@@ -76,11 +76,11 @@ def test_what_triton_lacks_leaves_the_reference(monkeypatch, caplog):
     monkeypatch.setattr(ops.backend, "_logged", set())
     tensor = SimpleNamespace(is_cuda=True, device="cuda")
     monkeypatch.setattr(ops.backend, "_backend", "auto")
-    assert not any(ops.backend.takes_triton("na2d", tensor, None) for _ in range(2))
+    assert not any(ops.backend.takes_triton("na2d", tensor) for _ in range(2))
     assert [r.message for r in caplog.records] == ["na2d: takes the reference: triton finds no C compiler"]
     monkeypatch.setattr(ops.backend, "_backend", "triton")
     with pytest.raises(RuntimeError, match="na2d: cannot run on triton: triton finds no C compiler"):
-        ops.backend.takes_triton("na2d", tensor, None)
+        ops.backend.takes_triton("na2d", tensor)
 
 
 def test_extras_are_those_of_the_project():

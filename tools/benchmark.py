@@ -57,12 +57,12 @@ def time_models(names: list[str], dense: bool, mode: str) -> tuple[list[dict], s
     return rows, f"images per second, {size}, torch.compile mode {mode}"
 
 
-def add_whats(parser: argparse.ArgumentParser) -> None:
-    """Add what there is to time, each with its options."""
-    whats = parser.add_subparsers(dest="what", required=True, metavar="what")
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """Add what there is to time, and the report, each with its options."""
+    commands = parser.add_subparsers(dest="what", required=True, metavar="what")
     dtypes = [str(d).removeprefix("torch.") for d in TOLERANCE]
     parts = {}
-    for what, help, kind, names in (
+    for what, about, kind, names in (
         ("ops", "operators", "operator", OPERATORS),
         ("modules", "attention modules", "module", MODULES),
         ("models", "whole models", "model", ["timm's and the zoo's models"]),
@@ -70,7 +70,7 @@ def add_whats(parser: argparse.ArgumentParser) -> None:
         ("tune", "launch settings", "operator", OPERATORS),
         ("report", "tables and plots of saved rows", "file", ["files of --json"]),
     ):
-        parts[what] = part = whats.add_parser(what, help=help)
+        parts[what] = part = commands.add_parser(what, help=about)
         part.add_argument("names", nargs="*", metavar=kind, help=", ".join(names))
         if what in ("ops", "modules", "tune"):
             choices = [*dtypes, "all"] if what == "ops" else dtypes
@@ -95,7 +95,7 @@ def add_whats(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     """Run the benchmark that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_whats(parser)
+    add_commands(parser)
     args = parser.parse_args()
     if args.what == "report":
         try:

@@ -45,7 +45,7 @@ def agent_attention(
     _check(query, key, value, agent, aggregation_bias, broadcast_bias)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     args = (query, key, value, agent, aggregation_bias, broadcast_bias, scale)
-    if takes_triton("agent_attention", query, _unsupported(query, agent, aggregation_bias, broadcast_bias)):
+    if takes_triton("agent_attention", query, _unsupported, query, agent, aggregation_bias, broadcast_bias):
         from densezoo.ops.agent.kernels import agent_attention_triton
 
         return agent_attention_triton(*args)

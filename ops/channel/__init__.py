@@ -47,7 +47,7 @@ def channel_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float
             )
     # An int would not be one of the operator's floats; float() would fix a scale that follows the map's size.
     scale = query.shape[-1] ** -0.5 if scale is None else 1.0 * scale
-    if takes_triton("channel_attention", query, _unsupported(query)):
+    if takes_triton("channel_attention", query, _unsupported, query):
         from densezoo.ops.channel.kernels import channel_attention_triton
 
         return channel_attention_triton(query, key, value, scale)
@@ -82,7 +82,7 @@ def channel_attention_qkv(
     if not isinstance(roles, (tuple, list)) or len(roles) != 3 or set(roles) != {0, 1, 2}:
         raise ValueError(f"roles: got {roles!r}, expected 0, 1 and 2 in some order")
     scale = qkv.shape[-1] ** -0.5 if scale is None else 1.0 * scale
-    if takes_triton("channel_attention_qkv", qkv, _unsupported(qkv)):
+    if takes_triton("channel_attention_qkv", qkv, _unsupported, qkv):
         from densezoo.ops.channel.kernels import channel_attention_qkv_triton
 
         return channel_attention_qkv_triton(qkv, roles, scale)

@@ -43,7 +43,7 @@ def ms_deform_attn(
     """
     _check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
     args = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    if takes_triton("ms_deform_attn", value, unsupported(value, sampling_locations, attention_weights)):
+    if takes_triton("ms_deform_attn", value, unsupported, value, sampling_locations, attention_weights):
         from densezoo.ops.deformable.kernels import ms_deform_attn_triton
 
         return ms_deform_attn_triton(*args)
@@ -100,6 +100,6 @@ def unsupported(value: Tensor, sampling_locations: Tensor, attention_weights: Te
             return f"{name} of {t.dtype} (kernels: float16, bfloat16, float32)"
     if not 1 <= value.shape[-1] <= 256:
         return f"head dim {value.shape[-1]} (kernels: 1 to 256)"
-    if len(value) > MAX_IMAGES:
-        return f"{len(value)} images (kernels: up to {MAX_IMAGES})"
+    if value.shape[0] > MAX_IMAGES:
+        return f"{value.shape[0]} images (kernels: up to {MAX_IMAGES})"
     return None

@@ -46,7 +46,7 @@ def depthwise_conv(
     """
     dtype = autocast_dtype(x)
     _check(x, weight, bias, window_size, dtype is not None)
-    if takes_triton("depthwise_conv", x, _unsupported(x, weight)):
+    if takes_triton("depthwise_conv", x, _unsupported, x, weight):
         from densezoo.ops.depthwise.kernels import depthwise_conv_triton
 
         if dtype and not residual:

@@ -45,7 +45,7 @@ def focal_modulation(
         RuntimeError: The backend is set to `triton` and the kernels cannot run on these inputs.
     """
     _check(context, gates, weights)
-    if takes_triton("focal_modulation", context, _unsupported(context, weights)):
+    if takes_triton("focal_modulation", context, _unsupported, context, weights):
         from densezoo.ops.focal.kernels import focal_modulation_triton
 
         return focal_modulation_triton(context, gates, weights, normalize_modulator)
@@ -93,6 +93,6 @@ def _unsupported(context: Tensor, weights: Sequence[Tensor]) -> str | None:
     size = max(weight.shape[-1] for weight in weights)
     if size > MAX_KERNEL_SIZE:
         return f"kernel size {size} (kernels: at most {MAX_KERNEL_SIZE})"
-    if len(context) > MAX_IMAGES:
-        return f"{len(context)} images (kernels: up to {MAX_IMAGES})"
+    if context.shape[0] > MAX_IMAGES:
+        return f"{context.shape[0]} images (kernels: up to {MAX_IMAGES})"
     return None

@@ -49,7 +49,7 @@ def focused_linear_attention(
     """
     _check(query, key, value, feature_scale, positional_encoding, focusing_factor)
     args = (query, key, value, feature_scale, positional_encoding, focusing_factor)
-    if takes_triton("focused_linear_attention", query, _unsupported(query, feature_scale, positional_encoding)):
+    if takes_triton("focused_linear_attention", query, _unsupported, query, feature_scale, positional_encoding):
         from densezoo.ops.linear.kernels import focused_linear_attention_triton
 
         return focused_linear_attention_triton(*args)

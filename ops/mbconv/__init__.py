@@ -45,7 +45,7 @@ def activated_conv(
         RuntimeError: The backend is set to `triton` and the kernels cannot run on these inputs.
     """
     _check(x, {"scale": scale, "shift": shift}, weight, stride, padding, act)
-    if takes_triton("activated_conv", x, _unsupported(x)):
+    if takes_triton("activated_conv", x, _unsupported, x):
         from densezoo.ops.mbconv.kernels import activated_conv_triton
 
         # torch.compile would store what has four axes as it likes convolutions to, rows innermost.
@@ -79,7 +79,7 @@ def activated_conv_mean(
     """
     _check(x, {"scale": scale, "shift": shift, "bias": bias}, weight, stride, padding, act)
     with torch.no_grad():
-        if takes_triton("activated_conv_mean", x, _unsupported(x)):
+        if takes_triton("activated_conv_mean", x, _unsupported, x):
             from densezoo.ops.mbconv.kernels import activated_conv_inference
 
             tensors = (x.flatten(1, 2), scale, shift, weight, bias)

@@ -77,7 +77,7 @@ def _takes_kernels(x: Tensor, out: int, approximate: str) -> bool:
         applies = applies and dtype in (torch.bfloat16, torch.float16)
     else:
         applies = dtype == torch.bfloat16 or (dtype == torch.float16 and width <= NARROW)
-    return applies and takes_triton("mlp", x, None)
+    return applies and takes_triton("mlp", x)
 
 
 def _mlp_fused(x: Tensor, *args) -> Tensor:

@@ -66,7 +66,7 @@ def na2d(
                 f"value (query: {query.dtype} on {query.device})"
             )
     args = _options(query.shape, query.device, rpb, kernel_size, stride, dilation, is_causal, scale)
-    if takes_triton("na2d", query, _unsupported(query)):
+    if takes_triton("na2d", query, _unsupported, query):
         from densezoo.ops.neighborhood.kernels import na2d_triton
 
         return na2d_triton(query, key, value, rpb, *args)
@@ -110,7 +110,7 @@ def na2d_qkv(
     if not qkv.is_floating_point():
         raise ValueError(f"qkv: got {qkv.dtype}, expected a floating dtype")
     args = _options(qkv.shape[:3] + qkv.shape[4:], qkv.device, rpb, kernel_size, stride, dilation, is_causal, scale)
-    if takes_triton("na2d_qkv", qkv, _unsupported(qkv)):
+    if takes_triton("na2d_qkv", qkv, _unsupported, qkv):
         from densezoo.ops.neighborhood.kernels import na2d_qkv_triton
 
         return na2d_qkv_triton(qkv, rpb, *args)

@@ -44,7 +44,7 @@ def layer_norm(
     is_asked_for = get_backend() == "triton" or (is_compiling and torch.is_grad_enabled())
     # torch.compile would store what has four axes as it likes convolutions to, rows innermost.
     rows = x.reshape(-1, x.shape[-1]) if is_asked_for or is_compiling else x
-    if is_asked_for and takes_triton("layer_norm", x, _unsupported(x)):
+    if is_asked_for and takes_triton("layer_norm", x, _unsupported, x):
         default = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
         return _OnePassBackward.apply(rows, weight, bias, eps, dtype or default).view(x.shape)
     out = F.layer_norm(rows, weight.shape, weight, bias, eps).view(x.shape)

@@ -38,7 +38,7 @@ class CBAM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Take (B, C, H, W) to the same shape."""
-        if takes_triton("cbam", x, map_unsupported(x)):
+        if takes_triton("cbam", x, map_unsupported, x):
             from densezoo.ops.plugins.cbam_kernels import gate_twice_triton
 
             return gate_twice_triton(x, self._channel_gate, self._position_gate)

@@ -63,7 +63,7 @@ class MapConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Take (B, 2, H, W) to (B, 1, H, W)."""
-        if takes_triton("map_conv", x, _conv_unsupported(x)):
+        if takes_triton("map_conv", x, _conv_unsupported, x):
             from densezoo.ops.plugins.kernels import map_conv_triton
 
             out = map_conv_triton(x, self.weight)
@@ -105,7 +105,7 @@ def _are_alike(gates: Sequence[nn.Sequential]) -> bool:
 
 def map_gates(gates: Sequence[nn.Sequential], maps: Sequence[Tensor], share: float = 1.0) -> list[Tensor]:
     """Take each map (B, 2, H, W) through its `map_conv`, a sigmoid and a factor to (B, 1, H, W), together on a GPU."""
-    if not (_are_alike(gates) and takes_triton("map_gates", maps[0], _conv_unsupported(maps[0]))):
+    if not (_are_alike(gates) and takes_triton("map_gates", maps[0], _conv_unsupported, maps[0])):
         return [gate(x).sigmoid() * share for gate, x in zip(gates, maps, strict=True)]
     from densezoo.ops.plugins.kernels import map_gates_triton
 

@@ -32,7 +32,7 @@ class Triplet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Take (B, C, H, W) to the same shape."""
-        if takes_triton("triplet", x, map_unsupported(x)):
+        if takes_triton("triplet", x, map_unsupported, x):
             from densezoo.ops.plugins.axes import gate_axes_triton
 
             return gate_axes_triton(x, self._gates)

@@ -55,7 +55,7 @@ def pool_mix(
             raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected {tuple(x.shape[-1:])} as `x` has channels")
     if drop is not None and drop.shape != (x.shape[0], 1, 1, 1):
         raise ValueError(f"drop: got shape {tuple(drop.shape)}, expected {(x.shape[0], 1, 1, 1)}")
-    if takes_triton("pool_mix", x, _unsupported(x)):
+    if takes_triton("pool_mix", x, _unsupported, x):
         from densezoo.ops.pooling.kernels import pool_mix_triton
 
         return pool_mix_triton(x, weight, bias, next_weight, next_bias, eps, layer_scale, drop)
@@ -77,7 +77,7 @@ def add_branch(x: Tensor, branch: Tensor, bias: Tensor, drop: Tensor | None = No
     Returns:
         Of `x`'s shape, in the widest of the dtypes.
     """
-    if takes_triton("add_branch", x, _unsupported(x)):
+    if takes_triton("add_branch", x, _unsupported, x):
         from densezoo.ops.pooling.kernels import add_branch_triton
 
         return add_branch_triton(x, branch, bias, drop)

@@ -58,7 +58,7 @@ def quadtree_attention(
     """
     _check(query, key, value, topk, attn_type, encoding)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    if takes_triton("quadtree_attention", query, _unsupported(query, value, topk, attn_type)):
+    if takes_triton("quadtree_attention", query, _unsupported, query, value, topk, attn_type):
         from densezoo.ops.quadtree.kernels import quadtree_attention_triton
 
         return quadtree_attention_triton(query, key, value, topk, scale, encoding)

@@ -58,7 +58,7 @@ def window_attention(
     _check(qkv, rel_pos_bias, num_heads, window_size, shift, grid)
     scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5 if scale is None else float(scale)
     args = (qkv, rel_pos_bias, num_heads, window_size, shift, bool(grid), scale)
-    if takes_triton("window_attention", qkv, _unsupported(qkv, rel_pos_bias, num_heads, window_size)):
+    if takes_triton("window_attention", qkv, _unsupported, qkv, rel_pos_bias, num_heads, window_size):
         from densezoo.ops.window.kernels import window_attention_triton
 
         return window_attention_triton(*args)

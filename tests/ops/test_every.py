@@ -15,6 +15,7 @@ from densezoo.ops import (
     set_backend,
     window_attention,
 )
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 cuda = torch.cuda.is_available()
@@ -110,6 +111,19 @@ def test_float32_with_tf32(name, monkeypatch):
     expected = gradients(function, [t.double() for t in tensors])
     # tf32 keeps 10 digits, one less than it takes to round.
     assert max(map(error, got, expected)) < 1e-2
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_exported_graph_takes_any_batch(name):
+    """Whatever limits the kernels have: a named range is stricter than Dim.DYNAMIC."""
+    function, shapes = CASES[name]
+    module = nn.Module()
+    module.forward = lambda *tensors: function(*tensors)
+    free = [{0: torch.export.Dim("batch", min=1)} if s[0] is None else None for s in shapes]
+    program = torch.export.export(module, tuple(inputs(shapes, 2, "cpu")), dynamic_shapes=(tuple(free),))
+    for batch in (1, 5):
+        tensors = inputs(shapes, batch, "cpu")
+        torch.testing.assert_close(program.module()(*tensors), function(*tensors))
 
 
 @pytest.mark.parametrize("name", ["quadtree_attention", "focal_modulation", "ms_deform_attn"])
