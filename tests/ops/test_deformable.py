@@ -261,7 +261,7 @@ def check_operator_contract(device):
 
 
 @pytest.mark.gpu
-def test_cuda_graph():
+def test_cuda_graph(check_cuda_graph):
     tensors, levels = inputs((2, [(20, 30), (10, 15)], 100, 2, 32, 4), torch.bfloat16, "cuda")
     set_backend("triton")
     leaves = [t.detach().requires_grad_() for t in tensors]
@@ -270,16 +270,7 @@ def test_cuda_graph():
         out = run_with(levels)(*leaves)
         return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        expected = step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+    check_cuda_graph(step)
 
 
 @pytest.mark.gpu

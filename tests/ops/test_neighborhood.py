@@ -306,7 +306,7 @@ def test_kernels_without_a_bias(setting, dtype, allowed, nan_filled_memory):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("setting", [(2, 20, 17, 2, 32, 7, 1, 1, False), (2, 20, 17, 2, 32, 13, 1, 1, False)], ids=str)
-def test_cuda_graph(setting):
+def test_cuda_graph(setting, check_cuda_graph):
     tensors = inputs(setting, torch.bfloat16, "cuda")
     set_backend("triton")
     leaves = [t.detach().requires_grad_() for t in tensors]
@@ -316,16 +316,7 @@ def test_cuda_graph(setting):
         out = run(setting)(*leaves)
         return [out, *torch.autograd.grad(out, leaves, grad)]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        expected = step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+    check_cuda_graph(step)
 
 
 @pytest.mark.gpu

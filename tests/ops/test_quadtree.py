@@ -373,7 +373,7 @@ def test_memory_is_a_seventh_of_the_reference():
 
 
 @pytest.mark.gpu
-def test_cuda_graph():
+def test_cuda_graph(check_cuda_graph):
     tensors = kernel_inputs((2, 28, 28, 2, 32, 3, 8), torch.bfloat16, "cuda")
     set_backend("triton")
     leaves = [t.detach().requires_grad_() for t in tensors]
@@ -383,16 +383,7 @@ def test_cuda_graph():
         out = run(*leaves)
         return [out, *torch.autograd.grad(out, leaves, grad)]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        expected = step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+    check_cuda_graph(step)
 
 
 @pytest.mark.skipif(cuda, reason="the kernels run on the GPU, in the tests below")
