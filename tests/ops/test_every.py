@@ -1,4 +1,4 @@
-"""What holds of every heavy operator: one compiled graph trains any batch, and float32 takes tf32 where torch may."""
+"""What holds of every heavy operator: its compiled and exported graphs take any batch, and float32 tf32 where it may."""
 
 import pytest
 import torch
