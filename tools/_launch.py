@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import time
 from argparse import ArgumentParser
 
 import torch
@@ -41,6 +42,11 @@ def set_environment(launcher: str, local_rank: int | None) -> None:
 
 
 def finish() -> None:
-    """Leave the group of processes, if there are several."""
+    """Leave the group of processes, if there are several.
+
+    A thread of Gloo that still lets go of a tensor when the interpreter ends aborts the process. Each needs Python for
+    it, which is free while this one sleeps.
+    """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""What holds of every heavy operator: its compiled and exported graphs take any batch, and float32 tf32 where it may."""
+"""What holds of every heavy operator: its graphs, compiled or exported, take any batch, and float32 takes tf32."""
 
 import pytest
 import torch
