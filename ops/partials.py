@@ -5,6 +5,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops import compiling
 from torch import Tensor
 
 # Tables that a program adds up at a time, numbers of them, the less for more programs, and programs that keep a large
@@ -12,7 +13,7 @@ from torch import Tensor
 TABLES, FEW, MANY, PROGRAMS = 16, 32, 256, 1024
 
 
-@triton.jit(do_not_specialize=["count", "size", "share", "parts"])
+@compiling.kernel(do_not_specialize=["count", "size", "share", "parts"])
 def _add_up(partial, out, count, size, share, parts, factor, TABLES: tl.constexpr, NUMBERS: tl.constexpr):
     """A program owns NUMBERS places of the tables of one group, and adds up a share of these, some at a time."""
     blocks = tl.cdiv(size, NUMBERS)

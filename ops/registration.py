@@ -10,6 +10,7 @@ from functools import wraps
 
 import torch
 from densezoo.ops.backend import fall_back
+from densezoo.ops.compiling import foresee, foresee_fake
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
@@ -24,11 +25,16 @@ def define(name: str, function: Callable, fake: Callable) -> Callable:
 
     torch.library.custom_op would look for aliases among its tensors at every call.
     """
+
+    def fake_and_foresee(*args):
+        foresee_fake(function, args)
+        return fake(*args)
+
     qualified = f"densezoo::{name}"
     schema = torch.library.infer_schema(function, mutates_args=())
     torch.library.define(qualified, schema, lib=_library, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(qualified, "default", function, lib=_library)
-    torch.library.register_fake(qualified, fake, lib=_library)
+    torch.library.register_fake(qualified, fake_and_foresee, lib=_library)
     return getattr(torch.ops.densezoo, name).default
 
 
@@ -131,6 +137,7 @@ def register(
     def call(*args) -> Tensor:
         if is_watched(args[0]):
             return _as_tuple(operator(*args))[0]
+        foresee(forward, backward, args, tensors)
         return Eager.apply(*args)[0]
 
     return call

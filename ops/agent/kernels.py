@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops import compiling
 from densezoo.ops.agent.reference import agent_attention_reference
 from densezoo.ops.launch import Table
 from densezoo.ops.partials import total
@@ -115,7 +116,7 @@ def _unit(grad_value, dtype: tl.constexpr):
     return unit
 
 
-@triton.jit(do_not_specialize=["runs"])
+@compiling.kernel(do_not_specialize=["runs"])
 def _forward(
     q, k, v, agent, bias_a, bias_b, parts, part_norms, out, agent_value, lse, tokens, agents, run, runs, scale,
     q_stride_b, q_stride_t, q_stride_n, k_stride_b, k_stride_t, k_stride_n,
@@ -205,7 +206,7 @@ def _add(target, offsets, x, mask, is_later):
     tl.store(target + offsets, x, mask=mask)
 
 
-@triton.jit(do_not_specialize=["batch", "images"])
+@compiling.kernel(do_not_specialize=["batch", "images"])
 def _backward(
     q, k, v, agent, bias_a, bias_b, agent_value, lse, grad_out,
     grad_q, grad_k, grad_v, grad_value, grad_agent, grad_bias_a, grad_bias_b,
@@ -333,7 +334,7 @@ def _store_held(target, tiles, tokens, agents, stride_a, stride_t, TILES: tl.con
         tl.store(target + (a * stride_a + t * stride_t), tiles[i], mask=(a < agents) & (t < tokens))
 
 
-@triton.jit(do_not_specialize=["batch"])
+@compiling.kernel(do_not_specialize=["batch"])
 def _forward_held(
     q, k, v, agent, bias_a, bias_b, out, agent_value, lse, batch, tokens, agents, scale,
     q_stride_b, q_stride_t, q_stride_n, k_stride_b, k_stride_t, k_stride_n,
@@ -379,7 +380,7 @@ def _forward_held(
             tl.store(out + (image * tokens * HEADS + head) * DIM + offsets, o_tile.to(dtype), mask=mask)
 
 
-@triton.jit(do_not_specialize=["batch"])
+@compiling.kernel(do_not_specialize=["batch"])
 def _queries_held(
     q, agent, bias_b, agent_value, grad_out, grad_q, grad_value, grad_agent, grad_bias_b, batch, tokens, agents, scale,
     q_stride_b, q_stride_t, q_stride_n, a_stride_b, a_stride_t, a_stride_n, bb_stride_n, bb_stride_t, bb_stride_a,
@@ -426,7 +427,7 @@ def _queries_held(
         _store_held(grad_bias_b, grads, tokens, agents, 1, agents, TILES)
 
 
-@triton.jit(do_not_specialize=["batch"])
+@compiling.kernel(do_not_specialize=["batch"])
 def _keys_held(
     k, v, agent, bias_a, agent_value, lse, grad_k, grad_v, grad_value, from_queries, grad_agent, grad_bias_a,
     batch, tokens, agents, scale,

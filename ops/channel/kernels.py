@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops import compiling
 from densezoo.ops.channel.reference import channel_attention_qkv_reference, channel_attention_reference
 from densezoo.ops.launch import Table
 from densezoo.ops.partials import total
@@ -94,7 +95,7 @@ def _softmax(scores, scale, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: t
     return weights / tl.sum(weights, 1)[:, None]
 
 
-@triton.jit(do_not_specialize=["splits", "chunk"])
+@compiling.kernel(do_not_specialize=["splits", "chunk"])
 def _sums(
     a, b, partial, tokens, heads, splits, chunk, a_stride_b, a_stride_t, a_stride_n, b_stride_b, b_stride_t, b_stride_n,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
@@ -113,7 +114,7 @@ def _sums(
     tl.store(partial + entries, acc, mask=exist)
 
 
-@triton.jit(do_not_specialize=["chunk"])
+@compiling.kernel(do_not_specialize=["chunk"])
 def _forward(
     q, k, v, product, weights, out, tokens, heads, chunk, scale, stride_b, stride_t, stride_n,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
@@ -143,7 +144,7 @@ def _forward(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["chunk"])
+@compiling.kernel(do_not_specialize=["chunk"])
 def _backward(
     q, k, v, grad_out, product, weights, grad_q, grad_k, grad_v, tokens, heads, chunk, scale,
     stride_b, stride_t, stride_n,

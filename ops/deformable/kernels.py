@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops import compiling
 from densezoo.ops.deformable.reference import ms_deform_attn_reference
 from densezoo.ops.launch import Table
 from densezoo.ops.registration import register
@@ -51,7 +52,7 @@ def _corner(row, column, height, width, start, keys, mask):
     return key, inside & (key >= 0) & (key < keys)
 
 
-@triton.jit(do_not_specialize=["keys", "queries", "heads"])
+@compiling.kernel(do_not_specialize=["keys", "queries", "heads"])
 def _forward(
     value, shapes, starts, locations, weights, out, keys, queries, heads, stride_b, stride_k, stride_n,
     LEVELS: tl.constexpr, POINTS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr,
@@ -94,7 +95,7 @@ def _bound(x):
     return tl.where(bound < 1e-38, 1e-38, bound)
 
 
-@triton.jit(do_not_specialize=["keys", "queries", "heads", "steps"])
+@compiling.kernel(do_not_specialize=["keys", "queries", "heads", "steps"])
 def _cells(
     shapes, starts, locations, weights, grad, grad_bound, weight_bound, cells, keys, queries, heads, steps,
     LEVELS: tl.constexpr, POINTS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr,
@@ -125,7 +126,7 @@ def _cells(
     tl.atomic_add(cells + (image * keys + key) * heads + head, share, mask=inside, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["keys", "heads", "steps"])
+@compiling.kernel(do_not_specialize=["keys", "heads", "steps"])
 def _limits(
     shapes, starts, cells, limits, keys, heads, steps,
     LEVELS: tl.constexpr, BLOCK: tl.constexpr,
@@ -175,7 +176,7 @@ def _add(sums, pairs, mask, BLOCK: tl.constexpr, BLOCK_DIM: tl.constexpr, VECTOR
             tl.atomic_add(place + 3 * lanes, fourth + 0, mask=mask, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["keys", "queries", "heads"])
+@compiling.kernel(do_not_specialize=["keys", "queries", "heads"])
 def _backward(
     value, shapes, starts, locations, weights, grad, grad_bound, weight_bound, limits, sums,
     grad_locations, grad_weights, keys, queries, heads, stride_b, stride_k, stride_n,
@@ -230,7 +231,7 @@ def _backward(
             tl.store(grad_weights + at, by_weight.to(grad_weights.dtype.element_ty), mask=exists)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@compiling.kernel(do_not_specialize=["rows"])
 def _convert(
     limits, sums, grad_bound, weight_bound, out, rows,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,

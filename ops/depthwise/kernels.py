@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops import compiling
 from densezoo.ops.depthwise.reference import depthwise_conv_reference
 from densezoo.ops.gelu import gelu, gelu_slope, normal
 from densezoo.ops.launch import Table
@@ -102,7 +103,7 @@ def _write(
         tl.store(out + i * channels, value.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["batch", "height", "width", "window_height", "window_width", "rows"])
+@compiling.kernel(do_not_specialize=["batch", "height", "width", "window_height", "window_width", "rows"])
 def _forward(
     x, weight, bias, out, before, batch, height, width, window_height, window_width, rows, channels,
     stride_b, stride_h, stride_w, KERNEL: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
@@ -176,7 +177,7 @@ def _through_gelu(numbers, COUNT: tl.constexpr, GELU: tl.constexpr, NARROW: tl.c
     return new
 
 
-@triton.jit(do_not_specialize=["batch", "height", "width", "window_height", "window_width", "rows"])
+@compiling.kernel(do_not_specialize=["batch", "height", "width", "window_height", "window_width", "rows"])
 def _backward(
     grad_out, x, weight, before, grad_x, partial, batch, height, width, window_height, window_width, rows,
     channels, stride_b, stride_h, stride_w, grad_b, grad_h, grad_w, KERNEL: tl.constexpr, RESIDUAL: tl.constexpr,
@@ -250,7 +251,7 @@ def _backward(
     tl.store(partial + KERNEL * KERNEL * channels, tl.sum(total, 0)[None, :], mask=some)
 
 
-@triton.jit(do_not_specialize=["tables"])
+@compiling.kernel(do_not_specialize=["tables"])
 def _sum_tables(
     partial, grad_weight, grad_bias, tables, channels, TAPS: tl.constexpr, BIAS: tl.constexpr, TABLES: tl.constexpr,
     COUNT: tl.constexpr,

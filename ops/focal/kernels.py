@@ -29,6 +29,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops import compiling
 from densezoo.ops.focal.reference import focal_modulation_reference
 from densezoo.ops.gelu import gelu, gelu_slope, normal
 from densezoo.ops.launch import Table
@@ -134,7 +135,7 @@ def _write_level(
     return total
 
 
-@triton.jit(do_not_specialize=["first", "height", "width", "rows", *STRIDES])
+@compiling.kernel(do_not_specialize=["first", "height", "width", "rows", *STRIDES])
 def _level(
     x, weights, level, partial, first, height, width, channels, rows, stride_b, stride_h, stride_w,
     KERNEL: tl.constexpr, IS_FIRST: tl.constexpr, IS_LAST: tl.constexpr, NARROW: tl.constexpr, COLS: tl.constexpr,
@@ -185,7 +186,7 @@ def _sum_tiles(partial, image, tiles, channels, c, exist, TILES: tl.constexpr, C
     return tl.sum(acc, 0)
 
 
-@triton.jit(do_not_specialize=["tiles", "positions"])
+@compiling.kernel(do_not_specialize=["tiles", "positions"])
 def _mean(partial, average, mean, tiles, positions, channels, TILES: tl.constexpr, CHANNELS: tl.constexpr):
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     image = tl.program_id(1).to(tl.int64)
@@ -194,7 +195,7 @@ def _mean(partial, average, mean, tiles, positions, channels, TILES: tl.constexp
     tl.store(mean + image * channels + c, gelu(value, False), mask=c < channels)
 
 
-@triton.jit(do_not_specialize=["tiles", "positions"])
+@compiling.kernel(do_not_specialize=["tiles", "positions"])
 def _backward_average(
     partial, average, from_mean, tiles, positions, channels, TILES: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip
@@ -206,7 +207,7 @@ def _backward_average(
     tl.store(from_mean + image * channels + c, grad, mask=c < channels)
 
 
-@triton.jit(do_not_specialize=["positions", "width", *GATE_STRIDES])
+@compiling.kernel(do_not_specialize=["positions", "width", *GATE_STRIDES])
 def _combine(
     levels, gates, mean, out, positions, width, channels, factor, level_stride,
     gate_stride_b, gate_stride_h, gate_stride_w,
@@ -228,7 +229,7 @@ def _combine(
     tl.store(out + at, (acc * factor).to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["positions", "width", *GATE_STRIDES])
+@compiling.kernel(do_not_specialize=["positions", "width", *GATE_STRIDES])
 def _backward_mean(
     grad_out, gates, partial, positions, width, channels, factor, gate_stride_b, gate_stride_h, gate_stride_w,
     LEVELS: tl.constexpr, NARROW: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
@@ -246,7 +247,7 @@ def _backward_mean(
     tl.store(partial + (image * tiles + tile) * channels + c, tl.sum(grad * gate[:, None], 0) * factor, mask=exist)
 
 
-@triton.jit(do_not_specialize=["positions", "width", *GATE_STRIDES])
+@compiling.kernel(do_not_specialize=["positions", "width", *GATE_STRIDES])
 def _backward_gates(
     grad_out, gates, levels, mean, from_mean, grad_level, grad_gates, positions, width, channels, factor, level_stride,
     gate_stride_b, gate_stride_h, gate_stride_w,
@@ -316,7 +317,7 @@ def _write_gradients(
         tl.store(grad_x + (left + i).to(INDEX) * channels, grad.to(grad_x.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["first", "height", "width", "rows", *GATE_STRIDES])
+@compiling.kernel(do_not_specialize=["first", "height", "width", "rows", *GATE_STRIDES])
 def _backward_level(
     grad_level, weights, z, grad_out, gates, grad_x, first, height, width, channels, rows, factor,
     gate_stride_b, gate_stride_h, gate_stride_w,
@@ -382,7 +383,7 @@ def _backward_level(
         sums = move_on(sums, blank, KERNEL, COLS)
 
 
-@triton.jit(do_not_specialize=["batch", "images", "height", "width", "rows", *STRIDES])
+@compiling.kernel(do_not_specialize=["batch", "images", "height", "width", "rows", *STRIDES])
 def _backward_weight(
     grad_level, x, partial, batch, images, height, width, channels, rows, stride_b, stride_h, stride_w,
     IS_FIRST: tl.constexpr, KERNEL: tl.constexpr, NARROW: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr,

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops import compiling
 from densezoo.ops.launch import Table
 from densezoo.ops.linear.reference import focused_linear_attention_reference
 from densezoo.ops.partials import total
@@ -94,7 +95,7 @@ def _row_norms(
     tl.store(norms + 2 * row + 1, 1.0 / tl.sqrt(tl.sum(power * power, 1)), mask=t < tokens)
 
 
-@triton.jit(do_not_specialize=["tokens", "heads"])
+@compiling.kernel(do_not_specialize=["tokens", "heads"])
 def _norms(
     q, k, pos, scale, norms_q, norms_k, tokens,
     q_stride_b, q_stride_t, q_stride_n, k_stride_b, k_stride_t, k_stride_n, heads,
@@ -185,7 +186,7 @@ def _load_state(state, stride, parts, d, d_inside, DIM: tl.constexpr):
     return key_value, key_sum
 
 
-@triton.jit(do_not_specialize=["tokens", "run", "parts", "heads"])
+@compiling.kernel(do_not_specialize=["tokens", "run", "parts", "heads"])
 def _forward(
     q, k, v, pos, scale, norms_q, norms_k, partial, state, out, normaliser, tokens, run, parts,
     q_stride_b, q_stride_t, q_stride_n, k_stride_b, k_stride_t, k_stride_n, heads,
@@ -240,7 +241,7 @@ def _forward(
                 tl.store(normaliser + (row + t) * heads + head, total, mask=t_inside)
 
 
-@triton.jit(do_not_specialize=["rows", "heads"])
+@compiling.kernel(do_not_specialize=["rows", "heads"])
 def _delta(
     out, grad_out, normaliser, norms_q, delta, rows, heads,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, ROWS: tl.constexpr,
@@ -261,7 +262,7 @@ def _delta(
     tl.store(delta + row, 1e-6 * inverse * tl.sum(share, 1), mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["tokens", "run", "heads"])
+@compiling.kernel(do_not_specialize=["tokens", "run", "heads"])
 def _backward_query(
     q, k, v, pos, scale, norms_q, norms_k, state, normaliser, delta, grad_out,
     grad_q, grad_state, grad_scale, tokens, run,
@@ -330,7 +331,7 @@ def _backward_query(
     tl.store(grad_scale + program * DIM + d, -tl.sum(scale_sum, 0) * inverse_scale, mask=d_inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "run", "parts", "heads"])
+@compiling.kernel(do_not_specialize=["tokens", "run", "parts", "heads"])
 def _backward_key(
     k, v, pos, scale, norms_k, grad_state, shares, grad_k, grad_v, grad_scale, tokens, run, parts,
     k_stride_b, k_stride_t, k_stride_n, heads,

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops import compiling
 from densezoo.ops.launch import Table
 from densezoo.ops.mbconv.reference import activated_conv_reference
 from densezoo.ops.partials import total
@@ -128,7 +129,7 @@ def _add(sums, FIRST: tl.constexpr, row, taps, K: tl.constexpr, STRIDE: tl.const
     return new
 
 
-@triton.jit(do_not_specialize=["batch", "height", "width", "out_height", "out_width", "rows"])
+@compiling.kernel(do_not_specialize=["batch", "height", "width", "out_height", "out_width", "rows"])
 def _forward(
     x, scale, shift, weight, bias, out, partial, batch, height, width, out_height, out_width, rows, channels,
     STRIDE: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, LINEAR: tl.constexpr, CUBIC: tl.constexpr,
@@ -239,7 +240,7 @@ def _correlate(
     return new
 
 
-@triton.jit(do_not_specialize=["batch", "height", "width", "out_height", "out_width", "rows"])
+@compiling.kernel(do_not_specialize=["batch", "height", "width", "out_height", "out_width", "rows"])
 def _backward(
     grad_out, x, scale, shift, weight, grad_x, partial, batch, height, width, out_height, out_width, rows, channels,
     STRIDE: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, LINEAR: tl.constexpr, CUBIC: tl.constexpr,

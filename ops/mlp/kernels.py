@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from densezoo.ops import compiling
 from densezoo.ops.backend import fall_back
 from densezoo.ops.gelu import gelu_slope, normal
 from densezoo.ops.launch import Table
@@ -42,7 +43,7 @@ def _below(z, NARROW: tl.constexpr, TANH: tl.constexpr):
     return below
 
 
-@triton.jit(do_not_specialize=["rows"])
+@compiling.kernel(do_not_specialize=["rows"])
 def _whole(
     x, weight1, bias1, weight2, bias2, out, hidden, rows,
     DIM: tl.constexpr, HIDDEN: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -80,7 +81,7 @@ def _whole(
     tl.store(at_out, acc.to(out.dtype.element_ty), exist if OUT == WIDTH else exist & (width < OUT)[None, :])
 
 
-@triton.jit(do_not_specialize=["rows"])
+@compiling.kernel(do_not_specialize=["rows"])
 def _backward(
     grad_out, x, hidden, weight1, bias1, weight2, grad_x, grad_hidden, act, partial, rows,
     DIM: tl.constexpr, HIDDEN: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,

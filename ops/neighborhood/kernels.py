@@ -29,6 +29,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops import compiling
 from densezoo.ops.launch import Table
 from densezoo.ops.neighborhood.reference import na2d_qkv_reference, na2d_reference
 from densezoo.ops.registration import register
@@ -187,7 +188,7 @@ def _forward_chunk(q_tile, k, v, k_rows, bias, top, total, acc, DIM: tl.constexp
     return new, total, acc
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@compiling.kernel(do_not_specialize=UNSPECIALIZED)
 def _forward(
     q, k, v, rpb, out, lse, tiles_w, before, stop, run, images, batch, height, width, heads, scale,
     stride_b, stride_h, stride_w, stride_n,
@@ -322,7 +323,7 @@ def _fold(
     return folded
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@compiling.kernel(do_not_specialize=UNSPECIALIZED)
 def _backward_query(
     q, k, v, rpb, out, lse, grad_out, delta, grad_q, partial, tiles_w, before, stop, run, images,
     batch, height, width, heads, scale, stride_b, stride_h, stride_w, stride_n,
@@ -493,7 +494,7 @@ def _key_chunk(
     return acc_k, acc_v
 
 
-@triton.jit(do_not_specialize=["sums", "rows", "pad_h", "pad_w", *UNSPECIALIZED])
+@compiling.kernel(do_not_specialize=["sums", "rows", "pad_h", "pad_w", *UNSPECIALIZED])
 def _backward_key(
     q, k, v, rpb, lse, grad_out, delta, grad_k, grad_v, partial, grad_rpb, sums, rows, tiles_w, before, stop,
     run, images, batch, height, width, heads, scale, stride_b, stride_h, stride_w, stride_n, pad_h, pad_w,

@@ -11,13 +11,14 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops import compiling
 from densezoo.ops.launch import Table, multiprocessors
 from densezoo.ops.partials import total
 from densezoo.ops.registration import define
 from torch import Tensor
 
 
-@triton.jit
+@compiling.kernel
 def _backward(
     grad_out, x, weight, mean, rstd, grad_x, partial, rows,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,

@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops import compiling
 from densezoo.ops.registration import define, is_watched
 from torch import Tensor
 
@@ -196,7 +197,7 @@ def _piece(p_size, q_size, r_size, share, P: tl.constexpr, Q: tl.constexpr, R: t
     return image.to(tl.int64), tiles, part, tl.arange(0, P), q, r
 
 
-@triton.jit(do_not_specialize=["share"])
+@compiling.kernel(do_not_specialize=["share"])
 def _reduce_planes(
     x, grad, pool_p, pool_q, pool_r, out_p, out_q, out_r, p_size, share, inverse_p, inverse_q, inverse_r,
     BACKWARD: tl.constexpr, INVERT_P: tl.constexpr, INVERT_R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
@@ -251,7 +252,7 @@ def _reduce_planes(
     _store(out_p, tops, sums, inverse_p, plane, Q * R, plane_exist, INVERT_P)
 
 
-@triton.jit(do_not_specialize=["parts"])
+@compiling.kernel(do_not_specialize=["parts"])
 def _combine(
     partial, out, parts, size, inverse, BACKWARD: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -297,7 +298,7 @@ def _through_pool(pool, fractions, grad, place, size, exist, inverse):
     return _shares(_load_pool(pool, fractions, grad, place, size, exist), inverse)
 
 
-@triton.jit(do_not_specialize=["share"])
+@compiling.kernel(do_not_specialize=["share"])
 def _apply(
     x, grad, out, gate_p, gate_q, gate_r, pool_p, pool_q, pool_r, fractions_p, fractions_q, fractions_r,
     grad_p, grad_q, grad_r, p_size, q_size, r_units, share, inverse_p, inverse_q, inverse_r,
@@ -447,13 +448,13 @@ def _combined(x: Tensor, partial: Tensor, inverse: float, backward: bool) -> Ten
 def _reductions(x: Tensor, grad: Tensor | None, pools: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
     backward = grad is not None
     # Smaller planes, which networks seldom have, are `_reduce`'s.
-    kernel, tiling = (_reduce_planes, _planes) if 32 < _plane(x) <= SMALL else (_reduce, _walks)
+    function, tiling = (_reduce_planes, _planes) if 32 < _plane(x) <= SMALL else (_reduce, _walks)
     programs, parts, sizes, constants = tiling(x, "sums" if backward else "pool")
     outs = [_partial(x, n, *shape[1:]) for n, shape in zip(parts, _maps(x, 2), strict=True)]
     inverses = [1.0 if backward else 1 / size for size in x.shape[1:]]
     early = [inverse if n == 1 else 1.0 for inverse, n in zip(inverses, parts, strict=True)]
     inverts = {"INVERT_P": backward and parts[0] == 1, "INVERT_R": backward and parts[2] == 1}
-    kernel[(programs,)](x, grad, *pools, *outs, *sizes, *early, BACKWARD=backward, **inverts, **constants)
+    function[(programs,)](x, grad, *pools, *outs, *sizes, *early, BACKWARD=backward, **inverts, **constants)
     return tuple(_combined(x, out, inverse, backward) for out, inverse in zip(outs, inverses, strict=True))
 
 

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops import compiling
 from densezoo.ops.partials import total
 from densezoo.ops.plugins.axes import _combined, _partial, _register, _store, _through_pool, _unit
 from torch import Tensor
@@ -67,7 +68,7 @@ def _piece(rows, columns, share, COLUMNS: tl.constexpr, REVERSED: tl.constexpr):
     return (program // (parts * tiles)).to(tl.int64), piece // tiles, piece % tiles, parts, tiles
 
 
-@triton.jit(do_not_specialize=["share"])
+@compiling.kernel(do_not_specialize=["share"])
 def _pool(
     x, gate, out, rows, column_units, share, inverse,
     AXIS: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr,
@@ -121,7 +122,7 @@ def _scaled(tile, scale):
     return (tile.to(tl.float32) * scale).to(tile.dtype)
 
 
-@triton.jit(do_not_specialize=["share"])
+@compiling.kernel(do_not_specialize=["share"])
 def _apply(
     x, grad, out, gate_r, gate_c, pool_r, pool_c, fractions_r, fractions_c, grad_r, grad_c, rows, column_units, share,
     inverse_r, inverse_c,
@@ -181,7 +182,7 @@ def _through_gates(
     return tl.where(tile.to(tl.float32) == top, grad + top_grad, grad)
 
 
-@triton.jit(do_not_specialize=["share"])
+@compiling.kernel(do_not_specialize=["share"])
 def _sums(
     x, grad, gate_r, gate_c, pool_r, pool_c, out_r, out_c, rows, column_units, share,
     FIRST: tl.constexpr, INVERT_R: tl.constexpr, INVERT_C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -221,7 +222,7 @@ def _sums(
     _store(out_c, tl.sum(tops, 0), tl.sum(sums, 0), 1.0, column, columns, column_exist, INVERT_C)
 
 
-@triton.jit(do_not_specialize=["share"])
+@compiling.kernel(do_not_specialize=["share"])
 def _through_maps(
     x, gate, maps, fractions, grad_maps, out, rows, column_units, share, inverse,
     FIRST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr,

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from densezoo.ops import compiling
 from densezoo.ops.precision import without_autocast
 from densezoo.ops.registration import define, is_watched, register
 from torch import Tensor
@@ -74,7 +75,7 @@ def _tile(x, row, first, height, width, to_row, to_column, CHANNELS: tl.constexp
     return tl.load(x + place, mask=exist, other=0.0)
 
 
-@triton.jit(do_not_specialize=["batch"])
+@compiling.kernel(do_not_specialize=["batch"])
 def _conv(
     xs, weights, outs, partials, sizes, batch,
     IN: tl.constexpr, OUT: tl.constexpr, TURNED: tl.constexpr, SIZE: tl.constexpr, TILES: tl.constexpr,
@@ -156,7 +157,7 @@ def _block(piece, size, BLOCK: tl.constexpr):
     return (piece // blocks).to(tl.int64), place, place < size
 
 
-@triton.jit(do_not_specialize=["batch"])
+@compiling.kernel(do_not_specialize=["batch"])
 def _normalise(
     ys, partials, scales, shifts, means, variances, outs, stats, sizes, batch, share, eps,
     TILES: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
@@ -199,7 +200,7 @@ def _through_sigmoid(grad, y, scale, shift, mean, deviation, to_image, image, pl
     return grad * (gate * (1 - gate) * share), normal, scale * deviation
 
 
-@triton.jit(do_not_specialize=["batch"])
+@compiling.kernel(do_not_specialize=["batch"])
 def _sums(grads, ys, scales, shifts, stats, partials, sizes, batch, share, BLOCK: tl.constexpr):
     begin = 0
     for i in tl.static_range(len(ys)):
@@ -230,7 +231,7 @@ def _totals(partial, pieces, PARTS: tl.constexpr):
     return tl.sum(first, 0), tl.sum(second, 0)
 
 
-@triton.jit(do_not_specialize=["batch"])
+@compiling.kernel(do_not_specialize=["batch"])
 def _through_gate(
     grads, ys, scales, shifts, stats, partials, outs, grad_scales, grad_shifts, sizes, batch, share,
     TRAINING: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
@@ -257,7 +258,7 @@ def _through_gate(
         begin += pieces
 
 
-@triton.jit(do_not_specialize=["batch", "shares"])
+@compiling.kernel(do_not_specialize=["batch", "shares"])
 def _weight_gradient(
     xs, grads, partials, sizes, batch, shares, SIZE: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr
 ):  # fmt: skip
@@ -290,7 +291,7 @@ def _weight_gradient_share(
     tl.store(partial + k[:, None] * _COLUMNS + n[None, :], sums)
 
 
-@triton.jit(do_not_specialize=["shares"])
+@compiling.kernel(do_not_specialize=["shares"])
 def _diagonals(partials, outs, strides, shares, SIZE: tl.constexpr, TILES: tl.constexpr, SHARES: tl.constexpr):
     channel, i, j = tl.program_id(0) // SIZE // SIZE, tl.program_id(0) // SIZE % SIZE, tl.program_id(0) % SIZE
     for gate in tl.static_range(len(outs)):

@@ -30,6 +30,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops import compiling
 from densezoo.ops.launch import Table
 from densezoo.ops.partials import total
 from densezoo.ops.precision import autocast_dtype
@@ -58,7 +59,7 @@ def _pair(parts, image, pieces, PIECES: tl.constexpr):
     return tl.sum(tl.load(place, piece < pieces, 0.0), 0), tl.sum(tl.load(place + 1, piece < pieces, 0.0), 0)
 
 
-@triton.jit(do_not_specialize=["pieces", "tiles"])
+@compiling.kernel(do_not_specialize=["pieces", "tiles"])
 def _statistics(x, parts, pieces, tiles, size, ELEMENTS: tl.constexpr):
     image, piece = tl.program_id(0) // pieces, tl.program_id(0) % pieces
     origin = x + image.to(tl.int64) * size
@@ -112,7 +113,7 @@ def _place(height, width, rows, strips, CHANNELS: tl.constexpr, COLUMNS: tl.cons
     return program // strips, first, tl.minimum(first + rows, height), column, channel, channel < CHANNELS
 
 
-@triton.jit(do_not_specialize=["rows", "strips", "pieces", "chunk"])
+@compiling.kernel(do_not_specialize=["rows", "strips", "pieces", "chunk"])
 def _mix(
     x, scale, drop, parts, out, sums, statistics, height, width, rows, strips, pieces, chunk, eps,
     CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
@@ -158,7 +159,7 @@ def _mix(
     tl.store(sums + tl.program_id(0) * 2 + 1, tl.sum(tl.sum(squares, 1), 0))
 
 
-@triton.jit(do_not_specialize=["pieces", "parts", "chunk"])
+@compiling.kernel(do_not_specialize=["pieces", "parts", "chunk"])
 def _apply(
     x, weight, bias, sums, statistics, out, positions, pieces, parts, chunk, eps,
     CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
@@ -188,7 +189,7 @@ def _apply(
         tl.store(out + place, value.to(out.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["parts", "chunk"])
+@compiling.kernel(do_not_specialize=["parts", "chunk"])
 def _norm_sums(
     grad, x, weight, statistics, partial, scalars, positions, parts, chunk,
     CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, BLOCK: tl.constexpr,
@@ -219,7 +220,7 @@ def _norm_sums(
     tl.store(scalars + tl.program_id(0) * 2 + 1, tl.sum(w * grad_weight, 0))
 
 
-@triton.jit(do_not_specialize=["rows", "strips", "pieces"])
+@compiling.kernel(do_not_specialize=["rows", "strips", "pieces"])
 def _join(
     grad_out, grad_norm, x, out, scale, drop, weight, statistics, scalars, grad, partial, slopes,
     height, width, rows, strips, pieces,
@@ -269,7 +270,7 @@ def _join(
     tl.store(slopes + tl.program_id(0), tl.sum(sums * tl.load(scale + channel, exist, 0.0), 0))
 
 
-@triton.jit(do_not_specialize=["rows", "strips", "pieces"])
+@compiling.kernel(do_not_specialize=["rows", "strips", "pieces"])
 def _spread(
     grad, x, scale, drop, statistics, slopes, grad_x, height, width, rows, strips, pieces,
     CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
@@ -310,7 +311,7 @@ def _spread(
         below, before, after = ahead, ahead_before, ahead_after
 
 
-@triton.jit(do_not_specialize=["parts", "chunk"])
+@compiling.kernel(do_not_specialize=["parts", "chunk"])
 def _branch(
     grad, drop, grad_branch, partial, positions, parts, chunk,
     CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, BLOCK: tl.constexpr,

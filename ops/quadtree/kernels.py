@@ -34,6 +34,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops import compiling
 from densezoo.ops.launch import Table
 from densezoo.ops.quadtree.reference import quadtree_attention_reference
 from densezoo.ops.registration import register
@@ -78,7 +79,7 @@ def _quads(
     tl.store(out + out_at, acc, mask=mask)
 
 
-@triton.jit(do_not_specialize=["height", "width", "heads"])
+@compiling.kernel(do_not_specialize=["height", "width", "heads"])
 def _coarsen(
     q, k, grad, q_out, k_out, grad_out, height, width, heads, q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, GRAD: tl.constexpr, INDEX: tl.constexpr,
@@ -112,7 +113,7 @@ def _tokens(x, position, width, image, head, b, h, w, n, d, INDEX: tl.constexpr)
     return _place(x + image * b + head * n, position // width, position % width, h, w, d, INDEX)
 
 
-@triton.jit(do_not_specialize=["begin", "height", "width", "heads"])
+@compiling.kernel(do_not_specialize=["begin", "height", "width", "heads"])
 def _all_forward(
     q, k, v, added, out, lse, scores, begin, height, width, heads, scale,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
@@ -156,7 +157,7 @@ def _all_forward(
     tl.store(lse + first + m, top + tl.log2(total), mask=m < count)
 
 
-@triton.jit(do_not_specialize=["begin", "height", "width", "heads"])
+@compiling.kernel(do_not_specialize=["begin", "height", "width", "heads"])
 def _all_backward_query(
     q, k, v, added, out, lse, grad, delta, grad_q, begin, height, width, heads, scale,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
@@ -196,7 +197,7 @@ def _all_backward_query(
     tl.store(delta + first + m, row_delta, mask=m < count)
 
 
-@triton.jit(do_not_specialize=["begin", "height", "width", "heads"])
+@compiling.kernel(do_not_specialize=["begin", "height", "width", "heads"])
 def _all_backward_key(
     q, k, v, lse, grad, delta, grad_k, grad_v, begin, height, width, heads, scale,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
@@ -235,7 +236,7 @@ def _all_backward_key(
     tl.store(grad_v + rows, acc_v.to(grad_v.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["begin", "height", "width", "heads"])
+@compiling.kernel(do_not_specialize=["begin", "height", "width", "heads"])
 def _all_backward(
     q, k, v, lse, grad, grad_q, grad_k, grad_v, begin, height, width, heads, scale,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
@@ -268,7 +269,7 @@ def _all_backward(
     tl.store(grad_k + rows, acc.to(grad_k.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["height", "width", "first", "first_coarser", "outside", "count", "queries"])
+@compiling.kernel(do_not_specialize=["height", "width", "first", "first_coarser", "outside", "count", "queries"])
 def _keep(
     scores, kept, height, width, first, first_coarser, outside, count, queries,
     TOPK: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COARSEST: tl.constexpr,
@@ -345,7 +346,7 @@ def _candidates(
     return parent, row, column, exists
 
 
-@triton.jit(do_not_specialize=["begin", "first", "height", "width", "heads"])
+@compiling.kernel(do_not_specialize=["begin", "first", "height", "width", "heads"])
 def _children_forward(
     q, k, v, added, kept, coarser, out, lse, scores, begin, first, height, width, heads, scale,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
@@ -411,7 +412,7 @@ def _children_forward(
         tl.store(lse + query, top + tl.log2(total), mask=exists)
 
 
-@triton.jit(do_not_specialize=["begin", "first", "height", "width", "heads"])
+@compiling.kernel(do_not_specialize=["begin", "first", "height", "width", "heads"])
 def _children_backward_query(
     q, k, v, kept, lse, grad, delta, coarser, grad_q, begin, first, height, width, heads, scale,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,
@@ -465,7 +466,7 @@ def _children_backward_query(
         tl.store(delta + query, row_delta, mask=exists)
 
 
-@triton.jit(do_not_specialize=["begin", "first", "height", "width", "heads"])
+@compiling.kernel(do_not_specialize=["begin", "first", "height", "width", "heads"])
 def _children_backward_key(
     q, k, v, starts, order, lse, grad, delta, coarser, grad_k, grad_v, begin, first, height, width, heads, scale,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w, v_n,

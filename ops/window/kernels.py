@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from densezoo.ops import compiling
 from densezoo.ops.launch import Table, multiprocessors
 from densezoo.ops.partials import total
 from densezoo.ops.registration import register
@@ -138,7 +139,7 @@ def _store_folded(partial, grad_bias, query, key, window_h, window_w, TILE: tl.c
         tl.store(partial + entry, tl.sum(tl.where(here, folded, 0.0), 0), mask=entry < entries)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@compiling.kernel(do_not_specialize=SIZES)
 def _forward_whole(
     qkv, table, out, batch, height, width, heads, windows_h, windows_w, window_h, window_w, shift_h, shift_w,
     table_n, table_h, table_w, scale, stride_b, stride_h, stride_w,
@@ -179,7 +180,7 @@ def _forward_whole(
         _store(out + image * height * width * heads * DIM, token * heads * DIM, acc, inside, DIM, BLOCK_DIM)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@compiling.kernel(do_not_specialize=SIZES)
 def _backward_whole(
     qkv, table, grad_out, grad_qkv, partial,
     batch, height, width, heads, windows_h, windows_w, window_h, window_w, shift_h, shift_w,
@@ -247,7 +248,7 @@ def _backward_whole(
         _store_folded(partial, grad_bias, 0, 0, window_h, window_w, BLOCK, BINS)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@compiling.kernel(do_not_specialize=SIZES)
 def _forward_tiles(
     qkv, table, out, lse, batch, height, width, heads, windows_h, windows_w, window_h, window_w, shift_h, shift_w,
     table_n, table_h, table_w, scale, stride_b, stride_h, stride_w,
@@ -299,7 +300,7 @@ def _forward_tiles(
     tl.store(lse + first + token * heads, top + tl.log2(total), mask=inside)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@compiling.kernel(do_not_specialize=SIZES)
 def _backward_query(
     qkv, table, out, lse, grad_out, delta, grad_qkv,
     batch, height, width, heads, windows_h, windows_w, window_h, window_w, shift_h, shift_w,
@@ -354,7 +355,7 @@ def _backward_query(
     _store(grads, token * 3 * heads * DIM, acc * scale, inside, DIM, BLOCK_DIM)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@compiling.kernel(do_not_specialize=SIZES)
 def _backward_key(
     qkv, table, lse, grad_out, delta, grad_qkv,
     batch, height, width, heads, windows_h, windows_w, window_h, window_w, shift_h, shift_w,
@@ -412,7 +413,7 @@ def _backward_key(
     _store(grads + 2 * heads * DIM, token, acc_v, inside, DIM, BLOCK_DIM)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@compiling.kernel(do_not_specialize=SIZES)
 def _backward_bias(
     qkv, table, lse, grad_out, delta, partial,
     batch, height, width, heads, windows_h, windows_w, window_h, window_w, shift_h, shift_w,

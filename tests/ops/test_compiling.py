@@ -1,0 +1,121 @@
+"""Kernels compiled in the background, before the first launch that needs them."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+# A process of its own, without the interpreter, whose compilations are recorded: (kernel, thread, whether cached).
+HEAD = """
+import threading
+import torch
+from concurrent.futures import wait
+from triton import knobs
+from densezoo.ops import compiling
+
+compiled = []
+
+def listen(*, src, cache_hit, **_):
+    assert not cache_hit
+    compiled.append((src.name, threading.current_thread().name.partition("_")[0]))
+
+knobs.compilation.listener = listen
+"""
+# Compilations for an H200, where there may be none.
+NO_GPU = """
+from contextlib import nullcontext
+from types import SimpleNamespace
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+driver.set_active(SimpleNamespace(
+    get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0, get_current_stream=lambda _: 0
+))
+torch.cuda.device = lambda _: nullcontext()
+compiling._is_new = lambda *_: True
+"""
+
+
+def run(code, tmp_path, *head):
+    file = tmp_path / "run.py"
+    file.write_text("\n".join([HEAD, *head, textwrap.dedent(code)]))
+    env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0", "DENSEZOO_BACKEND": "auto"}
+    done = subprocess.run([sys.executable, file], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_passes_are_foreseen(tmp_path, trains):
+    """Each kernel once, by threads; a launch waits for them, and one that was not foreseen compiles for itself."""
+    code = f"""
+    from densezoo.ops.channel import kernels
+
+    q, k, v = torch.empty(2, 8, 8, 3, 2, 16, dtype=torch.bfloat16).requires_grad_({trains}).unbind(3)
+    for _ in range(2):
+        compiling.foresee(kernels._channel_attention, kernels._channel_attention_backward, (q, k, v, 0.3), 3)
+    wait([future for kernel in (kernels._forward, kernels._backward) for future in kernel.coming])
+    foreseen = ["_backward", "_forward"] if {trains} else ["_forward"]
+    assert sorted(compiled) == [(name, "densezoo-compile") for name in foreseen], compiled
+
+    # What is cached compiles no more.
+    def warm_up(run):
+        kernel = kernels._forward
+        kernel.__class__.__mro__[1].run = lambda self, *args, grid, warmup, **constants: run(
+            self, *args, grid=grid, warmup=True, **constants
+        )
+        kernels._channel_attention(q, k, v, 0.3)
+    warm_up(compiling.JITFunction.run)
+    assert len(compiled) == len(foreseen) and not kernels._forward.coming
+    """
+    run(code, tmp_path, NO_GPU)
+
+
+def test_nothing_depends_on_it(tmp_path):
+    """What cannot be foreseen raises nothing, nor does what cannot be compiled before its launch."""
+    code = """
+    def fails(x):
+        raise ValueError
+
+    @compiling.kernel
+    def wrong(x):
+        undefined(x)
+
+    def launches(x):
+        wrong[(1,)](x)
+        return x
+
+    x = torch.empty(4)
+    compiling.foresee(fails, fails, (x,), 1)
+    compiling.foresee(launches, None, (x,), 1)
+    assert not compiling._here.gathers
+    assert [type(future.exception()).__name__ for future in wrong.coming] == ["CompilationError"]
+    """
+    run(code, tmp_path, NO_GPU)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["training", "inference", "compiled"])
+def test_first_call(tmp_path, way):
+    """The first call compiles all kernels in the background, and computes what the reference does."""
+    code = f"""
+    from densezoo.ops import channel_attention_qkv, set_backend
+
+    qkv = torch.randn(2, 16, 16, 3, 2, 32, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    call = torch.compile(channel_attention_qkv) if {way == "compiled"} else channel_attention_qkv
+    results = []
+    for backend in ("triton", "triton", "reference"):
+        set_backend(backend)
+        if {way == "inference"}:
+            with torch.inference_mode():
+                results.append([call(qkv)])
+        else:
+            out = call(qkv)
+            results.append([out.detach(), *torch.autograd.grad(out, qkv, torch.ones_like(out))])
+    for got, expected in zip(results[0], results[2], strict=True):
+        assert (got.double() - expected.double()).norm() / expected.double().norm() < 2e-2
+    ours = [thread for name, thread in compiled if not name.startswith("triton_")]
+    assert len(ours) >= {1 if way == "inference" else 2} and set(ours) == {{"densezoo-compile"}}, compiled
+    """
+    run(code, tmp_path)
