@@ -15,8 +15,13 @@ phi(x) = |x| w. The two norms of a token are all that its heads share: once they
 - `_backward_key`: a program owns one head of one image or of a run of its tokens. The gradient of a key along itself is
   a sum over heads: of several, programs are launched twice, first for the gradient of the values and heads' shares.
 
-Gradients of parameters are partial sums that `partials.total` adds up: two deterministic stages. Norms, powers and
-means leave the range of float16: its products are those of tf32, which keeps as many digits in the range of float32.
+Gradients of parameters are partial sums that `partials.total` adds up: two deterministic stages.
+
+Norms, powers and means leave the range of float16: its products take operands scaled to LARGEST. One number is enough
+for phi(k), the largest so far. But a feature that keys hardly have makes its row of the state tiny, and that of the
+state's gradient huge. So rows of the state are divided by the sum of phi(k), which leaves averages of the values; w
+over the normaliser is multiplied by it, which leaves at most 1; and rows of the state's gradient are divided by their
+largest number.
 """
 
 from functools import lru_cache
@@ -33,6 +38,9 @@ from densezoo.ops.products import product
 from densezoo.ops.registration import register
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+# What float16 operands are scaled to: they keep all digits down to 2e-9 of it.
+LARGEST = tl.constexpr(2.0**15)
 
 
 @triton.jit
@@ -149,6 +157,7 @@ def _state(
     dtype: tl.constexpr = k.dtype.element_ty
     key_value = tl.zeros((BLOCK_DIM, BLOCK_DIM), tl.float32)
     key_sum = tl.zeros((TOKENS, BLOCK_DIM), tl.float32)
+    largest = 1e-30
     for start in range(first, last, TOKENS):
         t = start + tl.arange(0, TOKENS)
         t_inside = t < last
@@ -159,9 +168,31 @@ def _state(
         )  # fmt: skip
         phi = _power(a, P) * (inverse_power / inverse)[:, None]
         v_tile = _load(v, k_origin, k_stride_t, t, d, mask, INDEX)
-        key_value = product(phi.T, v_tile, key_value, dtype, PRECISION)
+        if dtype == tl.float16:
+            tile_largest = tl.max(phi)
+            if tile_largest > largest:
+                key_value *= largest / tile_largest
+                largest = tile_largest
+            key_value = product((phi * (1.0 / largest * LARGEST)).T, v_tile, key_value, dtype, PRECISION)
+        else:
+            key_value = product(phi.T, v_tile, key_value, dtype, PRECISION)
         key_sum += phi
-    return key_value / tokens, tl.sum(key_sum, 0) / tokens
+    if dtype == tl.float16:
+        key_value *= largest / (tokens * LARGEST)
+    else:
+        key_value /= tokens
+    return key_value, tl.sum(key_sum, 0) / tokens
+
+
+@triton.jit
+def _averages(key_value, key_sum, dtype: tl.constexpr):
+    """The state as products take it, and its unit: for float16 the average of the values by each feature."""
+    unit = 1.0
+    if dtype == tl.float16:
+        key_value *= (1.0 / tl.maximum(key_sum, 1e-30))[:, None]
+        unit = tl.maximum(tl.max(tl.abs(key_value)), 1e-30) * (1.0 / LARGEST)
+        key_value *= 1.0 / unit
+    return key_value, unit
 
 
 @triton.jit
@@ -223,6 +254,7 @@ def _forward(
         if not ATTEND or tl.program_id(1) == 0:
             _store_state(sums + program * size, key_value, key_sum, d, d_inside, DIM)
     if ATTEND:
+        key_value, unit = _averages(key_value, key_sum, dtype)
         for start in range(first, last, TOKENS):
             t = start + tl.arange(0, TOKENS)
             t_inside = t < last
@@ -232,9 +264,14 @@ def _forward(
                 inverse_scale, mask, False, SINGLE, DIM, P, INDEX,
             )  # fmt: skip
             w = _power(a, P) * inverse_power[:, None]
-            total = tl.sum(w * key_sum[None, :], 1) + 1e-6 * inverse
+            terms = w * key_sum[None, :]
+            total = tl.sum(terms, 1) + 1e-6 * inverse
             zero = tl.zeros((TOKENS, BLOCK_DIM), tl.float32)
-            o_tile = product(w, key_value, zero, dtype, PRECISION) * (1.0 / total)[:, None]
+            if dtype == tl.float16:
+                terms *= (1.0 / total * LARGEST)[:, None]
+                o_tile = product(terms, key_value, zero, dtype, PRECISION) * (unit * (1.0 / LARGEST))
+            else:
+                o_tile = product(w, key_value, zero, dtype, PRECISION) * (1.0 / total)[:, None]
             offsets = t.to(INDEX)[:, None] * (heads * DIM) + d[None, :]
             tl.store(out + (row * heads + head) * DIM + offsets, o_tile.to(dtype), mask=mask)
             if not SINGLE:
@@ -287,6 +324,7 @@ def _backward_query(
         )  # fmt: skip
     else:
         key_value, key_sum = _load_state(state + tl.program_id(0).to(tl.int64) * size, 0, 1, d, d_inside, DIM)
+    key_value, unit = _averages(key_value, key_sum, dtype)
 
     grad_key_value = tl.zeros((BLOCK_DIM, BLOCK_DIM), tl.float32)
     grad_key_sum = tl.zeros((TOKENS, BLOCK_DIM), tl.float32)
@@ -310,14 +348,19 @@ def _backward_query(
         # The gradient of the output enters products as it is: scaled, it would be rounded.
         by_total = (1.0 / total)[:, None]
         grad = product(do_tile, key_value.T, zero, dtype, PRECISION) * by_total
+        if dtype == tl.float16:
+            grad *= unit * key_sum[None, :]
         # That is out . grad_out over the normaliser, with the errors of `grad`, from which it is subtracted.
         share = tl.sum(w * grad, 1) / total
         grad -= share[:, None] * key_sum[None, :]
+        by_normaliser = w * by_total
+        if dtype == tl.float16:
+            by_normaliser *= key_sum[None, :] * LARGEST
         if SINGLE:
             along = 1e-6 * inverse * share
         else:
             along = tl.load(delta + row + t, mask=t_inside, other=0.0)
-        grad_key_value = product((w * by_total).T, do_tile, grad_key_value, dtype, PRECISION)
+        grad_key_value = product(by_normaliser.T, do_tile, grad_key_value, dtype, PRECISION)
         grad_key_sum -= share[:, None] * w
         # The gradient of the features, over their norm.
         grad = P * slope * (grad - along[:, None] * w) + along[:, None] * a
@@ -326,6 +369,8 @@ def _backward_query(
         offsets = t.to(INDEX)[:, None] * (heads * DIM) + d[None, :]
         tl.store(grad_q + (row * heads + head) * DIM + offsets, grad.to(dtype), mask=mask)
 
+    if dtype == tl.float16:
+        grad_key_value *= (1.0 / (tl.maximum(key_sum, 1e-30) * LARGEST))[:, None]
     program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     _store_state(grad_state + program * size, grad_key_value, tl.sum(grad_key_sum, 0), d, d_inside, DIM)
     tl.store(grad_scale + program * DIM + d, -tl.sum(scale_sum, 0) * inverse_scale, mask=d_inside)
@@ -355,6 +400,9 @@ def _backward_key(
     grad_key_value, grad_key_sum = _load_state(part, stride, parts, d, d_inside, DIM)
     grad_key_value /= tokens
     grad_key_sum /= tokens
+    if dtype == tl.float16:
+        unit = tl.maximum(tl.max(tl.abs(grad_key_value), 1), 1e-30) * (1.0 / LARGEST)
+        grad_key_value *= (1.0 / unit)[:, None]
     origin = image * k_stride_b + head * k_stride_n
     scale_sum = tl.zeros((TOKENS, BLOCK_DIM), tl.float32)
     for start in range(first, last, TOKENS):
@@ -372,13 +420,20 @@ def _backward_key(
         target = (row * heads + head) * DIM + t.to(INDEX)[:, None] * (heads * DIM) + d[None, :]
         zero = tl.zeros((TOKENS, BLOCK_DIM), tl.float32)
         if VALUES:
-            grad = product(w, grad_key_value, zero, dtype, PRECISION)
+            if dtype == tl.float16:
+                scaled = w * unit[None, :]
+                largest = tl.maximum(tl.max(scaled, 1), 1e-30) * (1.0 / LARGEST)
+                grad = product(scaled * (1.0 / largest)[:, None], grad_key_value, zero, dtype, PRECISION)
+                grad *= largest[:, None]
+            else:
+                grad = product(w, grad_key_value, zero, dtype, PRECISION)
             tl.store(grad_v + target, (grad * norm[:, None]).to(dtype), mask=mask)
             if not KEYS:
                 share = tl.sum(grad * v_tile + w * grad_key_sum[None, :], 1)
                 tl.store(shares + (row + t) * heads + head, share, mask=t_inside)
         if KEYS:
-            grad = product(v_tile, grad_key_value.T, zero, dtype, PRECISION) + grad_key_sum[None, :]
+            grad = product(v_tile, grad_key_value.T, zero, dtype, PRECISION)
+            grad = (grad * unit[None, :] if dtype == tl.float16 else grad) + grad_key_sum[None, :]
             if VALUES:
                 along = tl.sum(w * grad, 1)
             else:
@@ -493,7 +548,7 @@ def _prepare(query, key, value, scale, pos, factor) -> tuple:
         query = query.contiguous()
     if key.stride() != value.stride() or key.stride(3) != 1:
         key, value = key.contiguous(), value.contiguous()
-    tf32 = query.dtype == torch.float16 or query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     plan = _plan(query.shape, query.stride(), key.stride(), pos is not None, factor, tf32)
     # Kernels have no use for a missing encoding, but need a pointer.
     return plan, query, key, value, scale.contiguous(), query if pos is None else pos.contiguous()

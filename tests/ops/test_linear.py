@@ -190,15 +190,20 @@ INTERPRETED = pytest.param("cpu", marks=pytest.mark.skipif(cuda, reason="the ker
 
 
 @pytest.mark.parametrize("run", [512, 16], ids=["whole", "split"])
-@pytest.mark.parametrize("setting", KERNEL_SETTINGS, ids=str)
+@pytest.mark.parametrize(
+    "setting, dtype, allowed",
+    [*((setting, torch.float32, 5e-6) for setting in KERNEL_SETTINGS), (KERNEL_SETTINGS[0], torch.float16, 1e-3)],
+    ids=str,
+)
 @pytest.mark.skipif(cuda, reason="the kernels run on the GPU, in the tests below")
-def test_kernels_interpreted(setting, run, monkeypatch, request, nan_filled_memory):
+def test_kernels_interpreted(setting, dtype, allowed, run, monkeypatch, request, nan_filled_memory):
     from densezoo.ops.linear import kernels
 
     monkeypatch.setattr(kernels, "RUN", run)
     kernels._plan.cache_clear()
     request.addfinalizer(kernels._plan.cache_clear)
-    compare(setting, inputs(setting), 5e-6)
+    tensors = inputs(setting)
+    compare(setting, [*(t.to(dtype) for t in tensors[:3]), *tensors[3:]], allowed)
 
 
 @pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-5), (torch.float16, 2e-3)])
@@ -209,6 +214,22 @@ def test_features_near_zero(device, dtype, allowed):
     tensors = inputs(setting, device=device)
     tensors[0] = 1e-3 * tensors[0] - 1e-3
     compare(setting, [*(t.to(dtype) for t in tensors[:3]), *tensors[3:]], allowed)
+
+
+@pytest.mark.parametrize("device", [INTERPRETED, pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_float16_over_orders_of_magnitude(device):
+    # Tokens of norms around 1e-3 and 1e4 side by side, and queries of features that keys hardly have.
+    setting = (1, 80, 2, 16, 3, False)
+    query, key, value, scale = inputs(setting, device=device)
+    key = key.abs()
+    key[..., :8] *= 1e-2
+    query[:, ::3, :, :8] = query[:, ::3, :, :8].abs()
+    query[:, ::3, :, 8:] = -1
+    query[:, ::2] *= 1e-3
+    query[:, 1::2] *= 2500
+    key[:, ::2] *= 2500
+    key[:, 1::2] *= 1e-3
+    compare(setting, [*(t.to(torch.float16) for t in (query, key, value)), scale], 2e-3)
 
 
 @pytest.mark.parametrize("device", [INTERPRETED, pytest.param("cuda", marks=pytest.mark.gpu)])
