@@ -8,7 +8,8 @@ import triton.language as tl
 def wide(number, NARROW: tl.constexpr):
     """A number in float32. NARROW, beyond what LLVM sees: it would make pairs of such numbers, and take them apart."""
     if NARROW:
-        asm: tl.constexpr = "{ .reg .b32 bits; cvt.u32.u16 bits, $1; shl.b32 $0, bits, 16; }"
+        bfloat: tl.constexpr = "{ .reg .b32 bits; cvt.u32.u16 bits, $1; shl.b32 $0, bits, 16; }"
+        asm: tl.constexpr = bfloat if number.dtype == tl.bfloat16 else "cvt.f32.f16 $0, $1;"
         value = tl.inline_asm_elementwise(asm, "=r,h", [number], tl.float32, True, 1)
     else:
         value = number.to(tl.float32)

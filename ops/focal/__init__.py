@@ -37,7 +37,7 @@ def focal_modulation(
 
     Returns:
         (B, H, W, dim), of `context`'s dtype. Convolutions and sums run in float32 for 16-bit inputs; the kernels keep
-        the levels between them in `context`'s dtype, and take the GELU of bfloat16 levels through the GPU's own tanh,
+        the levels between them in `context`'s dtype, and take the GELU of 16-bit levels through the GPU's own tanh,
         which moves it by less than 6e-4 of its argument.
 
     Raises:

@@ -565,7 +565,7 @@ def _dense(t: Tensor) -> Tensor:
 
 
 def _plan(context: Tensor, gates: Tensor, sizes: Sequence[int], normalize: bool) -> _Problem:
-    narrow = HAS_PTX and context.dtype == torch.bfloat16
+    narrow = HAS_PTX and context.dtype != torch.float32
     return _problem(context.shape, context.stride(), gates.stride(), tuple(sizes), normalize, narrow)
 
 
