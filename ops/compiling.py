@@ -20,6 +20,7 @@ import triton
 from densezoo.ops import backend
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -107,10 +108,12 @@ def foresee_fake(function: Callable, args: tuple) -> None:
 
 def _is_new(function: Callable, args: tuple) -> bool:
     """Return whether a call for such tensors, on a GPU, is the first."""
-    if _calls[function] >= CALLS or backend.interprets or THREADS < 2 or not args[0].is_cuda:
+    if _calls[function] >= CALLS or backend.interprets or THREADS < 2:
+        return False
+    tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
+    if not tensors[0].is_cuda:
         return False
     _calls[function] += 1
-    tensors = [x for x in args if isinstance(x, Tensor)]
     if any(isinstance(n, torch.SymInt) for t in tensors for n in (*t.shape, *t.stride())):
         return False
     key = function, _trains(args), *((t.shape, t.stride(), t.dtype, t.device) for t in tensors)

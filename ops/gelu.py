@@ -6,16 +6,24 @@ import triton.language as tl
 
 @triton.jit
 def _tanh(z):
-    """The GPU's own hyperbolic tangent, right to 5e-4."""
+    """The GPU's own hyperbolic tangent, right to 5e-4; to 1e-5 on an H200."""
     return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [z], tl.float32, True, 1)
 
 
 @triton.jit
 def normal(z, NARROW: tl.constexpr):
-    """Cumulative distribution of the normal distribution; z times it is right to 6e-7, to 6e-4 z if NARROW."""
+    """Cumulative distribution of the normal distribution, z times which is right to 6e-7.
+
+    If NARROW it takes one instruction of the few units for these, not two, and a fit of so many terms: 2 for bfloat16,
+    right to 3e-4, and 3 for float16, right to 3e-5, each beside the error of the tangent.
+    """
     s = z * z
-    if NARROW:
-        # For bfloat16, and float16 in focal modulation: one instruction of the few units for these, not two.
+    if NARROW == 3:
+        # Beyond the bound the distribution is 0 or 1, and the fit would turn back.
+        s = tl.minimum(s, 50.0)
+        fit = tl.fma(tl.fma(s, -0.00035310623163507424, 0.03701543472710981), s, 0.7974971224372241)
+        below = tl.fma(_tanh(z * fit), 0.5, 0.5)
+    elif NARROW:
         below = tl.fma(_tanh(z * tl.fma(s, 0.03470101294052817, 0.8001568115708235)), 0.5, 0.5)
     else:
         # 1 / (1 + 2^(z p)), with a polynomial p of z^2 fitted to it: cheaper than erf, and the tails keep their digits.

@@ -155,7 +155,7 @@ def _over_q_and_r(
     _store(out_q, tops, tl.sum(sums, 1), inverse_q, pr, p_size * r_size, pr_exist, BACKWARD)
 
 
-@triton.jit(do_not_specialize=["share"])
+@compiling.kernel(do_not_specialize=["share"])
 def _reduce(
     x, grad, pool_p, pool_q, pool_r, out_p, out_q, out_r, p_size, q_size, r_units, qr_units, share,
     inverse_p, inverse_q, inverse_r,
