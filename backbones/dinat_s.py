@@ -23,6 +23,7 @@ from densezoo.backbones.staged import (
     pad_to_multiple,
     pretrained_filter,
 )
+from densezoo.ops.norm import LayerNorm, PreNorm
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -37,7 +38,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.size = size
         self.proj = nn.Conv2d(in_chans, dim, size, stride=size)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the map."""
@@ -52,7 +53,7 @@ class PatchMerging(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.norm = nn.LayerNorm(4 * dim)
+        self.norm = PreNorm(4 * dim)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

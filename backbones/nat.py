@@ -5,7 +5,7 @@ those of the published checkpoints, so official files load as they are; dilation
 `dilations`. Here `drop_path_rate` defaults to 0: the training configs set the published rates.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import cycle, islice
 
 import torch
@@ -22,6 +22,7 @@ from densezoo.backbones.staged import (
 from densezoo.ops import na2d_qkv
 from densezoo.ops.backend import is_exporting
 from densezoo.ops.mlp import Mlp
+from densezoo.ops.norm import LayerNorm, PreNorm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -70,12 +71,11 @@ class Block(nn.Module):
         mlp_ratio: float,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
-        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
     ):
         super().__init__()
-        self.norm1 = norm_layer(dim)
+        self.norm1 = PreNorm(dim)
         self.attn = attn
-        self.norm2 = norm_layer(dim)
+        self.norm2 = PreNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.gamma1, self.gamma2 = (
@@ -98,7 +98,7 @@ class ConvTokenizer(nn.Module):
         self.proj = nn.Sequential(
             nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1), nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1)
         )
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the map."""
@@ -113,7 +113,7 @@ class ConvDownsampler(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.reduction = nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1, bias=False)
-        self.norm = nn.LayerNorm(2 * dim)
+        self.norm = LayerNorm(2 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the map."""

@@ -15,7 +15,6 @@ from densezoo.backbones.staged import (
     square_side,
 )
 from densezoo.ops import window_attention
-from densezoo.ops.norm import PreNorm
 from torch import Tensor, nn
 
 
@@ -91,7 +90,7 @@ class Swin(StagedBackbone):
             for j, rate in enumerate(rates):
                 shift = window // 2 if j % 2 and not whole else 0
                 attn = attention(i, j, dim, heads, side) or WindowAttention(dim, heads, window, shift)
-                blocks.append(Block(dim, attn, mlp_ratio, rate, norm_layer=PreNorm))
+                blocks.append(Block(dim, attn, mlp_ratio, rate))
             self.layers.append(Level(blocks, PatchMerging(dim) if i < len(depths) - 1 else nn.Identity()))
             self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=f"layers.{i}.blocks"))
         self.apply(init_weights)

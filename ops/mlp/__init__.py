@@ -13,9 +13,11 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["Mlp", "mlp"]
 
-# The most channels of input and output for which one kernel makes the MLP, and for which that of the backward makes the
-# hidden map again, in less time than it takes to write and read it; measured on an H200.
+# The most channels of input and output for which one kernel makes the MLP, those for which it does in training besides,
+# and the most for which the backward's makes the hidden map again, in less time than it takes to write and read it;
+# measured on an H200.
 NARROW = 128
+TRAINED = range(192, 257)
 MADE_AGAIN = 64
 
 
@@ -26,9 +28,9 @@ def mlp(
 
     Without gradients, on a GPU, in 16 bits, and up to 128 channels of input and output, all of it is one kernel; of
     wider MLPs in bfloat16 the first product applies the GELU. With gradients, where a graph is compiled for training on
-    a GPU or the backend is set to `triton`, MLPs as narrow with the exact GELU are one kernel forward, and one backward
-    but for the gradients of the weights. In bfloat16 either kind of GELU is then right to 6e-4 times the number that it
-    is applied to. Elsewhere it is the three operators of torch.
+    a GPU or the backend is set to `triton`, MLPs as narrow, and those of 192 to 256 channels, with the exact GELU are
+    one kernel forward, and one backward but for some products of cuBLAS. In bfloat16 either kind of GELU is then right
+    to 6e-4 times the number that it is applied to. Elsewhere it is the three operators of torch.
 
     Args:
         x: (..., C), any floating dtype; under autocast all arguments are taken in its dtype.
@@ -73,7 +75,7 @@ def _takes_kernels(x: Tensor, out: int, approximate: str) -> bool:
     if torch.is_grad_enabled():
         is_compiling = torch.compiler.is_compiling() and not is_exporting()
         is_asked_for = get_backend() == "triton" or is_compiling
-        applies = is_asked_for and approximate == "none" and width <= NARROW
+        applies = is_asked_for and approximate == "none" and (width <= NARROW or width in TRAINED)
         applies = applies and dtype in (torch.bfloat16, torch.float16)
     else:
         applies = dtype == torch.bfloat16 or (dtype == torch.float16 and width <= NARROW)

@@ -1,4 +1,4 @@
-"""A narrow MLP in one Triton kernel, its backward in another, and the first half of a wide one in a product of cuBLAS.
+"""An MLP in one Triton kernel, its backward in another, and the first half of a wide one in a product of cuBLAS.
 
 - `_whole`: a program owns ROWS rows, whose input it reads once. It makes COLS hidden channels at a time, and multiplies
   them by the second layer's weights while they are in registers: the hidden map, which is several times as wide as
@@ -11,7 +11,7 @@
   always in the same order.
 
 Gradients of weights are sums over all rows, and products of cuBLAS. Wide MLPs have more arithmetic than traffic: in
-inference they leave it to cuBLAS, which applies the GELU before it writes.
+inference they leave it to cuBLAS, which applies the GELU before it writes, but does not keep what the backward needs.
 """
 
 from functools import lru_cache
@@ -24,7 +24,7 @@ import triton.language as tl
 from densezoo.ops import compiling
 from densezoo.ops.backend import fall_back
 from densezoo.ops.gelu import gelu_slope, normal
-from densezoo.ops.launch import Table
+from densezoo.ops.launch import Table, multiprocessors
 from densezoo.ops.partials import total
 from densezoo.ops.registration import define
 from torch import Tensor
@@ -160,8 +160,12 @@ LAUNCH = Table(
         ("inference", 128): _Launch(128, 64, 8, 2, 128),
         ("training", 64): _Launch(64, 32, 4, 3, None),
         ("training", 128): _Launch(64, 32, 4, 3, None),
+        ("training", 256): _Launch(128, 64, 8, 2, None),
+        # Of so few rows that not every multiprocessor would have a program.
+        ("few", 256): _Launch(64, 64, 4, 2, None),
         ("backward", 64): _BackwardLaunch(64, 64, 0, 4, 2, 168),
         ("backward", 128): _BackwardLaunch(64, 64, 192, 4, 2, None),
+        ("backward", 256): _BackwardLaunch(128, 64, 192, 8, 1, None),
     },
 )
 # The interpreter takes no instructions of the GPU's own.
@@ -206,8 +210,10 @@ def _training(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2:
 
 def _forward(kernel: str, x, weight1, bias1, weight2, bias2, approximate: str) -> tuple[Tensor, Tensor]:
     x, weight1, bias1, weight2, bias2 = (t.contiguous() for t in (x, weight1, bias1, weight2, bias2))
-    constants = _constants(kernel, x.shape[1], weight1.shape[0], weight2.shape[0], x.dtype)
-    saves = kernel == "training"
+    saves, widths = kernel == "training", (x.shape[1], weight1.shape[0], weight2.shape[0])
+    constants = _constants(kernel, *widths, x.dtype)
+    if saves and constants["DEPTH"] == 256 and x.shape[0] < constants["ROWS"] * multiprocessors(x.device):
+        constants = _constants("few", *widths, x.dtype)
     out = x.new_empty(x.shape[0], weight2.shape[0])
     hidden = x.new_empty(x.shape[0], weight1.shape[0]) if saves else out
     programs = triton.cdiv(x.shape[0], constants["ROWS"])

@@ -15,10 +15,10 @@ def layer_norm(
 ) -> Tensor:
     """Normalise the last axis (arXiv 1607.06450).
 
-    torch.compile fuses the forward with what is before and after it, and is left to it. Of the backward it makes one
-    pass in NAT, but several where a model has convolutions between its norms, as in DaViT, FocalNet, Agent and FLatten:
-    there the norms took longer than the attention between them. The kernel makes one pass; it is taken where a graph is
-    compiled for training on a GPU, or where the backend is set to `triton`.
+    torch.compile fuses the forward with what is before and after it, and is left to it. Of the backward it makes
+    several passes where a model has convolutions between its norms, as in DaViT, FocalNet, Agent and FLatten: there the
+    norms took longer than the attention between them. The kernel makes one pass; it is taken where a graph is compiled
+    for training on a GPU, or where the backend is set to `triton`.
 
     Args:
         x: (..., C), float16, bfloat16, float32 or float64.

@@ -17,6 +17,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 GELUS = ["none", "tanh"]
 # Shape of x, hidden width, output width: whole tiles, edges of rows and of all widths, several steps of the hidden.
 NARROW = [((2, 9, 7, 64), 192, 64), ((300, 33), 70, 20), ((1, 96), 384, 96), ((0, 16), 32, 16), ((140, 128), 300, 64)]
+TRAINED = [((40, 200), 100, 192), ((2, 7, 11, 256), 300, 256)]
 WIDE = [((3, 5, 160), 300, 160), ((20, 64), 130, 192), ((0, 256), 16, 256)]
 GPU_CASES = [
     ((128, 28, 28, 128), 384, 128), ((5, 56, 56, 96), 384, 96), ((3, 14, 14, 320), 1280, 320), ((1, 512), 2048, 512),
@@ -111,20 +112,22 @@ def way(request, monkeypatch):
 
 
 @pytest.mark.skipif(cuda, reason="the kernels run on the GPU, in the test below")
-@pytest.mark.parametrize("case", NARROW, ids=str)
+@pytest.mark.parametrize("case", [*NARROW, *TRAINED], ids=str)
 def test_training_interpreted(case, way):
     check_training(case, torch.float16, 2e-3, "cpu")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype, allowed", [(torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("case", [*NARROW, *GPU_CASES[:2]], ids=str)
+@pytest.mark.parametrize(
+    "case", [*NARROW, *TRAINED, *GPU_CASES[:2], ((3, 100, 152, 192), 768, 192), ((2, 50, 76, 256), 768, 256)], ids=str
+)
 def test_training(case, dtype, allowed, way, nan_filled_memory):
     check_training(case, dtype, allowed, "cuda")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dim", [64, 96])
+@pytest.mark.parametrize("dim", [64, 96, 192])
 def test_training_with_more_than_2_31_elements(dim):
     tensors = inputs(((1, dim), 2 * dim, dim), torch.bfloat16, "cuda")
     x = torch.randn(2**31 // dim + 5000, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
