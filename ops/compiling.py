@@ -63,7 +63,7 @@ class Kernel(JITFunction):
         return super().run(*args, grid=grid, warmup=warmup, **constants)
 
     def _gather(self, args: tuple, constants: dict) -> None:
-        args = [_pointer(x) if isinstance(x, Tensor) else x for x in args]
+        args = _pointers(args)
         device = driver.active.get_current_device()
         kinds = (_kind(parameter, x) for parameter, x in zip(self.params, args, strict=False))
         key = device, *kinds, *constants.items()
@@ -71,7 +71,7 @@ class Kernel(JITFunction):
             self.gathered.add(key)
             self.coming.append(_threads().submit(self._compile, device, args, constants))
 
-    def _compile(self, device: int, args: list, constants: dict) -> None:
+    def _compile(self, device: int, args: tuple, constants: dict) -> None:
         with torch.cuda.device(device):
             super().run(*args, grid=(1,), warmup=True, **constants)
 
@@ -142,12 +142,17 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(THREADS, "densezoo-compile")
 
 
-def _pointer(tensor: Tensor) -> _Pointer:
-    return _Pointer(tensor.dtype, tensor.storage_offset() * tensor.element_size())
+def _pointers(x: object) -> object:
+    """Return what is of use of a kernel's arguments, which may be tuples."""
+    if isinstance(x, Tensor):
+        return _Pointer(x.dtype, x.storage_offset() * x.element_size())
+    return tuple(map(_pointers, x)) if isinstance(x, tuple) else x
 
 
 def _kind(parameter, value):
     """Return what Triton makes another kernel for: whether numbers are 1 or divide by 16, and any constant."""
+    if isinstance(value, tuple):
+        return tuple(_kind(parameter, x) for x in value)
     if isinstance(value, _Pointer):
         return value.dtype, value.address % 16
     if type(value) is int and not parameter.is_constexpr:

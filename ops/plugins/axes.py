@@ -9,12 +9,15 @@ rows, columns and channels.
   positions, where all is elementwise; the others own a few planes Q x R, or a stretch of R of them, and walk over Q.
   They read the same numbers, and those of one image follow one another, so that the second reading finds them in L2.
 - `_reduce_planes` does so for small planes, and reads the map once. A program owns a share of P of one image, some
-  planes at a time. It reads them three times: threads walk over P from the numbers of a plane, then over Q and R from
-  first rows and columns, so that none needs another's numbers. The first time brings the planes into L1.
+  planes at a time, which it reads as they lie in memory, whatever a row's length. Numbers at the same places of them
+  are reduced as they come; for Q and R the planes are gathered anew from shared memory, so that each thread has a
+  column, or row, of its own.
 - `_combine` reduces what programs know of a part of an axis, which they write in float32, always in the same order.
 - `_apply` scales: the forward the map; the backward the gradient, to which it adds what comes through the maxima and
-  means. A program owns a tile Q x R of one image, all of a small plane, and walks over a share of P, some planes at a
-  time; its tiles are in the order Q, P, R.
+  means. A program owns a tile Q x R of one image and walks over a share of P, some planes at a time; its tiles are in
+  the order Q, P, R.
+- `_apply_planes` does so for small planes, which it reads as `_reduce_planes` does. What belongs to their rows and
+  columns each number gathers from shared memory.
 
 So the forward reads the map twice and writes it once, and the backward reads map and gradient twice and writes once.
 For this the gradient of the map is computed in one place, `_Pool`, which knows it last: `_Scale` hands over to it all
@@ -34,12 +37,22 @@ from torch import Tensor
 
 
 class _Launch(NamedTuple):
-    """How `_apply` and `_reduce_planes` are launched; the share of P is such that there are so many programs."""
+    """How `_apply` is launched; the share of P is such that there are so many programs."""
 
-    tile: int  # Numbers that a program holds at a time; of `_reduce_planes`, those of the planes that it reads.
+    tile: int  # Numbers that a program holds at a time.
     warps: int
     stages: int
     programs: int = 4096
+
+
+class _PlanesLaunch(NamedTuple):
+    """How `_reduce_planes` and `_apply_planes` are launched; the share of P is such that there are so many programs."""
+
+    tile: int  # The most numbers that a program of `_apply_planes` holds at a time.
+    lines: int  # The most rows, or columns, that one of `_reduce_planes` does; 0 for `_apply_planes`.
+    warps: int
+    stages: int
+    programs: int
 
 
 class _ReduceLaunch(NamedTuple):
@@ -56,14 +69,14 @@ LAUNCH = {
     "sums": _ReduceLaunch(256, 64),
     "backward": _Launch(1024, 4, 1),
 }
-# With planes Q x R of at most SMALL numbers, which a tile takes whole.
+# With planes Q x R of at most SMALL numbers.
 SMALL_LAUNCH = {
-    "pool": _Launch(8192, 4, 1, 1024),
-    "scale": _Launch(2048, 4, 1),
-    "sums": _Launch(8192, 4, 1, 1024),
-    "backward": _Launch(2048, 4, 1, 2048),
+    "pool": _PlanesLaunch(0, 128, 4, 1, 1024),
+    "scale": _PlanesLaunch(2048, 0, 4, 1, 4096),
+    "sums": _PlanesLaunch(0, 128, 4, 1, 2048),
+    "backward": _PlanesLaunch(1024, 0, 4, 1, 4096),
 }
-SMALL = 256
+SMALL = 1024
 # The most positions at which a program of `_reduce` walks over P, 8 a thread.
 POSITIONS = 256
 
@@ -197,59 +210,81 @@ def _piece(p_size, q_size, r_size, share, P: tl.constexpr, Q: tl.constexpr, R: t
     return image.to(tl.int64), tiles, part, tl.arange(0, P), q, r
 
 
-@compiling.kernel(do_not_specialize=["share"])
+@triton.jit
+def _gathered(tile, place):
+    """Numbers of a tile of one axis, at places of any shape."""
+    return tl.reshape(tl.gather(tile, tl.reshape(place, [place.numel]), 0), place.shape)
+
+
+@triton.jit
+def _along(tile, grad, top, first, STEPS: tl.constexpr, STEP: tl.constexpr, BACKWARD: tl.constexpr):
+    """Reduce the planes that a program holds along rows or columns, each thread its own."""
+    step = tl.arange(0, triton.next_power_of_2(STEPS))
+    real = (step < STEPS)[:, None]
+    place = tl.minimum(step, STEPS - 1)[:, None] * STEP + first[None, :]
+    numbers = _gathered(tile, place).to(tl.float32)
+    if BACKWARD:
+        tops = tl.sum(tl.where(real & (numbers == top[None, :]), 1.0, 0.0), 0)
+        numbers *= _gathered(grad, place).to(tl.float32)
+    else:
+        tops = tl.max(tl.where(real, numbers, float("-inf")), 0)
+    return tops, tl.sum(tl.where(real, numbers, 0.0), 0)
+
+
+@compiling.kernel(do_not_specialize=["steps"])
 def _reduce_planes(
-    x, grad, pool_p, pool_q, pool_r, out_p, out_q, out_r, p_size, share, inverse_p, inverse_q, inverse_r,
+    x, grad, pool_p, pool_q, pool_r, out_p, out_q, out_r, p_size, steps, inverse_p, inverse_q, inverse_r,
     BACKWARD: tl.constexpr, INVERT_P: tl.constexpr, INVERT_R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
-    R: tl.constexpr, PLANE: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr,
-    EVEN: tl.constexpr,
+    R: tl.constexpr, SLOTS: tl.constexpr, LINES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    parts, size = tl.cdiv(p_size, share), p_size * (Q * R)
+    parts, size = tl.cdiv(p_size, steps * P), p_size * (Q * R)
     image, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
-    first, left = part * share, tl.minimum(share, p_size - part * share)
-    # Where walks begin: along P at the numbers of a plane, along Q at units of the first rows, along R at rows.
-    plane, column, row, unit = tl.arange(0, PLANE), tl.arange(0, COLUMNS), tl.arange(0, ROWS), tl.arange(0, UNIT)
-    columns = (column // (R // UNIT) * (Q * R) + column % (R // UNIT) * UNIT)[:, None] + unit[None, :]
-    rows, pr = (row * R)[:, None] + unit[None, :], (column * UNIT)[:, None] + unit[None, :]
-    plane_exist = plane < Q * R
+    first, left = part * steps * P, tl.minimum(steps * P, p_size - part * steps * P)
+    slot, line = tl.arange(0, SLOTS), tl.arange(0, LINES)
+    # Where lines begin.
+    column = tl.minimum(line // R, P - 1) * (Q * R) + line % R
+    row = tl.minimum(line, P * Q - 1) * R
     x += image * size + first * (Q * R)
     out_p += (image * parts + part) * (2 * Q * R)
     to_q, to_r = (image * 2 * p_size + first) * R, (image * 2 * p_size + first) * Q
     out_q, out_r = out_q + to_q, out_r + to_r
-    sums = tl.zeros((PLANE,), tl.float32)
+    sums = tl.zeros((SLOTS,), tl.float32)
     if BACKWARD:
         grad += image * size + first * (Q * R)
         pool_q, pool_r, tops = pool_q + to_q, pool_r + to_r, sums
-        top_p = tl.load(pool_p + image * (2 * Q * R) + plane, mask=plane_exist, other=0.0).to(tl.float32)
+        top_p = tl.load(pool_p + image * (2 * Q * R) + slot % (Q * R)).to(tl.float32)
     else:
         tops = sums + float("-inf")
-    for start in tl.range(0, left, P, num_stages=1):
-        planes = P if EVEN else tl.minimum(P, left - start)
-        column_exist, row_exist = (column < planes * (R // UNIT))[:, None], row < planes * Q
+    for start in tl.range(0, left, P, num_stages=STAGES):
+        planes = tl.minimum(P, left - start)
+        exist, q_exist, r_exist = slot < planes * (Q * R), line < planes * R, line < planes * Q
+        tile = tl.load(x + slot, mask=exist, other=0.0)
+        numbers = tile.to(tl.float32)
         if BACKWARD:
-            top_q = tl.load(pool_q + pr, mask=column_exist, other=0.0).to(tl.float32)
-            top_r = tl.load(pool_r + row, mask=row_exist, other=0.0).to(tl.float32)[:, None]
-            pool_q, pool_r = pool_q + P * R, pool_r + P * Q
+            tile_grad = tl.load(grad + slot, mask=exist, other=0.0)
+            top_q = tl.load(pool_q + line, mask=q_exist, other=0.0).to(tl.float32)
+            top_r = tl.load(pool_r + line, mask=r_exist, other=0.0).to(tl.float32)
+            tops = tl.where((numbers == top_p) & exist, tops + 1.0, tops)
+            sums += numbers * tile_grad.to(tl.float32)
+            grad, pool_q, pool_r = grad + P * Q * R, pool_q + P * R, pool_r + P * Q
         else:
-            top_p, top_q, top_r = None, None, None
-        # The first walk brings the planes near, the others find them there.
-        tops_p, sums_p = _walk(x, grad, plane, plane_exist, top_p, planes, Q * R, 8, BACKWARD)
-        tops_q, sums_q = _walk(x, grad, columns, column_exist, top_q, Q, R, Q if Q <= 16 else 8, BACKWARD)
-        tops_r, sums_r = _walk(
-            x, grad, rows, row_exist[:, None], top_r, R // UNIT, UNIT, R // UNIT if R <= 16 else 8, BACKWARD
-        )
-        sums += sums_p
-        if BACKWARD:
-            tops += tops_p
-            tops_r = tl.sum(tops_r, 1)
-            grad += P * Q * R
-        else:
-            tops = tl.maximum(tops, tops_p)
-            tops_r = tl.max(tops_r, 1)
-        _store(out_q, tops_q, sums_q, inverse_q, pr, p_size * R, column_exist, BACKWARD)
-        _store(out_r, tops_r, tl.sum(sums_r, 1), inverse_r, row, p_size * Q, row_exist, INVERT_R)
+            tile_grad, top_q, top_r = None, None, None
+            tops = tl.maximum(tops, tl.where(exist, numbers, float("-inf")))
+            sums += numbers
+        tops_q, sums_q = _along(tile, tile_grad, top_q, column, Q, R, BACKWARD)
+        tops_r, sums_r = _along(tile, tile_grad, top_r, row, R, 1, BACKWARD)
+        _store(out_q, tops_q, sums_q, inverse_q, line, p_size * R, q_exist, BACKWARD)
+        _store(out_r, tops_r, sums_r, inverse_r, line, p_size * Q, r_exist, INVERT_R)
         x, out_q, out_r = x + P * Q * R, out_q + P * R, out_r + P * Q
-    _store(out_p, tops, sums, inverse_p, plane, Q * R, plane_exist, INVERT_P)
+    position = tl.arange(0, triton.next_power_of_2(Q * R))
+    plane = tl.arange(0, triton.next_power_of_2(P))[:, None]
+    place = tl.minimum(plane * (Q * R) + position[None, :], SLOTS - 1)
+    tops, sums = _gathered(tops, place), tl.sum(tl.where(plane < P, _gathered(sums, place), 0.0), 0)
+    if BACKWARD:
+        tops = tl.sum(tl.where(plane < P, tops, 0.0), 0)
+    else:
+        tops = tl.max(tl.where(plane < P, tops, float("-inf")), 0)
+    _store(out_p, tops, sums, inverse_p, position, Q * R, position < Q * R, INVERT_P)
 
 
 @compiling.kernel(do_not_specialize=["parts"])
@@ -361,6 +396,66 @@ def _apply(
         x, out, gate_q, gate_r = x + P * qr_size, out + P * qr_size, gate_q + P * r_size, gate_r + P * q_size
 
 
+@compiling.kernel(do_not_specialize=["steps"])
+def _apply_planes(
+    x, grad, out, gate_p, gate_q, gate_r, pool_p, pool_q, pool_r, fractions_p, fractions_q, fractions_r,
+    grad_p, grad_q, grad_r, p_size, steps, inverse_p, inverse_q, inverse_r,
+    BACKWARD: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, SLOTS: tl.constexpr,
+    LINES: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    parts, size, plane_size = tl.cdiv(p_size, steps * P), p_size * (Q * R), Q * R
+    # In reverse, so that L2 holds what `_reduce_planes` has read last.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    image, part = (program // parts).to(tl.int64), program % parts
+    first, left = part * steps * P, tl.minimum(steps * P, p_size - part * steps * P)
+    slot, line = tl.arange(0, SLOTS), tl.arange(0, LINES)
+    # Of numbers of a unit the compiler sees that they are neighbours.
+    UNIT: tl.constexpr = 4 if R % 4 == 0 else 2 if R % 2 == 0 else 1
+    unit, place = tl.minimum(slot // UNIT, P * plane_size // UNIT - 1), slot % plane_size
+    row = unit // (R // UNIT)
+    column = row // Q * R + unit % (R // UNIT) * UNIT + slot % UNIT
+    offset, to_q, to_r = image * size + first * plane_size, first * R, first * Q
+    x, out = x + offset, out + offset
+    gate_q, gate_r = gate_q + image * p_size * R + to_q, gate_r + image * p_size * Q + to_r
+    scale_p = tl.load(gate_p + image * plane_size + place).to(tl.float32)
+    if BACKWARD:
+        grad += offset
+        q_maps, r_maps = image * 2 * p_size * R + to_q, image * 2 * p_size * Q + to_r
+        pool_q, fractions_q, grad_q = pool_q + q_maps, fractions_q + q_maps, grad_q + q_maps
+        pool_r, fractions_r, grad_r = pool_r + r_maps, fractions_r + r_maps, grad_r + r_maps
+        top_p, top_grad_p, mean_grad_p = _through_pool(
+            pool_p, fractions_p, grad_p, image * 2 * plane_size + place, plane_size, slot >= 0, inverse_p
+        )  # fmt: skip
+    for start in tl.range(0, left, P, num_stages=STAGES):
+        planes = tl.minimum(P, left - start)
+        exist, q_exist, r_exist = slot < planes * plane_size, line < planes * R, line < planes * Q
+        tile = tl.load(x + slot, mask=exist, other=0.0)
+        scale_q = tl.load(gate_q + line, mask=q_exist, other=0.0)
+        scale_r = tl.load(gate_r + line, mask=r_exist, other=0.0)
+        if BACKWARD:
+            result = tl.load(grad + slot, mask=exist, other=0.0)
+            of_q = _load_pool(pool_q, fractions_q, grad_q, line, p_size * R, q_exist)
+            of_r = _load_pool(pool_r, fractions_r, grad_r, line, p_size * Q, r_exist)
+        scale_q, scale_r = _gathered(scale_q.to(tl.float32), column), _gathered(scale_r.to(tl.float32), row)
+        tile, scale = tile.to(tl.float32), scale_p + scale_q + scale_r
+        if BACKWARD:
+            top_q, top_grad_q, mean_grad_q = _shares(of_q, inverse_q)
+            top_r, top_grad_r, mean_grad_r = _shares(of_r, inverse_r)
+            result = result.to(tl.float32) * scale + mean_grad_p
+            result += _gathered(mean_grad_q, column) + _gathered(mean_grad_r, row)
+            result = tl.where(tile == top_p, result + top_grad_p, result)
+            result = tl.where(tile == _gathered(top_q, column), result + _gathered(top_grad_q, column), result)
+            result = tl.where(tile == _gathered(top_r, row), result + _gathered(top_grad_r, row), result)
+            grad += P * plane_size
+            pool_q, fractions_q, grad_q = pool_q + P * R, fractions_q + P * R, grad_q + P * R
+            pool_r, fractions_r, grad_r = pool_r + P * Q, fractions_r + P * Q, grad_r + P * Q
+        else:
+            result = tile * scale
+        tl.store(out + slot, result.to(out.dtype.element_ty), mask=exist)
+        x, out = x + P * plane_size, out + P * plane_size
+        gate_q, gate_r = gate_q + P * R, gate_r + P * Q
+
+
 def _unit(size: int) -> int:
     return next(n for n in (8, 4, 2, 1) if size % n == 0)
 
@@ -371,9 +466,8 @@ def _maps(x: Tensor, channels: int) -> list[list[int]]:
     return [[batch, channels, *sizes[:axis], *sizes[axis + 1 :]] for axis in range(3)]
 
 
-def _plane(x: Tensor) -> int:
-    """Return the numbers of a plane Q x R of x as a tile takes it, its sides powers of 2."""
-    return triton.next_power_of_2(x.shape[2]) * triton.next_power_of_2(x.shape[3])
+def _is_small(x: Tensor) -> bool:
+    return x.shape[2] * x.shape[3] <= SMALL
 
 
 def _evens(x: Tensor, *tile: int) -> dict:
@@ -382,10 +476,9 @@ def _evens(x: Tensor, *tile: int) -> dict:
 
 def _tiling(x: Tensor, kind: str) -> tuple[int, tuple[int, int, int], list[int], dict]:
     """Return the number of programs, the parts of each axis, the kernels' sizes, and their constants."""
-    is_small, (batch, p_size, q_size, r_size) = _plane(x) <= SMALL, x.shape
-    launch = (SMALL_LAUNCH if is_small else LAUNCH)[kind]
+    (batch, p_size, q_size, r_size), launch = x.shape, LAUNCH[kind]
     p_most, q_most, r_most = (triton.next_power_of_2(size) for size in (p_size, q_size, r_size))
-    q_tile = q_most if is_small else min(q_most, max(1, launch.tile // 256))
+    q_tile = min(q_most, max(1, launch.tile // 256))
     r_tile = min(r_most, launch.tile // q_tile)
     p_tile = min(p_most, launch.tile // (q_tile * r_tile))
     down, across = triton.cdiv(q_size, q_tile), triton.cdiv(r_size, r_tile)
@@ -417,16 +510,17 @@ def _walks(x: Tensor, kind: str) -> tuple[int, tuple[int, int, int], list[int], 
 
 
 def _planes(x: Tensor, kind: str) -> tuple[int, tuple[int, int, int], list[int], dict]:
-    """Return the same for `_reduce_planes`."""
+    """Return the same for `_reduce_planes` and `_apply_planes`."""
     (batch, p_size, q_size, r_size), launch = x.shape, SMALL_LAUNCH[kind]
-    p_tile, unit = min(triton.next_power_of_2(p_size), max(1, launch.tile // _plane(x))), _unit(r_size)
-    shares = max(1, launch.programs // batch)
-    share = triton.cdiv(triton.cdiv(p_size, shares), p_tile) * p_tile
-    walks = {"PLANE": q_size * r_size, "COLUMNS": p_tile * r_size // unit, "ROWS": p_tile * q_size}
-    constants = {name: triton.next_power_of_2(n) for name, n in walks.items()}
-    constants |= {"P": p_tile, "Q": q_size, "R": r_size, "UNIT": unit, "EVEN": p_size % p_tile == 0}
-    parts = triton.cdiv(p_size, share)
-    return batch * parts, (parts, 1, 1), [p_size, share], constants | {"num_warps": launch.warps}
+    plane, longest = q_size * r_size, max(q_size, r_size)
+    p_tile = min(p_size, max(1, launch.lines // longest if launch.lines else launch.tile // plane))
+    # Of 4 numbers read at once, none is another program's.
+    p_tile -= p_tile % (4 // math.gcd(plane, 4)) if p_tile >= 8 else 0
+    steps = triton.cdiv(triton.cdiv(p_size, p_tile), max(1, launch.programs // batch))
+    constants = {"SLOTS": triton.next_power_of_2(p_tile * plane), "LINES": triton.next_power_of_2(p_tile * longest)}
+    constants |= {"P": p_tile, "Q": q_size, "R": r_size, "STAGES": launch.stages, "num_warps": launch.warps}
+    parts = triton.cdiv(p_size, steps * p_tile)
+    return batch * parts, (parts, 1, 1), [p_size, steps], constants
 
 
 def _partial(x: Tensor, parts: int, *shape: int) -> Tensor:
@@ -447,8 +541,7 @@ def _combined(x: Tensor, partial: Tensor, inverse: float, backward: bool) -> Ten
 
 def _reductions(x: Tensor, grad: Tensor | None, pools: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
     backward = grad is not None
-    # Smaller planes, which networks seldom have, are `_reduce`'s.
-    function, tiling = (_reduce_planes, _planes) if 32 < _plane(x) <= SMALL else (_reduce, _walks)
+    function, tiling = (_reduce_planes, _planes) if _is_small(x) else (_reduce, _walks)
     programs, parts, sizes, constants = tiling(x, "sums" if backward else "pool")
     outs = [_partial(x, n, *shape[1:]) for n, shape in zip(parts, _maps(x, 2), strict=True)]
     inverses = [1.0 if backward else 1 / size for size in x.shape[1:]]
@@ -459,9 +552,10 @@ def _reductions(x: Tensor, grad: Tensor | None, pools: Sequence[Tensor | None]) 
 
 
 def _launch_apply(kind: str, x: Tensor, grad: Tensor | None, *maps: Tensor | None) -> Tensor:
-    out, (programs, _, sizes, constants) = torch.empty_like(x), _tiling(x, kind)
+    function, tiling = (_apply_planes, _planes) if _is_small(x) else (_apply, _tiling)
+    out, (programs, _, sizes, constants) = torch.empty_like(x), tiling(x, kind)
     inverses = [1 / size for size in x.shape[1:]]
-    _apply[(programs,)](x, grad, out, *maps, *sizes, *inverses, BACKWARD=grad is not None, **constants)
+    function[(programs,)](x, grad, out, *maps, *sizes, *inverses, BACKWARD=grad is not None, **constants)
     return out
 
 

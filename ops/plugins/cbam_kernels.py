@@ -13,13 +13,18 @@ and `_combine` or PyTorch reduces the parts, always in the same order.
 - `_through_maps` reads the map alone: the gradient that the channels' gate gets through the maxima and means over the
   channels, which is known only when that of the positions' gate is.
 
-Except where `_pool` reduces rows, a program owns some columns of one image and walks down a share of its rows. Every
-second kernel takes the images in reverse, so that it finds in L2 what the last one read last. The forward reads the map
-three times and writes it once; the backward reads the map three times and the gradient twice, and writes once. For this
-the gradient of the map is computed in one place, `_Pool`, which knows it last: the others hand over to it all that
-their own parts take.
+Except where `_pool` reduces rows, a program owns some columns of one image and walks down a share of its rows. Channels
+of few positions, one after the other in memory, are `_pool_small`'s and so on: a program owns a share of the channels
+of one image, and reads some at a time as they lie in memory. What belongs to a channel each number gathers from shared
+memory; along channels numbers are gathered anew, so that threads reduce their own.
+
+Every second kernel takes the images in reverse, so that it finds in L2 what the last one read last. The forward reads
+the map three times and writes it once; the backward reads the map three times and the gradient twice, and writes once.
+For this the gradient of the map is computed in one place, `_Pool`, which knows it last: the others hand over to it all
+that their own parts take.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -28,7 +33,7 @@ import triton
 import triton.language as tl
 from densezoo.ops import compiling
 from densezoo.ops.partials import total
-from densezoo.ops.plugins.axes import _combined, _partial, _register, _store, _through_pool, _unit
+from densezoo.ops.plugins.axes import _combined, _gathered, _partial, _register, _store, _through_pool, _unit
 from torch import Tensor
 
 
@@ -45,6 +50,14 @@ class _Launch(NamedTuple):
     programs: int = 4096
 
 
+class _SmallLaunch(NamedTuple):
+    """How a kernel of whole channels is launched; the share of them is such that there are so many programs."""
+
+    tile: int  # Numbers that a program holds at a time.
+    warps: int
+    programs: int
+
+
 # Measured on an H200.
 LAUNCH = {
     "pool_columns": _Launch(2048, 256, 4, 3, 1024),
@@ -54,6 +67,15 @@ LAUNCH = {
     "narrow_sums": _Launch(1024, 256, 1, 1),
     "through_maps": _Launch(512, 256, 1, 1),
     "backward": _Launch(1024, 256, 4, 1),
+}
+# With channels of at most SMALL positions in one piece of memory.
+SMALL = 256
+SMALL_LAUNCH = {
+    "pool": _SmallLaunch(2048, 4, 2048),
+    "scaled pool": _SmallLaunch(2048, 4, 1024),
+    "scale": _SmallLaunch(2048, 4, 4096),
+    "sums": _SmallLaunch(1024, 2, 2048),
+    "backward": _SmallLaunch(1024, 4, 4096),
 }
 
 
@@ -267,6 +289,161 @@ def _through_maps(
         tl.store(out, tl.sum(sums, 0).to(out.dtype.element_ty), mask=column_exist)
 
 
+@triton.jit
+def _numbers(
+    channels, steps, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, TILE: tl.constexpr, REVERSED: tl.constexpr
+):
+    """A program's image, part of the channels, first channel and end, and the numbers of a tile and their channels."""
+    parts = tl.cdiv(channels, steps * CHANNELS)
+    program = tl.program_id(0)
+    if REVERSED:
+        program = tl.num_programs(0) - 1 - program
+    image, part = (program // parts).to(tl.int64), program % parts
+    UNIT: tl.constexpr = 4 if POSITIONS % 4 == 0 else 2 if POSITIONS % 2 == 0 else 1
+    number = tl.arange(0, TILE)
+    # Of numbers of a unit the compiler sees that they are of one channel.
+    channel = tl.minimum(number // UNIT // (POSITIONS // UNIT), CHANNELS - 1)
+    begin = part * steps * CHANNELS
+    return image, part, parts, begin, tl.minimum(begin + steps * CHANNELS, channels), number, channel
+
+
+@triton.jit
+def _along_channels(numbers, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, IS_MAX: tl.constexpr):
+    """The sums, or maxima, of the channels of a tile, of as many channels as a power of 2."""
+    UNIT: tl.constexpr = 4 if POSITIONS % 4 == 0 else 2 if POSITIONS % 2 == 0 else 1
+    UNITS: tl.constexpr = POSITIONS // UNIT
+    numbers = tl.reshape(numbers, [numbers.numel // UNIT, UNIT])
+    unit, channel = tl.arange(0, triton.next_power_of_2(UNITS)), tl.arange(0, triton.next_power_of_2(CHANNELS))
+    place = tl.minimum(channel, CHANNELS - 1)[None, :] * UNITS + tl.minimum(unit, UNITS - 1)[:, None]
+    real = (unit < UNITS)[:, None]
+    if IS_MAX:
+        return tl.max(tl.where(real, _gathered(tl.max(numbers, 1), place), float("-inf")), 0)
+    else:
+        return tl.sum(tl.where(real, _gathered(tl.sum(numbers, 1), place), 0.0), 0)
+
+
+@triton.jit
+def _along_positions(numbers, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, IS_MAX: tl.constexpr):
+    """The sums, or maxima, of the positions of a tile, of as many positions as a power of 2."""
+    channel = tl.arange(0, triton.next_power_of_2(CHANNELS))
+    position = tl.arange(0, triton.next_power_of_2(POSITIONS))
+    place = tl.minimum(channel, CHANNELS - 1)[:, None] * POSITIONS + tl.minimum(position, POSITIONS - 1)[None, :]
+    numbers, real = _gathered(numbers, place), (channel < CHANNELS)[:, None]
+    if IS_MAX:
+        return tl.max(tl.where(real, numbers, float("-inf")), 0)
+    else:
+        return tl.sum(tl.where(real, numbers, 0.0), 0)
+
+
+@compiling.kernel(do_not_specialize=["steps"])
+def _pool_small(
+    x, gate, out, channels, steps, inverse,
+    SCALED: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    image, part, parts, begin, end, number, channel = _numbers(channels, steps, CHANNELS, POSITIONS, TILE, SCALED)
+    some = tl.arange(0, triton.next_power_of_2(CHANNELS))
+    x += image * channels * POSITIONS
+    if SCALED:
+        gate += image * channels
+        sums = tl.zeros((TILE,), tl.float32)
+        tops = sums + float("-inf")
+    else:
+        out += image * 2 * channels
+    for start in tl.range(begin, end, CHANNELS, num_stages=1):
+        count = tl.minimum(CHANNELS, end - start)
+        exist = number < count * POSITIONS
+        tile = tl.load(x + start * POSITIONS + number, mask=exist, other=0.0)
+        if SCALED:
+            scale = tl.load(gate + start + some, mask=some < count, other=0.0).to(tl.float32)
+            tile = _scaled(tile, _gathered(scale, channel)).to(tl.float32)
+            tops = tl.maximum(tops, tl.where(exist, tile, float("-inf")))
+            sums += tile
+        else:
+            tile = tile.to(tl.float32)
+            top = _along_channels(tile, CHANNELS, POSITIONS, True)
+            total = _along_channels(tile, CHANNELS, POSITIONS, False)
+            _store(out, top, total, inverse, start + some, channels, some < count, False)
+    if SCALED:
+        tops = _along_positions(tops, CHANNELS, POSITIONS, True)
+        sums = _along_positions(sums, CHANNELS, POSITIONS, False)
+        position = tl.arange(0, triton.next_power_of_2(POSITIONS))
+        out += (image * parts + part) * 2 * POSITIONS
+        _store(out, tops, sums, inverse, position, POSITIONS, position < POSITIONS, False)
+
+
+@compiling.kernel(do_not_specialize=["steps"])
+def _apply_small(
+    x, grad, out, gate_c, gate_p, pool_c, pool_p, fractions_c, fractions_p, grad_c, grad_p, channels, steps,
+    inverse_c, inverse_p,
+    BACKWARD: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    image, _, _, begin, end, number, channel = _numbers(channels, steps, CHANNELS, POSITIONS, TILE, False)
+    some, position = tl.arange(0, triton.next_power_of_2(CHANNELS)), number % POSITIONS
+    x, out, gate_c = x + image * channels * POSITIONS, out + image * channels * POSITIONS, gate_c + image * channels
+    scale_p = tl.load(gate_p + image * POSITIONS + position).to(tl.float32)
+    if BACKWARD:
+        grad += image * channels * POSITIONS
+        pool_c, fractions_c, grad_c = (
+            pool_c + image * 2 * channels, fractions_c + image * 2 * channels, grad_c + image * 2 * channels
+        )  # fmt: skip
+        top_p, top_grad_p, mean_grad_p = _through_pool(
+            pool_p, fractions_p, grad_p, image * 2 * POSITIONS + position, POSITIONS, number >= 0, inverse_p
+        )  # fmt: skip
+    for start in tl.range(begin, end, CHANNELS, num_stages=1):
+        count = tl.minimum(CHANNELS, end - start)
+        exist, some_exist = number < count * POSITIONS, some < count
+        tile = tl.load(x + start * POSITIONS + number, mask=exist, other=0.0)
+        scale_c = _gathered(tl.load(gate_c + start + some, mask=some_exist, other=0.0).to(tl.float32), channel)
+        if BACKWARD:
+            result = tl.load(grad + start * POSITIONS + number, mask=exist, other=0.0).to(tl.float32)
+            top_c, top_grad_c, mean_grad_c = _through_pool(
+                pool_c, fractions_c, grad_c, start + some, channels, some_exist, inverse_c
+            )  # fmt: skip
+            result = _through_gates(
+                tile, result, scale_c, _gathered(top_c, channel), _gathered(top_grad_c, channel),
+                _gathered(mean_grad_c, channel), scale_p, top_p, top_grad_p, mean_grad_p,
+            )  # fmt: skip
+        else:
+            result = tile.to(tl.float32) * scale_c * scale_p
+        tl.store(out + start * POSITIONS + number, result.to(out.dtype.element_ty), mask=exist)
+
+
+@compiling.kernel(do_not_specialize=["steps"])
+def _sums_small(
+    x, grad, gate_c, gate_p, pool_c, pool_p, out_c, out_p, channels, steps,
+    INVERT_P: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    image, part, parts, begin, end, number, channel = _numbers(channels, steps, CHANNELS, POSITIONS, TILE, False)
+    some, position = tl.arange(0, triton.next_power_of_2(CHANNELS)), number % POSITIONS
+    x, grad, gate_c = x + image * channels * POSITIONS, grad + image * channels * POSITIONS, gate_c + image * channels
+    pool_c, out_c = pool_c + image * 2 * channels, out_c + image * 2 * channels
+    scale_p = tl.load(gate_p + image * POSITIONS + position).to(tl.float32)
+    top_p = tl.load(pool_p + image * 2 * POSITIONS + position).to(tl.float32)
+    tops = tl.zeros((TILE,), tl.float32)
+    sums = tops
+    for start in tl.range(begin, end, CHANNELS, num_stages=1):
+        count = tl.minimum(CHANNELS, end - start)
+        exist, some_exist = number < count * POSITIONS, some < count
+        tile = tl.load(x + start * POSITIONS + number, mask=exist, other=0.0)
+        product = tl.load(grad + start * POSITIONS + number, mask=exist, other=0.0).to(tl.float32)
+        scale_c = tl.load(gate_c + start + some, mask=some_exist, other=0.0).to(tl.float32)
+        top_c = tl.load(pool_c + start + some, mask=some_exist, other=0.0).to(tl.float32)
+        scale_c, top_c = _gathered(scale_c, channel), _gathered(top_c, channel)
+        product *= tile.to(tl.float32)
+        # Maxima over positions are those of the map, over channels those of the map that is scaled.
+        tops = tl.where((_scaled(tile, scale_c).to(tl.float32) == top_p) & exist, tops + 1.0, tops)
+        sums += product * scale_c
+        tops_c = _along_channels(tl.where(tile.to(tl.float32) == top_c, 1.0, 0.0), CHANNELS, POSITIONS, False)
+        sums_c = _along_channels(product * scale_p, CHANNELS, POSITIONS, False)
+        _store(out_c, tops_c, sums_c, 1.0, start + some, channels, some_exist, True)
+    tops, sums = (
+        _along_positions(tops, CHANNELS, POSITIONS, False), _along_positions(sums, CHANNELS, POSITIONS, False)
+    )  # fmt: skip
+    position = tl.arange(0, triton.next_power_of_2(POSITIONS))
+    out_p += (image * parts + part) * 2 * POSITIONS
+    _store(out_p, tops, sums, 1.0, position, POSITIONS, position < POSITIONS, INVERT_P)
+
+
 def _tiling(x: Tensor, launch: _Launch) -> tuple[int, int, list[int], dict]:
     """Return the parts of the rows, the tiles of the columns, the kernels' sizes, and their constants."""
     batch, rows, columns = x.shape
@@ -281,6 +458,32 @@ def _tiling(x: Tensor, launch: _Launch) -> tuple[int, int, list[int], dict]:
     constants = {"ROWS": rows_tile, "COLUMNS": columns_tile, "UNIT": unit, "EVEN": rows % rows_tile == 0}
     constants |= {"STAGES": launch.stages, "num_warps": launch.warps}
     return triton.cdiv(rows, share), tiles, [rows, columns // unit, share], constants
+
+
+def _is_small(x: Tensor, first: bool) -> bool:
+    return first and x.shape[2] <= SMALL
+
+
+def _small_tiling(x: Tensor, kind: str) -> tuple[int, list[int], dict]:
+    """Return the same of whole channels, without tiles."""
+    (batch, channels, positions), launch = x.shape, SMALL_LAUNCH[kind]
+    some = min(channels, launch.tile // positions)
+    # Of numbers read at once, none is another program's.
+    some -= some % (4 // math.gcd(positions, 4)) if some >= 8 else 0
+    steps = triton.cdiv(triton.cdiv(channels, some), max(1, launch.programs // batch))
+    constants = {"CHANNELS": some, "POSITIONS": positions, "TILE": triton.next_power_of_2(some * positions)}
+    return triton.cdiv(channels, steps * some), [channels, steps], constants | {"num_warps": launch.warps}
+
+
+def _pooled_small(x: Tensor, gate: Tensor | None) -> Tensor:
+    parts, sizes, constants = _small_tiling(x, "pool" if gate is None else "scaled pool")
+    programs = x.shape[0] * parts
+    axis = 2 if gate is None else 1
+    inverse, parts = 1 / x.shape[axis], 1 if gate is None else parts
+    partial = _partial(x, parts, 2, x.shape[3 - axis])
+    early = inverse if parts == 1 else 1.0
+    _pool_small[(programs,)](x, gate, partial, *sizes, early, SCALED=gate is not None, **constants)
+    return _combined(x, partial, inverse, False)
 
 
 def _pooled(x: Tensor, gate: Tensor | None, axis: int) -> Tensor:
@@ -301,23 +504,31 @@ def _pooled(x: Tensor, gate: Tensor | None, axis: int) -> Tensor:
 
 
 def _pool_channels(x: Tensor, first: bool) -> Tensor:
-    return _pooled(x.contiguous(), None, 1 if first else 0)
+    x = x.contiguous()
+    return _pooled_small(x, None) if _is_small(x, first) else _pooled(x, None, 1 if first else 0)
 
 
 def _pool_positions(x: Tensor, channel: Tensor, first: bool) -> Tensor:
-    return _pooled(x.contiguous(), channel.contiguous(), 0 if first else 1)
+    x, channel = x.contiguous(), channel.contiguous()
+    return _pooled_small(x, channel) if _is_small(x, first) else _pooled(x, channel, 0 if first else 1)
 
 
 def _applied(x: Tensor, grad: Tensor | None, pairs: list[tuple[Tensor | None, Tensor | None]], first: bool) -> Tensor:
     """Launch `_apply`; the pairs are of channels and positions."""
     x, out = x.contiguous(), x.new_empty(x.shape)
-    launch = LAUNCH["scale" if grad is None else "backward"]
-    parts, tiles, sizes, constants = _tiling(x, launch)
+    kind = "scale" if grad is None else "backward"
     sides = [t if t is None else t.contiguous() for pair in pairs for t in (pair if first else pair[::-1])]
+    inverses = 1 / x.shape[2], 1 / x.shape[1]
+    if _is_small(x, first):
+        parts, sizes, constants = _small_tiling(x, kind)
+        _apply_small[(x.shape[0] * parts,)](
+            x, grad, out, *sides, *sizes, *inverses, BACKWARD=grad is not None, **constants
+        )
+        return out
+    parts, tiles, sizes, constants = _tiling(x, LAUNCH[kind])
     _apply[(x.shape[0] * parts * tiles,)](
-        x, grad, out, *sides, *sizes, 1 / x.shape[2], 1 / x.shape[1], FIRST=first, BACKWARD=grad is not None,
-        **constants,
-    )  # fmt: skip
+        x, grad, out, *sides, *sizes, *inverses, FIRST=first, BACKWARD=grad is not None, **constants
+    )
     return out
 
 
@@ -336,15 +547,20 @@ def _gate_twice_backward(
 def _gate_twice_sums(
     grad_out: Tensor, x: Tensor, channel: Tensor, position: Tensor, pool: Tensor, maps: Tensor, first: bool
 ) -> tuple[Tensor, Tensor]:
-    x = x.contiguous()
+    x, grad_out = x.contiguous(), grad_out.contiguous()
+    pairs = (channel, position), (pool, maps)
+    sides = [t.contiguous() for pair in pairs for t in (pair if first else pair[::-1])]
+    if _is_small(x, first):
+        parts, sizes, constants = _small_tiling(x, "sums")
+        sums, out = x.new_empty(pool.shape), _partial(x, parts, *maps.shape[1:])
+        _sums_small[(x.shape[0] * parts,)](x, grad_out, *sides, sums, out, *sizes, INVERT_P=parts == 1, **constants)
+        return sums, _combined(x, out, 1.0, True)
     # A tile that holds all columns, and not few, is worth more rows.
     launch = LAUNCH["narrow_sums" if 128 < x.shape[2] < 256 else "sums"]
     parts, tiles, sizes, constants = _tiling(x, launch)
-    pairs = (channel, position), (pool, maps)
-    sides = [t.contiguous() for pair in pairs for t in (pair if first else pair[::-1])]
     outs = _partial(x, tiles, 2, x.shape[1]), _partial(x, parts, 2, x.shape[2])
     _sums[(x.shape[0] * parts * tiles,)](
-        x, grad_out.contiguous(), *sides, *outs, *sizes, FIRST=first, INVERT_R=tiles == 1, INVERT_C=parts == 1,
+        x, grad_out, *sides, *outs, *sizes, FIRST=first, INVERT_R=tiles == 1, INVERT_C=parts == 1,
         **constants,
     )  # fmt: skip
     of_rows, of_columns = (_combined(x, out, 1.0, True) for out in outs)
@@ -355,9 +571,9 @@ def _gate_through_maps(
     x: Tensor, channel: Tensor, maps: Tensor, sums_position: Tensor, grad_maps: Tensor, first: bool
 ) -> Tensor:
     x = x.contiguous()
+    tensors = [t.contiguous() for t in (channel, maps, sums_position, grad_maps)]
     parts, tiles, sizes, constants = _tiling(x, LAUNCH["through_maps"])
     out = _partial(x, tiles if first else parts, *channel.shape[1:])
-    tensors = [t.contiguous() for t in (channel, maps, sums_position, grad_maps)]
     _through_maps[(x.shape[0] * parts * tiles,)](
         x, *tensors, out, *sizes, 1 / channel.shape[1], FIRST=first, **constants
     )

@@ -16,9 +16,10 @@ few rows but more columns, WIDE, is convolved as its transpose, read where it li
 - `_normalise`: a program owns a block of one image of a convolution, and makes the gate of it. Each adds up for itself
   what `_conv` has written, always in the same order.
 - `_sums` and `_through_gate`: such programs sum up what the gradients through the norm have in common, and write them.
-- `_weight_gradient`: a program owns the gradient of the banded matrices of one row of taps, and a share of all rows,
-  over which it sums the products of input and gradient.
-- `_diagonals`: a program owns a weight, and adds up its diagonal over all shares, always in the same order.
+- `_weight_gradient`: a program owns the gradient of the banded matrices of up to TAPS rows of taps, and a share of all
+  rows, over which it sums the products of input and gradient, which it reads for each row of taps from another row;
+  then it sums the diagonals.
+- `_add_up`: a program owns a weight, and adds up its gradient over all shares, always in the same order.
 """
 
 from collections.abc import Sequence
@@ -33,9 +34,10 @@ from densezoo.ops.registration import define, is_watched, register
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-# The most rows and the columns of a program, its warps, its loads ahead from 2, and the programs over which a weight's
-# gradient is shared out.
-ROWS, COLUMNS, WARPS, STAGES, PROGRAMS = 128, 16, 4, 1, 1024
+# The most rows and the columns of a program, its warps, and its loads ahead from 2; then the most rows of a weight's
+# gradient, of the map and of taps, and the programs over which the map's are shared out.
+ROWS, COLUMNS, WARPS, STAGES = 128, 16, 4, 1
+GRADIENT_ROWS, TAPS, PROGRAMS = 64, 8, 256
 # The numbers of a program elsewhere, its warps, and what it adds up at a time of what programs have written.
 BLOCK, BLOCK_WARPS, PARTS = 2048, 4, 512
 _COLUMNS = tl.constexpr(COLUMNS)
@@ -260,53 +262,66 @@ def _through_gate(
 
 @compiling.kernel(do_not_specialize=["batch", "shares"])
 def _weight_gradient(
-    xs, grads, partials, sizes, batch, shares, SIZE: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr
+    xs, grads, partials, sizes, batch, shares,
+    SIZE: tl.constexpr, TAPS: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     for i in tl.static_range(len(xs)):
-        share = tl.program_id(1) - i * shares
+        share = tl.program_id(0) - i * shares
         if (share >= 0) & (share < shares):
             height, width, to_row, to_column = _sizes(sizes[i][0], sizes[i][1], TILES[i][0], TILES[i][3])
             _weight_gradient_share(
-                xs[i], grads[i], partials[i], share, shares, _pieces(batch, height, width, TILES[i][1]),
-                height, width, to_row, to_column, SIZE, TILES[i][1], TILES[i][2], STAGES,
+                xs[i], grads[i], partials[i], batch, share, shares, height, width, to_row, to_column, SIZE, TAPS,
+                TILES[i][1], TILES[i][2], STAGES,
             )  # fmt: skip
 
 
 @triton.jit
 def _weight_gradient_share(
-    x, grad_out, partial, share, shares, pieces, height, width, to_row, to_column,
-    SIZE: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
+    x, grad_out, partial, batch, share, shares, height, width, to_row, to_column,
+    SIZE: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0)
-    sums = tl.zeros((2 * WINDOW, _COLUMNS), tl.float32)
-    for piece in tl.range(share, pieces, shares, num_stages=STAGES):
-        image, row, column = _place(piece, height, width, ROWS)
-        grad_out_image, x_image = grad_out + image * height * width, x + image * 2 * height * width
-        grad = _tile(grad_out_image, row, column, height, width, to_row, to_column, 1, _COLUMNS)
-        row, column = row + (i - SIZE // 2), column - (WINDOW - _COLUMNS) // 2
-        window = _tile(x_image, row, column, height, width, to_row, to_column, 2, WINDOW)
+    n = tl.arange(0, TAPS * _COLUMNS)
+    tap, column = tl.program_id(1) * TAPS + n // _COLUMNS, n % _COLUMNS
+    sums = tl.zeros((2 * WINDOW, TAPS * _COLUMNS), tl.float32)
+    for piece in tl.range(share, _pieces(batch, height, width, ROWS), shares, num_stages=STAGES):
+        image, row, first = _place(piece, height, width, ROWS)
+        window = _tile(
+            x + image * 2 * height * width, row, first - (WINDOW - _COLUMNS) // 2, height, width, to_row, to_column,
+            2, WINDOW,
+        )  # fmt: skip
+        # Row i of the taps takes a row to the gradient of the row SIZE // 2 - i further down.
+        rows, columns = row[:, None] + (SIZE // 2 - tap)[None, :], first + column
+        exist = (rows >= 0) & (rows < height) & ((tap < SIZE) & (columns < width))[None, :]
+        place = rows * to_row + (columns * to_column)[None, :]
+        grad = tl.load(grad_out + image * height * width + place, mask=exist, other=0.0)
         sums = tl.dot(tl.trans(window), grad, sums, input_precision="tf32x3")
-    partial += (share * SIZE + i) * 2 * WINDOW * _COLUMNS
-    k, n = tl.arange(0, 2 * WINDOW), tl.arange(0, _COLUMNS)
-    tl.store(partial + k[:, None] * _COLUMNS + n[None, :], sums)
+    # A weight's gradient is the sum of a diagonal.
+    LINE: tl.constexpr = triton.next_power_of_2(SIZE)
+    weight, column = tl.arange(0, 2 * TAPS * LINE), tl.arange(0, _COLUMNS)[:, None]
+    channel, i, j = weight // (TAPS * LINE), weight // LINE % TAPS, weight % LINE
+    k = column + (WINDOW - _COLUMNS) // 2 + j[None, :] - SIZE // 2
+    place = ((channel[None, :] * WINDOW + tl.minimum(tl.maximum(k, 0), WINDOW - 1)) * TAPS + i[None, :]) * _COLUMNS
+    sums = tl.gather(tl.reshape(sums, [sums.numel]), tl.reshape(place + column, [place.numel]), 0)
+    sums = tl.sum(tl.where((k >= 0) & (k < WINDOW), tl.reshape(sums, place.shape), 0.0), 0)
+    partial += (share * tl.num_programs(1) + tl.program_id(1)) * (2 * TAPS * LINE)
+    tl.store(partial + weight, sums)
 
 
 @compiling.kernel(do_not_specialize=["shares"])
-def _diagonals(partials, outs, strides, shares, SIZE: tl.constexpr, TILES: tl.constexpr, SHARES: tl.constexpr):
+def _add_up(
+    partials, outs, strides, shares, SIZE: tl.constexpr, TAPS: tl.constexpr, SHARES: tl.constexpr
+):  # fmt: skip
+    LINE: tl.constexpr = triton.next_power_of_2(SIZE)
     channel, i, j = tl.program_id(0) // SIZE // SIZE, tl.program_id(0) // SIZE % SIZE, tl.program_id(0) % SIZE
     for gate in tl.static_range(len(outs)):
         if tl.program_id(1) == gate:
-            share, n, WINDOW = tl.arange(0, SHARES), tl.arange(0, _COLUMNS), TILES[gate][2]
-            k = n + (WINDOW - _COLUMNS) // 2 + j - SIZE // 2
-            place = ((i * 2 + channel) * WINDOW + k) * _COLUMNS + n
-            in_window = ((k >= 0) & (k < WINDOW))[None, :]
-            sums = tl.zeros((SHARES, _COLUMNS), tl.float32)
+            share, place = tl.arange(0, SHARES), ((i // TAPS * 2 + channel) * TAPS + i % TAPS) * LINE + j
+            sums = tl.zeros((SHARES,), tl.float32)
             for start in range(0, shares, SHARES):
-                offsets = (start + share)[:, None] * (SIZE * 2 * WINDOW * _COLUMNS) + place[None, :]
-                real = in_window & (start + share < shares)[:, None]
-                sums += tl.load(partials[gate] + offsets, mask=real, other=0.0)
+                offsets = (start + share) * (tl.cdiv(SIZE, TAPS) * 2 * TAPS * LINE) + place
+                sums += tl.load(partials[gate] + offsets, mask=start + share < shares, other=0.0)
             out = outs[gate] + channel * SIZE * SIZE + i * strides[gate][0] + j * strides[gate][1]
-            tl.store(out, tl.sum(tl.sum(sums, 1), 0).to(out.dtype.element_ty))
+            tl.store(out, tl.sum(sums, 0).to(out.dtype.element_ty))
 
 
 def _is_wide(height: int, width: int) -> bool:
@@ -353,17 +368,20 @@ def _convolve_backward(
     grad_maps, grad_weights = ([t.new_empty(t.shape) for t in ts] for ts in (maps, weights))
     _convolve(grads, weights, grad_maps, [None] * len(maps), True)
     pieces, sizes, tiles = _tilings(maps, weights)
-    size, shares = weights[0].shape[-1], min(triton.cdiv(PROGRAMS, weights[0].shape[-1]), max(pieces))
-    partials = tuple(
-        maps[0].new_empty(shares, size, 2 * window, COLUMNS, dtype=torch.float32) for _, _, window, _ in tiles
-    )
-    _weight_gradient[size, shares * len(maps)](
-        tuple(maps), tuple(grads), partials, sizes, maps[0].shape[0], shares, SIZE=size, TILES=tiles, STAGES=STAGES,
-        num_warps=WARPS,
+    tiles = tuple((wide, min(rows, GRADIENT_ROWS), window, unit) for wide, rows, window, unit in tiles)
+    size, shares = weights[0].shape[-1], min(PROGRAMS, max(pieces))
+    line = triton.next_power_of_2(size)
+    taps = min(TAPS, line)
+    groups = triton.cdiv(size, taps)
+    partials = tuple(maps[0].new_empty(shares, groups, 2, taps, line, dtype=torch.float32) for _ in maps)
+    tiles = tuple((wide, min(rows, GRADIENT_ROWS), window, unit) for wide, rows, window, unit in tiles)
+    _weight_gradient[shares * len(maps), groups](
+        tuple(maps), tuple(grads), partials, sizes, maps[0].shape[0], shares, SIZE=size, TAPS=taps, TILES=tiles,
+        STAGES=STAGES, num_warps=WARPS,
     )  # fmt: skip
     strides = tuple(_strides(grad, wide) for grad, (wide, *_) in zip(grad_weights, tiles, strict=True))
-    _diagonals[2 * size * size, len(maps)](
-        partials, tuple(grad_weights), strides, shares, SIZE=size, TILES=tiles, SHARES=64
+    _add_up[2 * size * size, len(maps)](
+        partials, tuple(grad_weights), strides, shares, SIZE=size, TAPS=taps, SHARES=512
     )
     return grad_maps, grad_weights
 

@@ -35,6 +35,12 @@ driver.set_active(SimpleNamespace(
 ))
 torch.cuda.device = lambda _: nullcontext()
 compiling._is_new = lambda *_: True
+
+
+# Has launches compile, and do no more.
+def dry():
+    launch = compiling.JITFunction.run
+    compiling.JITFunction.run = lambda *args, warmup, **kwargs: launch(*args, warmup=True, **kwargs)
 """
 
 
@@ -60,14 +66,28 @@ def test_passes_are_foreseen(tmp_path, trains):
     assert sorted(compiled) == [(name, "densezoo-compile") for name in foreseen], compiled
 
     # What is cached compiles no more.
-    def warm_up(run):
-        kernel = kernels._forward
-        kernel.__class__.__mro__[1].run = lambda self, *args, grid, warmup, **constants: run(
-            self, *args, grid=grid, warmup=True, **constants
-        )
-        kernels._channel_attention(q, k, v, 0.3)
-    warm_up(compiling.JITFunction.run)
+    dry()
+    kernels._channel_attention(q, k, v, 0.3)
     assert len(compiled) == len(foreseen) and not kernels._forward.coming
+    """
+    run(code, tmp_path, NO_GPU)
+
+
+def test_tuples_are_foreseen(tmp_path):
+    """Kernels of several gates take tuples of tensors, as a compiler's graph has them."""
+    code = """
+    from densezoo.ops.plugins import kernels
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    maps, weight = torch.empty(2, 2, 20, 14), torch.empty(1, 2, 7, 7)
+    with FakeTensorMode() as mode:
+        for _ in range(2):
+            compiling.foresee_fake(kernels._map_conv, (mode.from_tensor(maps), mode.from_tensor(weight)))
+    wait(kernels._conv.coming)
+    assert compiled == [("_conv", "densezoo-compile")], compiled
+    dry()
+    kernels._map_conv(maps, weight)
+    assert len(compiled) == 1
     """
     run(code, tmp_path, NO_GPU)
 

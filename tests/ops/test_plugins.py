@@ -425,7 +425,15 @@ def test_map_norm(turned):
 
 # Of one tile and of several along each axis, and sizes that fill none.
 GATED = [(2, 5, 7, 9), (1, 70, 6, 8), (2, 3, 70, 67), (3, 8, 5, 1), (1, 1, 1, 6), (1, 66, 3, 4), (1, 21, 12, 10)]
-GPU_GATED = [(128, 256, 56, 56), (128, 1024, 14, 14), (2, 512, 7, 7), (2, 256, 200, 304), (256, 64, 7, 7)]
+GPU_GATED = [
+    (128, 256, 56, 56),
+    (128, 1024, 14, 14),
+    (2, 512, 7, 7),
+    (2, 256, 200, 304),
+    (256, 64, 7, 7),
+    (8, 99, 13, 9),
+    (16, 70, 28, 28),
+]
 layouts = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 
 
@@ -462,7 +470,8 @@ def test_gate_axes_interpreted(shape, small, layout, nan_filled_memory, monkeypa
     tile = 64 if max(shape) < 16 else 4096
     apply, reduce = axes._Launch(tile, 4, 1, 4), axes._ReduceLaunch(tile, 32)
     monkeypatch.setattr(axes, "LAUNCH", {"pool": reduce, "scale": apply, "sums": reduce, "backward": apply})
-    monkeypatch.setattr(axes, "SMALL_LAUNCH", dict.fromkeys(axes.LAUNCH, axes._Launch(512, 4, 1, 4)))
+    launches = {kind: axes._PlanesLaunch(256, kind in ("pool", "sums") and 32, 4, 1, 4) for kind in axes.LAUNCH}
+    monkeypatch.setattr(axes, "SMALL_LAUNCH", launches)
     monkeypatch.setattr(axes, "SMALL", small)
     monkeypatch.setattr(axes, "POSITIONS", tile // 2)
     got, expected = (gated_results(shape, layout, torch.float32, "cpu", way) for way in (True, False))
@@ -534,13 +543,18 @@ def twice_gated_results(shape, layout, dtype, device, through_kernels):
 
 
 @layouts
-@pytest.mark.parametrize("small", [True, False], ids=["small", "large"])
+@pytest.mark.parametrize("tiles", ["planes", "small", "large"])
 @pytest.mark.parametrize("shape", [(2, 5, 7, 9), (1, 70, 6, 8), (2, 3, 20, 23), (3, 8, 5, 1), (1, 1, 1, 6)], ids=str)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU, in the tests below")
-def test_gate_twice_interpreted(shape, small, layout, nan_filled_memory, monkeypatch):
+def test_gate_twice_interpreted(shape, tiles, layout, nan_filled_memory, monkeypatch):
     from densezoo.ops.plugins import cbam_kernels
 
-    if small:
+    if tiles == "planes":
+        launch = cbam_kernels._SmallLaunch(256, 4, 4)
+        monkeypatch.setattr(cbam_kernels, "SMALL_LAUNCH", dict.fromkeys(cbam_kernels.SMALL_LAUNCH, launch))
+    else:
+        monkeypatch.setattr(cbam_kernels, "SMALL", 0)
+    if tiles == "small":
         # Tiles of several steps, and of several parts along each axis.
         launch = cbam_kernels._Launch(64 if max(shape) < 16 else 512, 16, 4, 1, 8)
         monkeypatch.setattr(cbam_kernels, "LAUNCH", dict.fromkeys(cbam_kernels.LAUNCH, launch))
