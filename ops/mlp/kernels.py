@@ -212,7 +212,8 @@ def _forward(kernel: str, x, weight1, bias1, weight2, bias2, approximate: str) -
     x, weight1, bias1, weight2, bias2 = (t.contiguous() for t in (x, weight1, bias1, weight2, bias2))
     saves, widths = kernel == "training", (x.shape[1], weight1.shape[0], weight2.shape[0])
     constants = _constants(kernel, *widths, x.dtype)
-    if saves and constants["DEPTH"] == 256 and x.shape[0] < constants["ROWS"] * multiprocessors(x.device):
+    is_wide = max(x.shape[1], weight2.shape[0]) > 128
+    if saves and is_wide and x.shape[0] < constants["ROWS"] * multiprocessors(x.device):
         constants = _constants("few", *widths, x.dtype)
     out = x.new_empty(x.shape[0], weight2.shape[0])
     hidden = x.new_empty(x.shape[0], weight1.shape[0]) if saves else out
