@@ -41,8 +41,10 @@ def depthwise_conv_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
 
 def mlp_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     """MLPs as compiled graphs train them: the first stages of NAT-T and DaViT-T, at 224 and at 800x1216."""
-    shapes = [(128, 56, 56, 64, 192), (128, 28, 28, 128, 384), (128, 56, 56, 96, 384)]
-    shapes += [(2, 200, 304, 64, 192), (2, 100, 152, 128, 384), (2, 200, 304, 96, 384)]
+    shapes = [(128, 56, 56, 64, 192), (128, 28, 28, 128, 384), (128, 14, 14, 256, 768)]
+    shapes += [(128, 56, 56, 96, 384), (128, 28, 28, 192, 768)]
+    shapes += [(2, 200, 304, 64, 192), (2, 100, 152, 128, 384), (2, 50, 76, 256, 768)]
+    shapes += [(2, 200, 304, 96, 384), (2, 100, 152, 192, 768)]
     for *size, dim, hidden in shapes:
         shapes_of_inputs = ((*size, dim), (hidden, dim), (hidden,), (dim, hidden), (dim,))
         x, weight1, bias1, weight2, bias2 = (torch.randn(s, device=device, dtype=dtype) for s in shapes_of_inputs)
