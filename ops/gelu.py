@@ -14,8 +14,8 @@ def _tanh(z):
 def normal(z, NARROW: tl.constexpr):
     """Cumulative distribution of the normal distribution, z times which is right to 6e-7.
 
-    If NARROW it takes one instruction of the few units for these, not two, and a fit of so many terms: 2 for bfloat16,
-    right to 3e-4, and 3 for float16, right to 3e-5, each beside the error of the tangent.
+    If NARROW, for bfloat16, it takes one instruction of the few units for these, not two, and a fit right to 3e-4; 3
+    asks for one of three terms, for float16, right to 3e-5. The error of the tangent comes besides.
     """
     s = z * z
     if NARROW == 3:

@@ -465,7 +465,7 @@ AHEAD = 4
 # The interpreter takes no instructions of the GPU's own.
 HAS_PTX = torch.version.hip is None and not triton.knobs.runtime.interpret
 # See `normal`.
-NARROW = {torch.bfloat16: 2, torch.float16: 3}
+NARROW = {torch.bfloat16: True, torch.float16: 3}
 # Enough programs to fill the GPU come before long strips, and before many images a program.
 PROGRAMS = 4096
 # A piece has these rows at least: it reads those around it as well.
@@ -567,7 +567,7 @@ def _dense(t: Tensor) -> Tensor:
 
 
 def _plan(context: Tensor, gates: Tensor, sizes: Sequence[int], normalize: bool) -> _Problem:
-    narrow = NARROW.get(context.dtype, 0) if HAS_PTX else 0
+    narrow = HAS_PTX and NARROW.get(context.dtype, False)
     return _problem(context.shape, context.stride(), gates.stride(), tuple(sizes), normalize, narrow)
 
 

@@ -13,9 +13,9 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["Mlp", "mlp"]
 
-# The most channels of input and output for which one kernel makes the MLP, those for which it does in training besides,
-# and the most for which the backward's makes the hidden map again, in less time than it takes to write and read it;
-# measured on an H200.
+# The most channels of input and output for which one kernel makes the MLP, those for which it does in training besides
+# (fewer would leave much of a tile of 256 empty), and the most for which the backward's makes the hidden map again, in
+# less time than it takes to write and read it; measured on an H200.
 NARROW = 128
 TRAINED = range(192, 257)
 MADE_AGAIN = 64

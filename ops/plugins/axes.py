@@ -51,7 +51,6 @@ class _PlanesLaunch(NamedTuple):
     tile: int  # The most numbers that a program of `_apply_planes` holds at a time.
     lines: int  # The most rows, or columns, that one of `_reduce_planes` does; 0 for `_apply_planes`.
     warps: int
-    stages: int
     programs: int
 
 
@@ -71,10 +70,10 @@ LAUNCH = {
 }
 # With planes Q x R of at most SMALL numbers.
 SMALL_LAUNCH = {
-    "pool": _PlanesLaunch(0, 128, 4, 1, 1024),
-    "scale": _PlanesLaunch(2048, 0, 4, 1, 4096),
-    "sums": _PlanesLaunch(0, 128, 4, 1, 2048),
-    "backward": _PlanesLaunch(1024, 0, 4, 1, 4096),
+    "pool": _PlanesLaunch(0, 128, 4, 1024),
+    "scale": _PlanesLaunch(2048, 0, 4, 4096),
+    "sums": _PlanesLaunch(0, 128, 4, 2048),
+    "backward": _PlanesLaunch(1024, 0, 4, 4096),
 }
 SMALL = 1024
 # The most positions at which a program of `_reduce` walks over P, 8 a thread.
@@ -235,7 +234,7 @@ def _along(tile, grad, top, first, STEPS: tl.constexpr, STEP: tl.constexpr, BACK
 def _reduce_planes(
     x, grad, pool_p, pool_q, pool_r, out_p, out_q, out_r, p_size, steps, inverse_p, inverse_q, inverse_r,
     BACKWARD: tl.constexpr, INVERT_P: tl.constexpr, INVERT_R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
-    R: tl.constexpr, SLOTS: tl.constexpr, LINES: tl.constexpr, STAGES: tl.constexpr,
+    R: tl.constexpr, SLOTS: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     parts, size = tl.cdiv(p_size, steps * P), p_size * (Q * R)
     image, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
@@ -255,7 +254,7 @@ def _reduce_planes(
         top_p = tl.load(pool_p + image * (2 * Q * R) + slot % (Q * R)).to(tl.float32)
     else:
         tops = sums + float("-inf")
-    for start in tl.range(0, left, P, num_stages=STAGES):
+    for start in tl.range(0, left, P, num_stages=1):
         planes = tl.minimum(P, left - start)
         exist, q_exist, r_exist = slot < planes * (Q * R), line < planes * R, line < planes * Q
         tile = tl.load(x + slot, mask=exist, other=0.0)
@@ -401,7 +400,7 @@ def _apply_planes(
     x, grad, out, gate_p, gate_q, gate_r, pool_p, pool_q, pool_r, fractions_p, fractions_q, fractions_r,
     grad_p, grad_q, grad_r, p_size, steps, inverse_p, inverse_q, inverse_r,
     BACKWARD: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, SLOTS: tl.constexpr,
-    LINES: tl.constexpr, STAGES: tl.constexpr,
+    LINES: tl.constexpr,
 ):  # fmt: skip
     parts, size, plane_size = tl.cdiv(p_size, steps * P), p_size * (Q * R), Q * R
     # In reverse, so that L2 holds what `_reduce_planes` has read last.
@@ -426,7 +425,7 @@ def _apply_planes(
         top_p, top_grad_p, mean_grad_p = _through_pool(
             pool_p, fractions_p, grad_p, image * 2 * plane_size + place, plane_size, slot >= 0, inverse_p
         )  # fmt: skip
-    for start in tl.range(0, left, P, num_stages=STAGES):
+    for start in tl.range(0, left, P, num_stages=1):
         planes = tl.minimum(P, left - start)
         exist, q_exist, r_exist = slot < planes * plane_size, line < planes * R, line < planes * Q
         tile = tl.load(x + slot, mask=exist, other=0.0)
@@ -518,7 +517,7 @@ def _planes(x: Tensor, kind: str) -> tuple[int, tuple[int, int, int], list[int],
     p_tile -= p_tile % (4 // math.gcd(plane, 4)) if p_tile >= 8 else 0
     steps = triton.cdiv(triton.cdiv(p_size, p_tile), max(1, launch.programs // batch))
     constants = {"SLOTS": triton.next_power_of_2(p_tile * plane), "LINES": triton.next_power_of_2(p_tile * longest)}
-    constants |= {"P": p_tile, "Q": q_size, "R": r_size, "STAGES": launch.stages, "num_warps": launch.warps}
+    constants |= {"P": p_tile, "Q": q_size, "R": r_size, "num_warps": launch.warps}
     parts = triton.cdiv(p_size, steps * p_tile)
     return batch * parts, (parts, 1, 1), [p_size, steps], constants
 

@@ -470,7 +470,7 @@ def test_gate_axes_interpreted(shape, small, layout, nan_filled_memory, monkeypa
     tile = 64 if max(shape) < 16 else 4096
     apply, reduce = axes._Launch(tile, 4, 1, 4), axes._ReduceLaunch(tile, 32)
     monkeypatch.setattr(axes, "LAUNCH", {"pool": reduce, "scale": apply, "sums": reduce, "backward": apply})
-    launches = {kind: axes._PlanesLaunch(256, kind in ("pool", "sums") and 32, 4, 1, 4) for kind in axes.LAUNCH}
+    launches = {kind: axes._PlanesLaunch(256, kind in ("pool", "sums") and 32, 4, 4) for kind in axes.LAUNCH}
     monkeypatch.setattr(axes, "SMALL_LAUNCH", launches)
     monkeypatch.setattr(axes, "SMALL", small)
     monkeypatch.setattr(axes, "POSITIONS", tile // 2)
