@@ -107,16 +107,19 @@ def foresee_fake(function: Callable, args: tuple) -> None:
 
 
 def _is_new(function: Callable, args: tuple) -> bool:
-    """Return whether a call for such tensors, on a GPU, is the first."""
+    """Return whether a call with such tensors and options, on a GPU, is the first."""
     if _calls[function] >= CALLS or backend.interprets or THREADS < 2:
         return False
-    tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
+    leaves = tree_leaves(args)
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
     if not tensors[0].is_cuda:
         return False
     _calls[function] += 1
-    if any(isinstance(n, torch.SymInt) for t in tensors for n in (*t.shape, *t.stride())):
+    sizes = (n for t in tensors for n in (*t.shape, *t.stride()))
+    if any(isinstance(n, torch.SymInt | torch.SymFloat) for n in (*leaves, *sizes)):
         return False
-    key = function, _trains(args), *((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
+    kinds = ((x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves)
+    key = function, _trains(args), *kinds
     is_new = key not in _foreseen
     _foreseen.add(key)
     return is_new

@@ -374,7 +374,6 @@ def _convolve_backward(
     taps = min(TAPS, line)
     groups = triton.cdiv(size, taps)
     partials = tuple(maps[0].new_empty(shares, groups, 2, taps, line, dtype=torch.float32) for _ in maps)
-    tiles = tuple((wide, min(rows, GRADIENT_ROWS), window, unit) for wide, rows, window, unit in tiles)
     _weight_gradient[shares * len(maps), groups](
         tuple(maps), tuple(grads), partials, sizes, maps[0].shape[0], shares, SIZE=size, TAPS=taps, TILES=tiles,
         STAGES=STAGES, num_warps=WARPS,

@@ -93,6 +93,23 @@ def test_tuples_are_foreseen(tmp_path):
     run(code, tmp_path, NO_GPU)
 
 
+def test_other_options_are_other_kernels(tmp_path):
+    """Tensors of one kind with another shift, or without gradients, may take other kernels."""
+    code = """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def operator(x, shift):
+        return x
+
+    compiling.THREADS = 2
+    with FakeTensorMode():
+        x = torch.empty(2, 3, device="cuda")
+        for args in ((x, [0, 0]), (x, [3, 3]), (x.clone().requires_grad_(), [3, 3]), (x.mT, [3, 3])):
+            assert [compiling._is_new(operator, args) for _ in range(2)] == [True, False], args
+    """
+    run(code, tmp_path)
+
+
 def test_nothing_depends_on_it(tmp_path):
     """What cannot be foreseen raises nothing, nor does what cannot be compiled before its launch."""
     code = """
